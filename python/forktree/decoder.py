@@ -1,0 +1,253 @@
+"""`Decoder`: a model, its tokenizer and an engine; searches over prompts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from forktree.engine import Counters, Engine, Task
+from forktree.errors import InvalidInput
+from forktree.lane import Lane
+from forktree.search import Hypothesis, Job, Search
+from forktree.search.base import at_least_one
+from forktree.text import TextStop
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A hypothesis with its text (None when the decoder has no tokenizer)."""
+
+    text: str | None
+    hypothesis: Hypothesis
+
+    @property
+    def score(self) -> float:
+        """What the search ranks by; higher is better."""
+        return self.hypothesis.score
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens behind the prompt, EOS not included."""
+        return [int(t) for t in self.hypothesis.token_ids]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found for one prompt, or why it failed.
+
+    index: the prompt's place in the list given. candidates: best first; empty if `error` is set.
+    """
+
+    index: int
+    prompt: Prompt
+    candidates: list[Candidate]
+    counters: Counters
+    error: Exception | None = None
+
+    @property
+    def best(self) -> Candidate:
+        """The best candidate. Raises the search's error if it failed."""
+        if self.error is not None:
+            raise self.error
+        return self.candidates[0]
+
+    @property
+    def text(self) -> str:
+        """Text of the best candidate. Raises the search's error if it failed."""
+        text = self.best.text
+        if text is None:
+            raise InvalidInput("there is no text: this Decoder was made without a tokenizer")
+        return text
+
+
+class Decoder:
+    """Runs searches on a Hugging Face causal language model, its shared tokens stored and computed once.
+
+    model: any causal LM whose every layer is softmax attention, in evaluation mode, fp32, bf16 or fp16; proved on
+        construction (`UnsupportedModel` names what fails).
+    tokenizer: its tokenizer; without one, prompts are token ids and texts cannot stop or be scored.
+    num_slots: tokens whose KV fits at once (None: at most 65,536, within a quarter of the free memory).
+    max_batch_tokens: most tokens of one forward pass; longer prefills are split and mixed with decoding.
+    prefix_cache: keep finished prompts for later prompts that begin alike, until their slots are needed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        num_slots: int | None = None,
+        max_batch_tokens: int = 512,
+        prefix_cache: bool = True,
+    ) -> None:
+        at_least_one("max_batch_tokens", max_batch_tokens)
+        if num_slots is not None:
+            at_least_one("num_slots", num_slots)
+        self.model, self.tokenizer = model, tokenizer
+        self.lane = Lane(model, num_slots=num_slots, prefix_cache=prefix_cache)
+        if tokenizer is not None and len(tokenizer) > self.lane.runner.vocab_size:
+            raise InvalidInput(
+                f"the tokenizer does not match the model: it has {len(tokenizer)} tokens, "
+                f"the model embeds {self.lane.runner.vocab_size}"
+            )
+        self.engine = Engine(self.lane, tokenizer=tokenizer, max_batch_tokens=max_batch_tokens)
+        self._stops: dict[tuple[str, ...], TextStop] = {}
+
+    def search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        search: Search,
+        *,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        on_step: Callable[[], None] | None = None,
+    ) -> list[SearchResult]:
+        """One result a prompt, in their order. See `search_iter` for arguments and errors."""
+        results = self.search_iter(prompts, search, max_new_tokens=max_new_tokens, seed=seed, on_step=on_step)
+        return sorted(results, key=lambda result: result.index)
+
+    def search_iter(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        search: Search | Sequence[Search],
+        *,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        on_step: Callable[[], None] | None = None,
+    ) -> Iterator[SearchResult]:
+        """Results as they finish, in any order; `result.index` says whose.
+
+        prompts: texts, or lists of token ids; or a single one.
+        search: one for all prompts, or one for each.
+        max_new_tokens: most tokens behind the prompt, EOS included.
+        seed: same seed and prompt, same text, whatever else is in the batch (fp32; otherwise up to rounding).
+        on_step: called after every forward pass.
+
+        Raises `InvalidInput` before anything runs if a prompt or setting is bad. A search that fails later is a
+        result with `error` set; the others go on. Closing the iterator cancels what still runs.
+        """
+        texts = _prompt_list(prompts)
+        searches = list(search) if isinstance(search, Sequence) else [search] * len(texts)
+        if len(searches) != len(texts):
+            raise InvalidInput(f"search must be one, or one for each of {len(texts)} prompts, got {len(searches)}")
+        for one in {id(s): s for s in searches}.values():
+            if not isinstance(one, Search):
+                raise InvalidInput(f"search must be a Search such as ParticleFilter(...), got {type(one).__name__}")
+            for scorer in one.scorers:
+                scorer.check(self.lane)
+        at_least_one("max_new_tokens", max_new_tokens)
+        tokens = [self._tokens(i, prompt, max_new_tokens) for i, prompt in enumerate(texts)]
+        return self._run(texts, tokens, searches, max_new_tokens, seed, on_step)
+
+    def _run(
+        self,
+        prompts: list[Prompt],
+        tokens: list[list[int]],
+        searches: list[Search],
+        max_new_tokens: int,
+        seed: int,
+        on_step: Callable[[], None] | None,
+    ) -> Iterator[SearchResult]:
+        running: dict[Task, int] = {}
+        waiting = list(reversed(range(len(prompts))))
+        try:
+            while waiting or running:
+                while waiting and (not running or self.engine.has_room(len(tokens[waiting[-1]]))):
+                    i = waiting.pop()
+                    start = partial(self._start, searches[i], max_new_tokens, seed)
+                    text = prompts[i] if isinstance(prompts[i], str) else self._decode(tokens[i])
+                    running[self.engine.submit(start, [tokens[i]], text=text or "", seed=seed)] = i
+                self.engine.step()
+                if on_step is not None:
+                    on_step()
+                for task in [t for t in running if t.done]:
+                    yield self._result(running.pop(task), prompts, task)
+        finally:
+            for task in running:
+                self.engine.cancel(task)
+
+    def _start(self, search: Search, max_new_tokens: int, seed: int, root: Any) -> Any:
+        job = Job(
+            root=root,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=self._eos_token_ids(),
+            pad_token_id=self._pad_token_id(),
+            vocab_size=self.lane.runner.vocab_size,
+            device=self.lane.runner.device,
+            stops=self._stop if self.tokenizer is not None else None,
+            decode=self._decode if self.tokenizer is not None else None,
+            rng=np.random.default_rng(seed),
+        )
+        return search.run(job)
+
+    def _result(self, index: int, prompts: list[Prompt], task: Task) -> SearchResult:
+        found = [] if task.error is not None else task.result
+        candidates = [Candidate(self._decode(h.token_ids), h) for h in found]
+        return SearchResult(index, prompts[index], candidates, task.counters, task.error)
+
+    def _tokens(self, index: int, prompt: Prompt, max_new_tokens: int) -> list[int]:
+        """Token ids of a prompt that fits the model and the pool."""
+        runner = self.lane.runner
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidInput(f"prompt {index} is text: expected a Decoder with a tokenizer, got tokenizer=None")
+            ids = list(self.tokenizer(prompt).input_ids) if prompt else []
+            if ids and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+                ids.pop()  # a tokenizer that closes every text would end ours before it began
+        else:
+            ids = [int(t) for t in prompt]
+        if not ids:
+            raise InvalidInput(f"prompt {index} is empty: expected at least one token")
+        bad = next((t for t in ids if not 0 <= t < runner.vocab_size), None)
+        if bad is not None:
+            raise InvalidInput(f"prompt {index} has token id {bad}: expected ids in [0, {runner.vocab_size})")
+        if len(ids) + max_new_tokens > runner.max_position + 1:
+            raise InvalidInput(
+                f"prompt {index} has {len(ids)} tokens: with max_new_tokens = {max_new_tokens} the model's limit of "
+                f"{runner.max_position} positions is passed; shorten the prompt or lower max_new_tokens"
+            )
+        if len(ids) > runner.num_slots:
+            raise InvalidInput(
+                f"prompt {index} has {len(ids)} tokens, the KV pool holds {runner.num_slots}: raise num_slots"
+            )
+        return ids
+
+    def _decode(self, tokens: Any) -> str | None:
+        if self.tokenizer is None:
+            return None
+        text: str = self.tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
+        return text
+
+    def _stop(self, texts: Sequence[str]) -> TextStop:
+        key = tuple(texts)
+        if key not in self._stops:
+            self._stops[key] = TextStop(self.tokenizer, key)
+        return self._stops[key]
+
+    def _eos_token_ids(self) -> frozenset[int]:
+        config = getattr(self.model, "generation_config", None) or self.model.config
+        ids = config.eos_token_id
+        if ids is None and self.tokenizer is not None:
+            ids = self.tokenizer.eos_token_id
+        return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+
+    def _pad_token_id(self) -> int:
+        config = getattr(self.model, "generation_config", None) or self.model.config
+        return int(config.pad_token_id or min(self._eos_token_ids(), default=0))
+
+
+def _prompt_list(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence) and not hasattr(prompts, "__iter__"):
+        raise InvalidInput(f"prompts must be a text, token ids, or a list of them, got {type(prompts).__name__}")
+    items = list(prompts)
+    if items and all(isinstance(item, int | np.integer) for item in items):
+        return [items]
+    return items
+
+

@@ -1,0 +1,429 @@
+"""The engine: runs many searches at once, one packed forward pass for all of them a step.
+
+A step is resume, schedule, forward, answer:
+
+    every search runs until it awaits something           (a coroutine, resumed by `send`)
+    the pending tokens of all awaited branches are packed  (decode rows first, then slices of long prefills)
+    one forward pass a lane computes them
+    requests whose branches are ready are answered         (one product with the head, one draw a row)
+
+Out of slots is a normal event: reservations, kept prefixes, idle nodes and then the youngest search give way; their
+tokens stay and are computed again later.
+"""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from forktree.errors import Cancelled, NonFinite, OutOfMemory
+from forktree.kv import Branch, OutOfSlots
+from forktree.kv.tree import Chunk
+from forktree.lane import Lane
+from forktree.sampling import draw, uniforms
+from forktree.scoring import Reading, Subject
+from forktree.search.request import Extend, Extension, NextLogits, Request, Score
+
+_INDICES = itertools.count()  # a search's number, and the owner of its branches in every tree it uses
+LOGIT_BYTES = 256 << 20  # rows of logits held at once: at most this many bytes
+
+
+@dataclass
+class Counters:
+    """What one search cost. Tokens shared by several searches count for the oldest that needed them."""
+
+    model_tokens: int = 0  # tokens run through the policy
+    scorer_tokens: int = 0  # tokens run through a reward model
+    scorer_calls: int = 0  # branches scored
+    peak_slots: int = 0  # most KV slots that what it sees took at once
+    seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class Task:
+    """One search under way. `result` or `error` is set when it is done."""
+
+    index: int
+    coroutine: Coroutine[Request[Any], Any, Any]
+    roots: list[Branch]
+    prompt: str
+    prompt_length: int
+    began: float
+    counters: Counters = field(default_factory=Counters)
+    work: "_Work | None" = None
+    preempted: bool = False
+    done: bool = False
+    result: Any = None
+    error: Exception | None = None
+
+
+class _Work:
+    """A request being answered."""
+
+    def __init__(self, lane: Lane, branches: Sequence[Branch]) -> None:
+        self.lane, self.branches = lane, list(branches)
+        self.hidden: list[Tensor | None] = [None] * len(self.branches)
+
+    def waiting(self) -> list[Branch]:
+        """Branches whose hidden state is still wanted."""
+        return [b for b, h in zip(self.branches, self.hidden, strict=True) if h is None]
+
+    def collect(self) -> Tensor | None:
+        """Takes what is ready; `[n, H]` once all is. Ready states are kept here, as a node holds only one."""
+        waiting = [i for i, h in enumerate(self.hidden) if h is None]
+        ready = [i for i, r in zip(waiting, self.lane.is_ready([self.branches[i] for i in waiting]), strict=True) if r]
+        if ready:
+            rows = self.lane.hidden([self.branches[i] for i in ready])
+            if len(ready) == len(self.branches):
+                return rows
+            for i, row in zip(ready, rows, strict=True):
+                self.hidden[i] = row
+        if len(ready) < len(waiting):
+            return None
+        if not self.branches:
+            return self.lane.hidden([])
+        return torch.stack([h for h in self.hidden if h is not None])
+
+
+class _ScoreWork(_Work):
+    def __init__(self, reading: Reading, policy: Lane) -> None:
+        super().__init__(reading.lane or policy, reading.branches if reading.lane else ())
+        self.reading = reading
+
+
+class _LogitsWork(_Work):
+    pass
+
+
+class _ExtendWork(_Work):
+    def __init__(self, request: Extend, lane: Lane) -> None:
+        super().__init__(lane, request.branches)
+        n = len(request.branches)
+        self.request = request
+        self.open = np.ones(n, bool)
+        self.reason = ["length"] * n
+        self.log_prob = np.zeros(n)
+        self.num_tokens = np.zeros(n, np.int64)
+        self.drawn: list[list[int]] = [[] for _ in range(n)]
+        self.ids = np.array([b.id for b in request.branches], np.int64)
+
+    def waiting(self) -> list[Branch]:
+        return [self.branches[i] for i in np.flatnonzero(self.open)]
+
+    def ready(self) -> NDArray[np.int64]:
+        """Open branches whose next token can be drawn."""
+        live = np.flatnonzero(self.open)
+        tree = self.lane.tree
+        ids = self.ids[live]
+        return live[tree.hidden_at[tree.branch_node[ids]] == tree.branch_length[ids] - 1]
+
+    def take(self, rows: NDArray[np.int64], tokens: NDArray[np.int64], log_probs: NDArray[np.float64]) -> None:
+        """Appends the drawn tokens and closes the branches that stop."""
+        request = self.request
+        self.log_prob[rows] += log_probs
+        self.num_tokens[rows] += 1
+        eos = np.isin(tokens, list(request.eos_token_ids))
+        for i in rows[eos]:
+            self.reason[i] = "eos"
+        self.open[rows[eos]] = False
+        rows, tokens = rows[~eos], tokens[~eos]
+        if not len(rows):
+            return
+        self.lane.tree.append([self.branches[i] for i in rows], tokens)
+        self.open[rows] = self.num_tokens[rows] < request.max_tokens[rows]
+        if request.stop is not None:
+            for i, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+                self.drawn[i].append(token)
+                if request.stop(token, np.array(self.drawn[i], np.int32)):
+                    self.open[i], self.reason[i] = False, "stop"
+
+
+class Engine:
+    """Drives searches over one policy lane. `max_batch_tokens` bounds the tokens of one forward pass."""
+
+    def __init__(self, lane: Lane, *, tokenizer: Any = None, max_batch_tokens: int = 512) -> None:
+        if max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
+        self.lane, self.tokenizer, self.max_batch_tokens = lane, tokenizer, max_batch_tokens
+        self._tasks: list[Task] = []  # oldest first
+        self._lanes = [lane]
+
+    # ---------------------------------------------------------------- searches
+
+    def submit(
+        self,
+        search: Callable[..., Coroutine[Any, Any, Any]],
+        prompts: Sequence[Sequence[int]],
+        *,
+        text: str = "",
+        seed: int = 0,
+    ) -> Task:
+        """Starts a search; it runs as `step` is called.
+
+        search: its coroutine is `search(*roots)`, with one root for each of `prompts` (most searches have one).
+        text: the prompt as scorers see it. seed: keys the draws of its branches.
+        """
+        index = next(_INDICES)
+        roots = [self.lane.open(tokens, key=seed & (2**64 - 1), owner=index) for tokens in prompts]
+        task = Task(index, search(*roots), roots, text, len(prompts[0]), began=time.perf_counter())
+        self._tasks.append(task)
+        self._resume(task, None)
+        return task
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether a prompt of this length is better started now than later: work for the next pass is short, no
+        search has been preempted, and its slots are at hand."""
+        rows = sum(len(t.work.waiting()) for t in self._tasks if t.work is not None)
+        kept = sum(b.length for b in self.lane.prefixes.branches())
+        spare = self.lane.tree.slots.num_free + kept
+        return rows < self.max_batch_tokens and not any(t.preempted for t in self._tasks) and spare > num_tokens
+
+    @property
+    def active(self) -> list[Task]:
+        """Searches that are not done, oldest first."""
+        return list(self._tasks)
+
+    def cancel(self, task: Task) -> None:
+        """Ends a search: `Cancelled` is thrown into it; if it carries on all the same, it is closed by force."""
+        if not task.done:
+            self._resume(task, None, Cancelled(f"search {task.index} was cancelled"))
+            if not task.done:
+                self._finish(task, error=Cancelled(f"search {task.index} was cancelled and did not stop by itself"))
+
+    def cancel_all(self) -> None:
+        """Cancels every search, youngest first."""
+        for task in reversed(self.active):
+            self.cancel(task)
+
+    def run(self) -> Iterator[Task]:
+        """Steps until every search is done, yielding each as it ends."""
+        pending = self.active
+        while self._tasks:
+            self.step()
+            yield from (t for t in pending if t.done)
+            pending = self.active
+
+    # ---------------------------------------------------------------- one step
+
+    def step(self) -> None:
+        """One forward pass a lane, and the answers it makes possible."""
+        busy = False
+        for lane in list(self._lanes):
+            running = [t for t in self._tasks if t.work is not None and t.work.lane is lane and not t.preempted]
+            if chunks := self._schedule(lane, running):
+                lane.forward(chunks)
+                busy = True
+        answered = self._answer_extends() | self._answer_rest()
+        if not busy and not answered:
+            time.sleep(0.001)  # only Python scorers are at work
+
+    def _resume(self, task: Task, value: Any, error: Exception | None = None) -> None:
+        """Runs the search to its next request."""
+        self._close(task)
+        try:
+            request = task.coroutine.throw(error) if error is not None else task.coroutine.send(value)
+            task.work = self._begin(task, request)
+            if not any(task.work.lane is lane for lane in self._lanes):
+                self._lanes.append(task.work.lane)
+        except StopIteration as stop:
+            self._finish(task, result=stop.value)
+        except Exception as failure:
+            self._finish(task, error=failure)
+
+    def _begin(self, task: Task, request: Request[Any]) -> _Work:
+        if isinstance(request, Extend):
+            return _ExtendWork(request, self.lane)
+        if isinstance(request, NextLogits):
+            return _LogitsWork(self.lane, request.branches)
+        if isinstance(request, Score):
+            task.counters.scorer_calls += len(request.branches)
+            subject = Subject(self.lane, request.branches, task.prompt, task.prompt_length, self.tokenizer)
+            return _ScoreWork(request.scorer.begin(subject), self.lane)
+        raise TypeError(f"a search awaits extend, score or next_logits, got {type(request).__name__}")
+
+    def _close(self, task: Task) -> None:
+        work, task.work = task.work, None
+        if isinstance(work, _ScoreWork):
+            work.reading.close()
+
+    def _finish(self, task: Task, *, result: Any = None, error: Exception | None = None) -> None:
+        self._close(task)
+        with contextlib.suppress(RuntimeError):  # a search that awaits while being closed is closed all the same
+            task.coroutine.close()
+        task.result, task.error, task.done = result, error, True
+        task.counters.seconds = time.perf_counter() - task.began
+        self._tasks.remove(task)
+        for root in task.roots:
+            if error is None and root.alive:
+                self.lane.keep(root)
+        for lane in self._lanes:
+            lane.tree.drop_owned(task.index)
+        for other in self._tasks:
+            other.preempted = False
+
+    # ---------------------------------------------------------------- scheduling
+
+    def _schedule(self, lane: Lane, running: list[Task]) -> list[Chunk]:
+        """Chunks for the next forward pass, their slots reserved. Younger searches may be preempted for it."""
+        while running:
+            waiting = [t.work.waiting() for t in running if t.work is not None]
+            branches = [b for group in waiting for b in group]
+            chunks = self._within_budget(lane, lane.tree.pending(branches))
+            try:
+                lane.tree.reserve(chunks)
+            except OutOfSlots as out:
+                if lane.prefixes.evict() or self._evict_idle(lane, branches, out.needed - out.free):
+                    continue
+                youngest = running.pop()
+                if running:
+                    youngest.preempted = True
+                    continue
+                self._resume(youngest, None, self._out_of_memory(lane, youngest, waiting[0]))
+                return []
+            self._count_tokens(lane, running, waiting, chunks)
+            return chunks
+        return []
+
+    def _within_budget(self, lane: Lane, chunks: list[Chunk]) -> list[Chunk]:
+        """Decode rows first, then prefills, the last one cut; nothing whose ancestors would not be there."""
+        budget = self.max_batch_tokens
+        if sum(c.stop - c.begin for c in chunks) <= budget:
+            return chunks
+        late = np.zeros(lane.tree.num_nodes, bool)
+        late[[c.node for c in chunks]] = True
+        chosen: list[Chunk] = []
+        for chunk in sorted(chunks, key=lambda c: c.stop - c.begin > 1):
+            above = lane.tree.nodes_seen([chunk.node])
+            if budget == 0 or late[above[above != chunk.node]].any():
+                continue
+            stop = min(chunk.stop, chunk.begin + budget)
+            chosen.append(chunk._replace(stop=stop))
+            budget -= stop - chunk.begin
+            late[chunk.node] = stop < chunk.stop
+        return chosen
+
+    def _evict_idle(self, lane: Lane, branches: Sequence[Branch], wanted: int) -> bool:
+        """Takes slots from nodes that no running request sees, deepest first; False if there are none."""
+        tree = lane.tree
+        node, _ = tree.positions_of(branches)
+        idle = np.ones(tree.num_nodes, bool)
+        idle[tree.nodes_seen(node)] = False
+        candidates = np.flatnonzero(idle & (tree.held > 0) & (tree.capacity > 0))
+        candidates = candidates[np.argsort(-tree.start[candidates], kind="stable")]
+        enough = int(np.searchsorted(np.cumsum(tree.held[candidates]), wanted)) + 1
+        return tree.evict(candidates[:enough]) > 0
+
+    def _out_of_memory(self, lane: Lane, task: Task, branches: Sequence[Branch]) -> OutOfMemory:
+        node, _ = lane.tree.positions_of(branches)
+        needed = int(lane.tree.length[lane.tree.nodes_seen(node)].sum())
+        total, free = lane.tree.slots.num_slots, lane.tree.slots.num_free
+        return OutOfMemory(
+            f"search {task.index} needs {needed} KV slots for {len(branches)} branches at once, even alone: "
+            f"{free} are free of {total}; raise num_slots ({lane.runner.bytes_per_slot} bytes each) or search narrower"
+        )
+
+    def _count_tokens(
+        self, lane: Lane, running: list[Task], waiting: list[list[Branch]], chunks: list[Chunk]
+    ) -> None:
+        tree = lane.tree
+        size = np.zeros(tree.num_nodes, np.int64)
+        for chunk in chunks:
+            size[chunk.node] = chunk.stop - chunk.begin
+        for task, branches in zip(running, waiting, strict=True):
+            seen = tree.nodes_seen(tree.positions_of(branches)[0])
+            tokens = int(size[seen].sum())
+            size[seen] = 0
+            if lane is self.lane:
+                task.counters.model_tokens += tokens
+                mine = np.flatnonzero((tree.branch_node >= 0) & (tree.branch_owner == task.index))
+                held = int(tree.held[tree.nodes_seen(tree.branch_node[mine])].sum())
+                task.counters.peak_slots = max(task.counters.peak_slots, held)
+            else:
+                task.counters.scorer_tokens += tokens
+
+    # ---------------------------------------------------------------- answers
+
+    def _answer_extends(self) -> bool:
+        """Draws one token for every ready row of every `extend`: one product with the head for all of them."""
+        works = [(t, t.work) for t in self._tasks if isinstance(t.work, _ExtendWork)]
+        ready = [(t, w, rows) for t, w in works if not t.preempted and len(rows := w.ready())]
+        if ready:
+            tokens, log_probs = self._draw(ready)
+            first = 0
+            for task, work, rows in ready:
+                part = slice(first, first := first + len(rows))
+                if np.isfinite(log_probs[part]).all():
+                    work.take(rows, tokens[part], log_probs[part])
+                else:
+                    bad = int(rows[np.flatnonzero(~np.isfinite(log_probs[part]))[0]])
+                    self._resume(task, None, self._non_finite("logits", bad, work.branches[bad]))
+        finished = [(t, w) for t, w in works if t.work is w and not w.open.any()]
+        for task, work in finished:
+            self._resume(task, Extension(work.reason, work.log_prob, work.num_tokens))
+        return bool(ready or finished)
+
+    def _draw(
+        self, ready: list[tuple[Task, _ExtendWork, NDArray[np.int64]]]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """A token for each ready row, in order, and its log-prob, NaN where the row's logits are not finite."""
+        ids = np.concatenate([work.ids[rows] for _, work, rows in ready])
+        sampling = [work.request.sampling for _, work, rows in ready for _ in rows]
+        tree = self.lane.tree
+        uniform = uniforms(tree.branch_key[ids], tree.branch_length[ids])
+        hidden = self.lane.hidden([work.branches[i] for _, work, rows in ready for i in rows])
+        tokens, log_probs = np.zeros(len(ids), np.int64), np.zeros(len(ids))
+        block = max(1, LOGIT_BYTES // (4 * self.lane.runner.vocab_size))
+        for begin in range(0, len(ids), block):
+            logits = self.lane.runner.logits(hidden[begin : begin + block])
+            total = logits.logsumexp(dim=-1)
+            for kind in dict.fromkeys(sampling[begin : begin + block]):
+                rows = [i for i in range(len(logits)) if sampling[begin + i] == kind]
+                at = np.array(rows) + begin
+                some = logits if len(rows) == len(logits) else logits[rows]
+                chosen = draw(some, kind, uniform[at])
+                picked = some.gather(1, chosen[:, None]).squeeze(1)
+                tokens[at] = chosen.cpu().numpy()
+                log_probs[at] = (picked - total[rows]).double().cpu().numpy()
+        return tokens, log_probs
+
+    def _answer_rest(self) -> bool:
+        """Answers what needs all its branches at once: rewards and rows of logits."""
+        answered = False
+        for task in self.active:
+            work = task.work
+            if isinstance(work, _LogitsWork) and (hidden := work.collect()) is not None:
+                logits = self.lane.runner.logits(hidden)
+                finite = logits.logsumexp(dim=-1).isfinite().cpu().numpy()
+                if finite.all():
+                    self._resume(task, logits)
+                else:
+                    bad = int(np.argmin(finite))
+                    self._resume(task, None, self._non_finite("logits", bad, work.branches[bad]))
+                answered = True
+            elif isinstance(work, _ScoreWork):
+                hidden = work.collect() if work.reading.lane is not None else None
+                if work.reading.lane is not None and hidden is None:
+                    continue
+                if (rewards := work.reading.read(hidden)) is None:
+                    continue
+                failed = [i for i, error in enumerate(rewards.errors) if error is not None]
+                if hidden is not None and failed:  # the model's own numbers: not one branch's fault
+                    self._resume(task, None, self._non_finite("reward", failed[0], work.branches[failed[0]]))
+                else:
+                    self._resume(task, rewards)
+                answered = True
+        return answered
+
+    @staticmethod
+    def _non_finite(what: str, i: int, branch: Branch) -> NonFinite:
+        return NonFinite(
+            f"{what} of branch {i} at position {branch.length} must be finite, got NaN or infinity: "
+            "the model overflows at this dtype, or its weights are damaged"
+        )

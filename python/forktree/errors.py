@@ -1,0 +1,29 @@
+"""Every error forktree raises on purpose. Each message says what, expected, got and what to do."""
+
+
+class ForktreeError(Exception):
+    """Base of all errors below; the command line prints its message as one line."""
+
+
+class UnsupportedModel(ForktreeError):
+    """The model's attention could not be proved to be what forktree computes."""
+
+
+class OutOfMemory(ForktreeError):
+    """One search needs more KV slots than the pool has, even alone."""
+
+
+class NonFinite(ForktreeError):
+    """NaN or infinite values in logits or rewards; names the branch and the position."""
+
+
+class ScorerError(ForktreeError):
+    """A scorer raised, returned something other than a finite number, or took too long."""
+
+
+class Cancelled(ForktreeError):
+    """Thrown into a search that is being cancelled."""
+
+
+class InvalidInput(ForktreeError, ValueError):
+    """An argument, file or directory is not what it has to be."""

@@ -1,0 +1,7 @@
+"""Who owns which KV slot and who sees it: host integers only, testable without torch."""
+
+from forktree.kv.prefix import PrefixIndex
+from forktree.kv.slots import OutOfSlots, SlotAllocator
+from forktree.kv.tree import Branch, Tree, reassign
+
+__all__ = ["Branch", "OutOfSlots", "PrefixIndex", "SlotAllocator", "Tree", "reassign"]

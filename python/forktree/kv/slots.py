@@ -1,0 +1,79 @@
+"""Free slots of a KV pool, handed out as contiguous extents where possible."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+
+
+class OutOfSlots(Exception):
+    """The pool has fewer free slots than asked for. Nothing was taken."""
+
+    def __init__(self, needed: int, free: int, total: int) -> None:
+        super().__init__(f"{needed} KV slots needed, {free} free of {total}")
+        self.needed, self.free, self.total = needed, free, total
+
+
+def spans(begin: NDArray[np.integer], length: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Concatenation of `begin[i], begin[i] + 1, …, begin[i] + length[i] - 1` over all i."""
+    ends = np.cumsum(length, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(begin - (ends - length), length)
+
+
+class SlotAllocator:
+    """A bitmap of `num_slots` slots. `take` obtains all it is asked for or raises `OutOfSlots`."""
+
+    def __init__(self, num_slots: int) -> None:
+        if num_slots < 1:
+            raise ValueError(f"num_slots must be at least 1, got {num_slots}")
+        self.num_slots = num_slots
+        self.num_free = num_slots
+        self.peak_in_use = 0
+        self._free = np.ones(num_slots, dtype=bool)
+        self._lowest = 0  # no slot below it is free
+
+    @property
+    def in_use(self) -> int:
+        return self.num_slots - self.num_free
+
+    def take(self, count: int, extent: int = 0) -> Ints:
+        """`count` slots: the lowest contiguous run that holds them all, else the longest runs first.
+
+        extent: the longest piece that the caller wants contiguous, at most and by default `count`. The search of
+        the whole pool is spared where the lowest free slots will do.
+        """
+        if count > self.num_free:
+            raise OutOfSlots(count, self.num_free, self.num_slots)
+        begin, length = self._runs(self._lowest, self._lowest + 8 * count + 1024)
+        if length.max(initial=0) < (extent or count) or length.sum() < count:
+            begin, length = self._runs(0, self.num_slots)
+        whole = length >= count
+        if whole.any():
+            first = begin[np.argmax(whole)]
+            taken = np.arange(first, first + count, dtype=np.int32)
+        else:
+            longest = np.argsort(-length, kind="stable")
+            taken = spans(begin[longest], length[longest])[:count].astype(np.int32)
+        self._free[taken] = False
+        self.num_free -= count
+        self.peak_in_use = max(self.peak_in_use, self.in_use)
+        if count and taken[0] == self._lowest:
+            self._lowest = int(taken[-1]) + 1
+        return taken
+
+    def _runs(self, begin: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First slot and length of every free run within `[begin, stop)`, ascending."""
+        edges = np.flatnonzero(np.diff(self._free[begin:stop].astype(np.int8), prepend=0, append=0)) + begin
+        return edges[::2], edges[1::2] - edges[::2]
+
+    def give(self, slots: Ints) -> None:
+        """Takes back slots that were handed out by `take`."""
+        assert not self._free[slots].any(), "a slot was given back twice"
+        self._free[slots] = True
+        self._lowest = min(self._lowest, int(slots.min(initial=self.num_slots)))
+        self.num_free += len(slots)
+
+    def is_free(self) -> NDArray[np.bool_]:
+        """Bitmap `[num_slots]`, True where free; a copy."""
+        return self._free.copy()

@@ -1,0 +1,734 @@
+"""The tree of tokens: nodes, branches and the slots that hold their keys and values.
+
+A token is written once, by its node, and never moves. A fork is a pair (node, length) and copies nothing, at any
+offset. All state is arrays indexed by node or by branch; positions and lengths are absolute (counted from the
+start of the text), so merging or trimming a node never touches those that hang off it.
+
+A node's tokens and slots lie side by side in one run of two arena arrays, `token` and `slot_index`:
+
+    begin             begin+computed      begin+length
+      | KV written      | pending           | room        |
+      | slot_index valid up to begin+held                 | begin+capacity
+
+`computed <= held`; tokens past `computed` are *pending* (their KV is not written yet), slots past `length` are
+the tip's reservation.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from forktree.kv.slots import Ints, SlotAllocator, spans
+from forktree.layout import TreeLayout
+
+MAX_RESERVATION = 16
+NOBODY = -1
+_FIRST_CAPACITY = 16
+
+
+class Chunk(NamedTuple):
+    """Tokens `[begin, stop)` of `node` (offsets in the node) that one forward pass computes."""
+
+    node: int
+    begin: int
+    stop: int
+
+
+class Branch:
+    """A live hypothesis: a handle to the tokens it sees. Equal handles are the same object."""
+
+    __slots__ = ("_tree", "id")
+
+    def __init__(self, tree: "Tree", id: int) -> None:
+        self._tree = tree
+        self.id = id
+
+    @property
+    def alive(self) -> bool:
+        """False once dropped."""
+        return self.id >= 0
+
+    @property
+    def length(self) -> int:
+        """Position after its last token; for a text that starts at 0, the number of its tokens."""
+        return int(self._tree.branch_length[self._checked()])
+
+    @property
+    def tokens(self) -> Ints:
+        """Token ids from the root on, int32 `[length - position of the root]`; a copy."""
+        return self._tree.tokens(self)
+
+    @property
+    def last_token(self) -> int:
+        """Its last token id."""
+        tree, id = self._tree, self._checked()
+        node = tree.branch_node[id]
+        return int(tree.token[tree.begin[node] + tree.branch_length[id] - tree.start[node] - 1])
+
+    def fork(self, n: int) -> list["Branch"]:
+        """`n` more branches that see the same tokens. Takes no slots and copies no tokens."""
+        return self._tree.fork(self, n)
+
+    def append(self, tokens: ArrayLike) -> None:
+        """Adds tokens behind its last one; they are pending until a forward pass computes them."""
+        self._tree.append_text(self, np.atleast_1d(np.asarray(tokens, dtype=np.int32)))
+
+    def rewind(self, length: int) -> None:
+        """Forgets the tokens from position `length` on."""
+        self._tree.rewind(self, length)
+
+    def drop(self) -> None:
+        """Ends the branch; what nobody else sees returns its slots. Dropping twice is harmless."""
+        if self.alive:
+            self._tree.drop([self])
+
+    def _checked(self) -> int:
+        if self.id < 0:
+            raise ValueError("branch was dropped: it can no longer be used")
+        return self.id
+
+
+class Tree:
+    """Struct of arrays over nodes and branches. Public arrays are for reading."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.slots = SlotAllocator(num_slots)
+        self.version = 0  # changes whenever a layout built before no longer describes the tree's shape
+        self.num_nodes = 0
+        # nodes
+        self.parent = np.zeros(0, np.int32)  # -1 = root
+        self.start = np.zeros(0, np.int32)  # position of the first token
+        self.length = np.zeros(0, np.int32)  # tokens
+        self.computed = np.zeros(0, np.int32)  # of these, with KV
+        self.held = np.zeros(0, np.int32)  # slots
+        self.begin = np.zeros(0, np.int64)  # its run in the arena
+        self.capacity = np.zeros(0, np.int32)  # room of the run; 0 = the node is free
+        self.children = np.zeros(0, np.int32)  # nodes that name it as parent
+        self.readers = np.zeros(0, np.int32)  # branches whose last token (or fork point) is here
+        self.hidden_at = np.zeros(0, np.int32)  # position whose hidden state the model kept for this node, -1 = none
+        self._free_nodes: list[int] = []
+        self._sources: dict[int, list[Branch]] = {}  # join node -> what it joins
+        self._unmerged: set[int] = set()  # nodes that may have one child and no reader; `pending` merges them
+        # branches
+        self.branch_node = np.zeros(0, np.int32)  # -1 = free
+        self.branch_length = np.zeros(0, np.int32)
+        self.branch_key = np.zeros(0, np.uint64)  # names the branch's random draws
+        self.branch_owner = np.zeros(0, np.int32)
+        self._handles: list[Branch | None] = []
+        self._branch_forks = np.zeros(0, np.uint64)
+        self._free_branches: list[int] = []
+        # arena
+        self.token = np.zeros(0, np.int32)
+        self.slot_index = np.zeros(0, np.int32)
+        self._arena_end = 0
+
+    # ---------------------------------------------------------------- branches
+
+    def root(self, tokens: ArrayLike, *, position: int = 0, key: int = 0, owner: int = NOBODY) -> Branch:
+        """A new text. `tokens` is not empty; the first stands at `position`; `key` seeds its draws.
+
+        `owner` is a number of the caller's; forks inherit it, and `drop_owned` drops all that carry it.
+        """
+        text = np.asarray(tokens, dtype=np.int32)
+        if text.ndim != 1 or text.size == 0:
+            raise ValueError(f"tokens must be a non-empty 1-D sequence of ids, got shape {text.shape}")
+        node = self._new_nodes(np.array([-1]), np.array([position]), len(text))
+        branch = self._new_branches(node, np.array([position]), np.array([key], np.uint64), owner)[0]
+        self.append_text(branch, text)
+        return branch
+
+    def fork(self, branch: Branch, n: int, *, owner: int | None = None) -> list[Branch]:
+        """See `Branch.fork`. The forks belong to the branch's owner unless another is named."""
+        id = branch._checked()
+        if n < 0:
+            raise ValueError(f"n must be at least 0, got {n}")
+        nth = self._branch_forks[id] + np.arange(1, n + 1, dtype=np.uint64)
+        self._branch_forks[id] += np.uint64(n)
+        keys = mix(self.branch_key[id : id + 1] ^ mix(nth))
+        node, length = np.repeat(self.branch_node[id], n), np.repeat(self.branch_length[id], n)
+        return self._new_branches(node, length, keys, int(self.branch_owner[id]) if owner is None else owner)
+
+    def rewind(self, branch: Branch, length: int) -> None:
+        """See `Branch.rewind`. The branch's later draws differ from those it made before."""
+        id = branch._checked()
+        node, have = int(self.branch_node[id]), int(self.branch_length[id])
+        while self.parent[node] >= 0 and length <= self.start[node]:
+            node = int(self.parent[node])
+        if not self.start[node] < length <= have:
+            raise ValueError(
+                f"rewind length must lie in [{self.start[node] + 1}, {have}] (the root keeps a token), got {length}"
+            )
+        if length < have:
+            self.branch_key[id] = mix(self.branch_key[id : id + 1])[0]
+        old = self.branch_node[id]
+        self.readers[old] -= 1
+        self.readers[node] += 1
+        self.branch_node[id], self.branch_length[id] = node, length
+        self._settle(np.array([old, node]))
+
+    def drop(self, branches: Iterable[Branch]) -> None:
+        """Ends many branches at once; those already dropped are passed over."""
+        live = [b for b in branches if b.alive]
+        if not live:
+            return
+        ids = np.array([b.id for b in live])
+        for branch in live:
+            self._handles[branch.id] = None
+            branch.id = -1
+        nodes = self.branch_node[ids]
+        np.subtract.at(self.readers, nodes, 1)
+        self.branch_node[ids] = -1
+        self._free_branches.extend(ids.tolist())
+        self._settle(nodes)
+
+    def owned(self, owner: int) -> list[Branch]:
+        """The live branches of `owner`."""
+        ids = np.flatnonzero((self.branch_node >= 0) & (self.branch_owner == owner))
+        return [handle for id in ids.tolist() if (handle := self._handles[id]) is not None]
+
+    def drop_owned(self, owner: int) -> None:
+        """Ends every branch of `owner`."""
+        self.drop(self.owned(owner))
+
+    def reassign(self, branches: Sequence[Branch], parents: ArrayLike) -> list[Branch]:
+        """Branch `i` of the result sees what `branches[parents[i]]` sees now: fork and drop in one array call.
+
+        The first `len(parents)` handles are reused (and keep their own random draws); missing ones are made,
+        surplus ones dropped.
+        """
+        ancestors = np.asarray(parents, dtype=np.int64)
+        count = len(branches)
+        if ancestors.ndim != 1 or (ancestors.size and not 0 <= ancestors.min() <= ancestors.max() < count):
+            raise ValueError(f"parents must be 1-D indices in [0, {count}), got {ancestors.tolist()}")
+        ids = self._ids(branches)
+        source = ids[ancestors]
+        new_node, new_length = self.branch_node[source], self.branch_length[source]
+        if len(ancestors) > count:
+            extra = [self.fork(branches[a], 1)[0] for a in ancestors[count:]]
+        else:
+            extra = []
+        kept = ids[: len(ancestors)]
+        old = self.branch_node[kept]
+        np.add.at(self.readers, new_node[: len(kept)], 1)
+        np.subtract.at(self.readers, old, 1)
+        self.branch_node[kept], self.branch_length[kept] = new_node[: len(kept)], new_length[: len(kept)]
+        self.drop(branches[len(ancestors) :])
+        self._settle(old)
+        return [*branches[: len(ancestors)], *extra]
+
+    def join(self, branches: Sequence[Branch], tokens: ArrayLike) -> Branch:
+        """A branch whose `tokens` follow, and see, all of `branches` (each shared token once).
+
+        Its first token stands behind the longest of them. The joined texts stay alive as long as it does.
+        """
+        sources = [self.fork(b, 1, owner=NOBODY)[0] for b in branches]
+        if not sources:
+            raise ValueError("join needs at least one branch, got none")
+        position = max(b.length for b in sources)
+        first = branches[0].id
+        key, owner = int(self.branch_key[first]), int(self.branch_owner[first])
+        branch = self.root(tokens, position=position, key=key, owner=owner)
+        self._sources[int(self.branch_node[branch.id])] = sources
+        return branch
+
+    def match(self, tokens: ArrayLike, *, key: int = 0, owner: int = NOBODY) -> Branch | None:
+        """A branch on the longest prefix of `tokens` that the tree already has, or None. Copies nothing."""
+        text = np.asarray(tokens, dtype=np.int32)
+        nodes = np.flatnonzero((self.capacity > 0) & (self.length > 0))
+        first = self.token[self.begin[nodes]]
+        best, best_length = -1, 0
+        roots = (self.parent[nodes] == -1) & (self.start[nodes] == 0) & (first == text[0])
+        frontier = [int(n) for n in nodes[roots] if int(n) not in self._sources]
+        while frontier:
+            node = frontier.pop()
+            begin, start = self.begin[node], int(self.start[node])
+            count = min(int(self.length[node]), len(text) - start)
+            differs = np.flatnonzero(self.token[begin : begin + count] != text[start : start + count])
+            reached = start + (int(differs[0]) if len(differs) else count)
+            if reached > best_length:
+                best, best_length = node, reached
+            hangs = nodes[(self.parent[nodes] == node) & (self.start[nodes] <= min(reached, len(text) - 1))]
+            frontier += [int(c) for c in hangs if self.token[self.begin[c]] == text[self.start[c]]]
+        if best < 0:
+            return None
+        keys = np.array([key], np.uint64)
+        return self._new_branches(np.array([best]), np.array([best_length]), keys, owner)[0]
+
+    # ---------------------------------------------------------------- text
+
+    def append(self, branches: Sequence[Branch], tokens: ArrayLike) -> None:
+        """One more token for each of many branches. `tokens` int `[len(branches)]`."""
+        ids = self._ids(branches)
+        node = self._own_nodes(ids)
+        self._ensure_capacity(node, 1)
+        self.token[self.begin[node] + self.length[node]] = np.asarray(tokens, dtype=np.int32)
+        self.length[node] += 1
+        self.branch_length[ids] += 1
+
+    def append_text(self, branch: Branch, tokens: Ints) -> None:
+        """See `Branch.append`."""
+        id = np.array([branch._checked()])
+        if len(tokens) == 0:
+            return
+        node = self._own_nodes(id)
+        self._ensure_capacity(node, len(tokens))
+        end = int(self.begin[node[0]] + self.length[node[0]])
+        self.token[end : end + len(tokens)] = tokens
+        self.length[node] += len(tokens)
+        self.branch_length[id] += len(tokens)
+
+    def tokens(self, branch: Branch) -> Ints:
+        """See `Branch.tokens`."""
+        pieces = [
+            self.token[self.begin[n] : self.begin[n] + stop] for n, stop in self._path(branch._checked())
+        ]
+        return np.concatenate(pieces[::-1])
+
+    def positions_of(self, branches: Sequence[Branch]) -> tuple[Ints, Ints]:
+        """Node of each branch and its length, int32 `[len(branches)]`: what `hidden_at` is compared with."""
+        ids = self._ids(branches)
+        return self.branch_node[ids], self.branch_length[ids]
+
+    # ---------------------------------------------------------------- KV
+
+    def pending(self, branches: Sequence[Branch]) -> list[Chunk]:
+        """What must be computed before the last token of each branch has a hidden state: ancestors first.
+
+        One chunk a node. Where only the hidden state is missing (a rewind, a reused prefix), the chunk is the
+        last token alone, and `computed` already covers it.
+        """
+        if self._unmerged:
+            self._merge()
+        node, stop = self.positions_of(branches)
+        unseen = self.hidden_at[node] != stop - 1
+        node, upto = node[unseen], (stop - self.start[node])[unseen]
+        again = node[upto <= self.computed[node]]
+        needs = np.zeros(self.num_nodes, np.int32)
+        np.maximum.at(needs, node, upto)
+        frontier = node
+        while len(frontier):
+            at, stop = self.parent[frontier], self.start[frontier]
+            if self._sources:
+                joined, ends = self.positions_of([s for n in frontier.tolist() for s in self._sources.get(n, ())])
+                at, stop = np.concatenate([at, joined]), np.concatenate([stop, ends])
+            at, stop = at[at >= 0], stop[at >= 0]
+            np.maximum.at(needs, at, stop - self.start[at])
+            reached = np.zeros(self.num_nodes, bool)
+            reached[at] = True
+            frontier = np.flatnonzero(reached)
+        late = np.flatnonzero(needs > self.computed)
+        late = late[np.argsort(self.start[late], kind="stable")]
+        chunks = list(map(Chunk, late.tolist(), self.computed[late].tolist(), needs[late].tolist()))
+        if len(again):
+            again = np.unique(again)
+            again = again[needs[again] <= self.computed[again]]
+            chunks += map(Chunk, again.tolist(), (needs[again] - 1).tolist(), needs[again].tolist())
+        return chunks
+
+    def reserve(self, chunks: Sequence[Chunk]) -> None:
+        """Obtains every slot that the chunks write, or raises `OutOfSlots` and changes nothing.
+
+        A tip also reserves room: as many slots again as it has, at most 16, while the pool has plenty. When
+        the pool runs short, all reservations are reclaimed first.
+        """
+        node = np.fromiter((c.node for c in chunks), np.int64, len(chunks))
+        stop = np.fromiter((c.stop for c in chunks), np.int64, len(chunks))
+        short = self.held[node] < stop
+        node, stop = node[short], stop[short]
+        if not len(node):
+            return
+        tip = (self.children[node] == 0) & (stop == self.length[node])
+        room = np.where(tip & (self.computed[node] > 0), np.clip(self.held[node], 1, MAX_RESERVATION) - 1, 0)
+        if (stop - self.held[node] + room).sum() > self.slots.num_free:
+            self.reclaim()
+            room[:] = 0
+        count = stop + room - self.held[node]
+        taken = self.slots.take(int(count.sum()), int(count.max()))
+        grown = self.held[node] + count
+        self._ensure_capacity(node, np.maximum(grown - self.length[node], 0))
+        self.slot_index[spans(self.begin[node] + self.held[node], count)] = taken
+        self.held[node] = grown
+
+    def reclaim(self) -> None:
+        """Takes back every tip's unused reservation."""
+        self._release(np.flatnonzero(self.held > self.length), self.length)
+
+    def mark_computed(self, chunks: Sequence[Chunk]) -> None:
+        """Records that a forward pass computed `chunks` and kept the hidden state of each one's last token."""
+        node = np.fromiter((c.node for c in chunks), np.int64, len(chunks))
+        stop = np.fromiter((c.stop for c in chunks), np.int64, len(chunks))
+        self.computed[node] = np.maximum(self.computed[node], stop)
+        self.hidden_at[node] = self.start[node] + stop - 1
+
+    def slots_of(self, chunks: Sequence[Chunk]) -> Ints:
+        """Slot that each token of the chunks is written to, -1 where its KV is already there. int32 `[T]`."""
+        node, first, stop = (np.array(field) for field in zip(*chunks, strict=True))
+        slots = self.slot_index[spans(self.begin[node] + first, stop - first)].copy()
+        again = np.repeat(stop <= self.computed[node], stop - first)
+        slots[again] = -1
+        return slots
+
+    def tokens_of(self, chunks: Sequence[Chunk]) -> tuple[Ints, Ints]:
+        """Token ids and positions of the chunks' tokens, int32 `[T]` each."""
+        node, first, stop = (np.array(field) for field in zip(*chunks, strict=True))
+        ids = self.token[spans(self.begin[node] + first, stop - first)]
+        return ids, spans(self.start[node] + first, stop - first).astype(np.int32)
+
+    def nodes_seen(self, nodes: ArrayLike) -> NDArray[np.int64]:
+        """The given nodes and everything they see: ancestors and joined texts. Sorted."""
+        frontier = np.unique(np.asarray(nodes, dtype=np.int64))
+        seen = np.zeros(self.num_nodes, bool)
+        while len(frontier):
+            seen[frontier] = True
+            up = self.parent[frontier]
+            joined = [self.branch_node[s.id] for n in frontier.tolist() for s in self._sources.get(n, ())]
+            up = np.unique(np.concatenate([up[up >= 0], np.array(joined, np.int32)]))
+            frontier = up[~seen[up]]
+        return np.flatnonzero(seen)
+
+    def evict(self, nodes: ArrayLike) -> int:
+        """Takes the slots of `nodes`; their tokens stay, pending again. Returns the number of slots freed."""
+        node = np.asarray(nodes, dtype=np.int64)
+        before = self.slots.num_free
+        self._release(node[self.held[node] > 0], np.zeros(self.num_nodes, np.int32))
+        return self.slots.num_free - before
+
+    # ---------------------------------------------------------------- layout
+
+    def layout(self, chunks: Sequence[Chunk]) -> TreeLayout:
+        """One context a chunk, its rows the chunk's tokens, causal. `slot_index` is the arena itself."""
+        node, first, stop = (np.array(field, dtype=np.int64) for field in zip(*chunks, strict=True))
+        used = self.nodes_seen(node)
+        compact = np.full(self.num_nodes + 1, -1, np.int32)  # the last entry maps parent -1 to -1
+        compact[used] = np.arange(len(used))
+        rows = stop - first
+        row_indptr = np.concatenate(([0], np.cumsum(rows)))
+        live = np.where((stop == self.length[node]) & (stop > self.computed[node]), TreeLayout.ALL, stop)
+        path_indptr = np.arange(len(chunks) + 1)
+        path_node, path_stop, path_top = compact[node], live, np.full(len(chunks), -1)
+        if self._sources:
+            paths = [self._paths(int(n), int(s)) for n, s in zip(node, live, strict=True)]
+            path_indptr = np.concatenate(([0], np.cumsum([len(p) for p in paths])))
+            raw_node, path_stop, raw_top = np.array([entry for p in paths for entry in p]).T
+            path_node, path_top = compact[raw_node], compact[raw_top]
+        positions = spans(self.start[node] + first, rows)
+        parent = self.parent[used]
+        fork = np.where(parent >= 0, self.start[used] - self.start[parent], 0)
+        length = self.length[used].copy()
+        return TreeLayout(
+            slot_index=self.slot_index,
+            node_begin=self.begin[used],
+            node_len=length,
+            node_parent=compact[parent],
+            node_fork=fork,
+            node_pos=self.start[used],
+            row_indptr=row_indptr,
+            path_indptr=path_indptr,
+            path_node=path_node,
+            path_stop=path_stop,
+            path_top=path_top,
+            causal=np.ones(len(chunks), np.int32),
+            row_token=np.arange(row_indptr[-1]),
+            row_pos=positions,
+        )
+
+    def _paths(self, node: int, stop: int) -> list[tuple[int, int, int]]:
+        """(node, stop, top) entries that cover what `node[:stop]` sees exactly once; its own chain comes last.
+
+        The union of the joined texts is cut into chains: a chain goes on from a child into its parent where the
+        parent's visible part ends just at the child's fork, for one child only.
+        """
+        root = node
+        while self.parent[root] >= 0:
+            root = int(self.parent[root])
+        view: dict[int, int] = {}  # node -> how many of its tokens some joined text sees
+        todo = list(self._sources.get(root, ()))
+        while todo:
+            source = todo.pop()
+            at, seen = int(self.branch_node[source.id]), int(self.branch_length[source.id])
+            while at >= 0:
+                view[at] = max(view.get(at, 0), seen - int(self.start[at]))
+                seen = int(self.start[at])
+                todo += self._sources.get(at, ())
+                at = int(self.parent[at])
+        goes_on: dict[int, int] = {}
+        for child in sorted(view):
+            up = int(self.parent[child])
+            if up >= 0 and self.start[child] - self.start[up] == view[up]:
+                goes_on.setdefault(up, child)
+        entries = []
+        for tip in sorted(view.keys() - goes_on.keys()):
+            top = tip
+            while self.parent[top] >= 0 and goes_on.get(int(self.parent[top])) == top:
+                top = int(self.parent[top])
+            entries.append((tip, view[tip], int(self.parent[top])))
+        return [*entries, (node, stop, -1)]
+
+    # ---------------------------------------------------------------- inner workings
+
+    @staticmethod
+    def _ids(branches: Sequence[Branch]) -> NDArray[np.int64]:
+        ids = np.array([b.id for b in branches], np.int64)
+        if ids.min(initial=0) < 0:
+            raise ValueError(f"branch {int(np.argmin(ids))} of {len(ids)} was dropped: it can no longer be used")
+        return ids
+
+    def _path(self, id: int) -> list[tuple[int, int]]:
+        """(node, tokens of it that are seen) from the branch's node up to its root."""
+        node, stop = int(self.branch_node[id]), int(self.branch_length[id])
+        path = []
+        while node >= 0:
+            path.append((node, stop - int(self.start[node])))
+            stop, node = int(self.start[node]), int(self.parent[node])
+        return path
+
+    def _new_branches(
+        self, node: NDArray[np.integer], length: NDArray[np.integer], key: NDArray[np.uint64], owner: int
+    ) -> list[Branch]:
+        count = len(node)
+        if len(self._free_branches) < count:
+            size = len(self.branch_node)
+            more = max(count, size, 16)
+            for name in ("branch_node", "branch_length", "branch_key", "branch_owner", "_branch_forks"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros(more, old.dtype)]))
+            self.branch_node[size:] = -1
+            self._handles.extend([None] * more)
+            self._free_branches.extend(range(size + more - 1, size - 1, -1))
+        ids = [self._free_branches.pop() for _ in range(count)]
+        self.branch_node[ids], self.branch_length[ids] = node, length
+        self.branch_key[ids], self.branch_owner[ids], self._branch_forks[ids] = key, owner, 0
+        np.add.at(self.readers, node, 1)
+        handles = [Branch(self, id) for id in ids]
+        for handle in handles:
+            self._handles[handle.id] = handle
+        return handles
+
+    def _new_nodes(self, parent: NDArray[np.integer], start: NDArray[np.integer], capacity: int) -> NDArray[np.int64]:
+        count = len(parent)
+        begin = self._new_runs(np.full(count, capacity))
+        if len(self._free_nodes) < count:
+            size = len(self.parent)
+            more = max(count, size, 16)
+            for name in _NODE_FIELDS:
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros(more, old.dtype)]))
+            self._free_nodes.extend(range(size + more - 1, size - 1, -1))
+            self.num_nodes = size + more
+        ids = np.array([self._free_nodes.pop() for _ in range(count)])
+        self.parent[ids], self.start[ids], self.begin[ids], self.capacity[ids] = parent, start, begin, capacity
+        for field in (self.length, self.computed, self.held, self.children, self.readers):
+            field[ids] = 0
+        self.hidden_at[ids] = -1
+        np.add.at(self.children, parent[parent >= 0], 1)
+        self.version += 1
+        return ids
+
+    def _own_nodes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The node each branch appends to: its own if nobody else looks at it, else a new child."""
+        node, end = self.branch_node[ids], self.branch_length[ids]
+        own = (self.readers[node] == 1) & (self.children[node] == 0) & (end == self.start[node] + self.length[node])
+        if not own.all():
+            away, parent = ids[~own], node[~own]
+            new = self._new_nodes(parent, end[~own], _FIRST_CAPACITY)
+            np.subtract.at(self.readers, parent, 1)
+            self.readers[new] = 1
+            self.branch_node[away] = new
+            forked = np.unique(parent)
+            self._release(forked[self.held[forked] > self.length[forked]], self.length)
+        return self.branch_node[ids].astype(np.int64)
+
+    def _ensure_capacity(self, node: NDArray[np.int64], extra: ArrayLike) -> None:
+        """Makes the runs of `node` (distinct) long enough for `extra` more tokens each."""
+        wanted = self.length[node] + np.asarray(extra)
+        tight = wanted > self.capacity[node]
+        if tight.any():
+            self._move_runs(node[tight], np.maximum(wanted[tight], 2 * self.capacity[node[tight]]))
+
+    def _move_runs(self, node: NDArray[np.int64], capacity: NDArray[np.integer]) -> None:
+        begin = self._new_runs(capacity)
+        length = np.maximum(self.length[node], self.held[node])
+        to, at = spans(begin, length), spans(self.begin[node], length)
+        self.token[to], self.slot_index[to] = self.token[at], self.slot_index[at]
+        self.begin[node], self.capacity[node] = begin, capacity
+        self.version += 1
+
+    def _new_runs(self, capacity: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Begins of new runs in the arena, which is packed anew, and at least twice its content, when full."""
+        total = int(capacity.sum())
+        if self._arena_end + total > len(self.token):
+            live = np.flatnonzero(self.capacity > 0)
+            packed = np.cumsum(self.capacity[live], dtype=np.int64) - self.capacity[live]
+            used = int(self.capacity[live].sum())
+            at, to = spans(self.begin[live], self.capacity[live]), spans(packed, self.capacity[live])
+            size = max(1024, 2 * (used + total))
+            token, slot_index = np.zeros(size, np.int32), np.zeros(size, np.int32)
+            token[to], slot_index[to] = self.token[at], self.slot_index[at]
+            self.token, self.slot_index, self.begin[live], self._arena_end = token, slot_index, packed, used
+            self.version += 1
+        begin = self._arena_end + np.cumsum(capacity, dtype=np.int64) - capacity
+        self._arena_end += total
+        return begin
+
+    def _release(self, node: NDArray[np.int64], keep: NDArray[np.int32]) -> None:
+        """Gives back the slots of `node` behind the first `keep[node]`, and with them their KV."""
+        if not len(node):
+            return
+        kept = keep[node]
+        self.slots.give(self.slot_index[spans(self.begin[node] + kept, self.held[node] - kept)])
+        self.held[node] = kept
+        self.computed[node] = np.minimum(self.computed[node], kept)
+
+    def _settle(self, nodes: NDArray[np.integer]) -> None:
+        """After readers left `nodes`: frees dead nodes, trims unread tails, remembers what may be merged."""
+        touched = np.zeros(self.num_nodes, bool)
+        touched[nodes] = True
+        near = np.flatnonzero(touched & (self.capacity > 0))
+        dead: list[NDArray[np.int64]] = []
+        while len(near := near[(self.readers[near] | self.children[near]) == 0]):
+            dead.append(near)
+            up = self.parent[near]
+            up = up[up >= 0]
+            np.subtract.at(self.children, up, 1)
+            reached = np.zeros(self.num_nodes, bool)
+            reached[up] = True
+            touched |= reached
+            near = np.flatnonzero(reached)
+        if dead:
+            self._free(np.concatenate(dead))
+        near = np.flatnonzero(touched & (self.capacity > 0))
+        if not len(near):
+            return
+        furthest = np.zeros(self.num_nodes, np.int32)
+        reading = np.flatnonzero(self.branch_node >= 0)
+        np.maximum.at(furthest, self.branch_node[reading], self.branch_length[reading])
+        child = np.flatnonzero(self.parent >= 0)
+        np.maximum.at(furthest, self.parent[child], self.start[child])
+        unread = near[furthest[near] < self.start[near] + self.length[near]]
+        if len(unread):
+            self.length[unread] = furthest[unread] - self.start[unread]
+            self._release(unread[self.held[unread] > self.length[unread]], self.length)
+            lost = unread[self.hidden_at[unread] >= furthest[unread]]
+            self.hidden_at[lost] = -1
+            self.version += 1
+        self._unmerged.update(near[(self.readers[near] == 0) & (self.children[near] == 1)].tolist())
+
+    def _free(self, dead: NDArray[np.int64]) -> None:
+        self._release(dead[self.held[dead] > 0], np.zeros(self.num_nodes, np.int32))
+        for field in (self.capacity, self.length, self.computed):
+            field[dead] = 0
+        self.parent[dead] = -1
+        self._free_nodes.extend(dead.tolist())
+        self.version += 1
+        for node in dead.tolist() if self._sources else ():
+            self.drop(self._sources.pop(node, ()))
+
+    def _merge(self) -> None:
+        """Where a node has one child and no reader, the child takes over its tokens and slots."""
+        lone = np.zeros(self.num_nodes, bool)
+        lone[list(self._unmerged)] = True
+        lone &= (self.readers == 0) & (self.children == 1)
+        child = np.flatnonzero(self.parent >= 0)
+        low = child[lone[self.parent[child]]]
+        # a hole in the middle of a run would lose KV: an evicted node stays apart until it is recomputed
+        high = self.parent[low]
+        whole = (self.computed[high] == self.length[high]) | (self.held[low] == 0)
+        self._unmerged = set(high[~whole].tolist())
+        low = low[whole]
+        while len(low):
+            waits = np.isin(self.parent[low], low)  # its parent is itself about to take over a parent
+            self._take_over(self.parent[low[~waits]], low[~waits])
+            low = low[waits]
+
+    def _take_over(self, high: NDArray[np.int32], low: NDArray[np.int64]) -> None:
+        """Nodes `low` become one with their parents `high`, tokens and slots behind theirs."""
+        head, tail, held = self.length[high], self.length[low], self.held[low]
+        self._ensure_capacity(high.astype(np.int64), np.maximum(tail, held))
+        self.token[spans(self.begin[high] + head, tail)] = self.token[spans(self.begin[low], tail)]
+        self.slot_index[spans(self.begin[high] + head, held)] = self.slot_index[spans(self.begin[low], held)]
+        whole = self.computed[high] == head
+        self.computed[low] = np.where(whole, head + self.computed[low], self.computed[high])
+        self.held[low] = np.where(held > 0, head + held, self.held[high])
+        self.length[low] = head + tail
+        for field in (self.start, self.parent, self.begin, self.capacity):
+            field[low] = field[high]
+        for field in (self.capacity, self.length, self.held, self.computed, self.children):
+            field[high] = 0
+        self.parent[high] = -1
+        self._free_nodes.extend(high.tolist())
+        self.version += 1
+        for above, node in zip(high.tolist(), low.tolist(), strict=True) if self._sources else ():
+            if above in self._sources:
+                self._sources[node] = self._sources.pop(above)
+
+    # ---------------------------------------------------------------- checking
+
+    def check(self) -> None:
+        """Raises AssertionError unless every invariant of the bookkeeping holds."""
+        live = np.flatnonzero(self.capacity > 0)
+        reading = np.flatnonzero(self.branch_node >= 0)
+        assert (self.capacity[self.branch_node[reading]] > 0).all(), "a branch reads a freed node"
+        readers = np.bincount(self.branch_node[reading], minlength=self.num_nodes)
+        assert (readers[live] == self.readers[live]).all(), "readers differ from branches"
+        parents = self.parent[live]
+        assert (self.capacity[parents[parents >= 0]] > 0).all(), "a node hangs off a freed one"
+        children = np.bincount(parents[parents >= 0], minlength=self.num_nodes)
+        assert (children[live] == self.children[live]).all(), "children differ from parents"
+        assert (children[live] + readers[live] > 0).all(), "a node nobody reads is still there"
+        end = self.start[live] + self.length[live]
+        hung = live[parents >= 0]
+        fork = self.start[hung]
+        above = self.parent[hung]
+        assert (fork > self.start[above]).all() and (fork <= self.start[above] + self.length[above]).all(), (
+            "a node forks outside its parent"
+        )
+        furthest = np.zeros(self.num_nodes, np.int32)
+        np.maximum.at(furthest, self.branch_node[reading], self.branch_length[reading])
+        np.maximum.at(furthest, above, fork)
+        assert (furthest[live] == end).all(), "a node has tokens that nobody sees"
+        chain = above[(readers[above] == 0) & (children[above] == 1)]
+        assert self._unmerged.issuperset(chain.tolist()), "a node with one child and no reader will not be merged"
+        assert (self.computed[live] <= self.held[live]).all(), "KV without a slot"
+        assert (self.computed[live] <= self.length[live]).all(), "KV of tokens that are gone"
+        assert (np.maximum(self.length, self.held)[live] <= self.capacity[live]).all(), "a run overflows"
+        reserved = self.held[live] - self.length[live]
+        assert (reserved < MAX_RESERVATION).all(), "a reservation is too large"
+        assert not (reserved[self.children[live] > 0] > 0).any(), "a forked node keeps a reservation"
+        owned = self.slot_index[spans(self.begin[live], self.held[live])]
+        free = self.slots.is_free()
+        assert len(np.unique(owned)) == len(owned), "a slot has two owners"
+        assert not free[owned].any(), "an owned slot is free"
+        assert len(owned) + free.sum() == self.slots.num_slots, "a slot is lost"
+        assert self.slots.num_free == free.sum(), "the count of free slots is wrong"
+        order = live[np.argsort(self.begin[live])]
+        assert (np.diff(self.begin[order]) >= self.capacity[order][:-1]).all(), "two runs overlap"
+        assert len(live) + len(self._free_nodes) == self.num_nodes, "a node is lost"
+
+
+def reassign(branches: Sequence[Branch], parents: ArrayLike) -> list[Branch]:
+    """See `Tree.reassign`: branch `i` of the result sees what `branches[parents[i]]` sees now."""
+    return branches[0]._tree.reassign(branches, parents) if len(branches) else []
+
+
+_NODE_FIELDS = (
+    "parent",
+    "start",
+    "length",
+    "computed",
+    "held",
+    "begin",
+    "capacity",
+    "children",
+    "readers",
+    "hidden_at",
+)
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection on 64-bit integers that looks random."""
+    z = np.atleast_1d(values) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,103 @@
+"""A lane: one model with its tree, its KV pools and the hidden states it kept. The policy has one; so has each
+reward model."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from forktree.kv import Branch, PrefixIndex, Tree
+from forktree.kv.tree import NOBODY, Chunk
+from forktree.model import ModelSpec, Runner, attach
+
+
+DEFAULT_SLOTS = 65536
+
+
+def _default_slots(spec: ModelSpec) -> int:
+    """As many slots as fit in a quarter of the free memory, at most 65,536."""
+    device = spec.packed.device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(DEFAULT_SLOTS, free // 4 // spec.bytes_per_slot))
+
+
+class Lane:
+    """Computes the pending tokens of branches and keeps the last hidden state of every node."""
+
+    def __init__(
+        self, model: Any, *, num_slots: int | None = None, prefix_cache: bool = True, spec: ModelSpec | None = None
+    ) -> None:
+        """spec: what `attach(model)` returned, if it has been called already."""
+        self.runner = Runner(model, num_slots=num_slots or 4096)
+        self.tree = Tree(self.runner.num_slots)
+        self.prefixes = PrefixIndex(self.tree)
+        self.tokens_computed = 0
+        self.forwards = 0
+        self._prefix_cache = prefix_cache
+        self._hidden = torch.empty(0, self.runner.spec.hidden_size, dtype=self.runner.dtype, device=self.runner.device)
+        self._plans: Any = None
+        self._planned_for: tuple[int, list[int]] | None = None
+
+    def open(self, tokens: ArrayLike, *, key: int = 0, owner: int = NOBODY) -> Branch:
+        """A branch that sees `tokens`, on the longest prefix the tree already has."""
+        text = np.asarray(tokens, dtype=np.int32)
+        branch = self.tree.match(text, key=key, owner=owner) if self._prefix_cache else None
+        if branch is None:
+            return self.tree.root(text, key=key, owner=owner)
+        branch.append(text[branch.length :])
+        return branch
+
+    def keep(self, branch: Branch) -> None:
+        """Keeps what `branch` sees for later prompts, until slots are needed for something else."""
+        if self._prefix_cache:
+            self.prefixes.keep(branch)
+
+    def is_ready(self, branches: Sequence[Branch]) -> NDArray[np.bool_]:
+        """Whether the hidden state of each branch's last token is at hand, `[n]`."""
+        node, length = self.tree.positions_of(branches)
+        return self.tree.hidden_at[node] == length - 1
+
+    def hidden(self, branches: Sequence[Branch]) -> Tensor:
+        """Last hidden state of each branch, `[n, H]`; all must be ready."""
+        node, _ = self.tree.positions_of(branches)
+        return self._hidden[torch.from_numpy(node.astype(np.int64)).to(self._hidden.device)]
+
+    def forward(self, chunks: Sequence[Chunk]) -> None:
+        """One forward pass over `chunks`, whose slots are reserved and whose ancestors are computed or among them."""
+        tree = self.tree
+        tokens, positions = tree.tokens_of(chunks)
+        slots = tree.slots_of(chunks)
+        hidden = self.runner.forward(tokens, positions, slots, self._plans_for(chunks))
+        node = torch.tensor([c.node for c in chunks], device=hidden.device)
+        last = torch.tensor(np.cumsum([c.stop - c.begin for c in chunks]) - 1, device=hidden.device)
+        if len(self._hidden) < tree.num_nodes:
+            more = self._hidden.new_empty(tree.num_nodes - len(self._hidden), self._hidden.shape[1])
+            self._hidden = torch.cat([self._hidden, more])
+        self._hidden[node] = hidden[last]
+        tree.mark_computed(chunks)
+        self.tokens_computed += len(tokens)
+        self.forwards += 1
+
+    def _plans_for(self, chunks: Sequence[Chunk]) -> Any:
+        """Plans for the step; those of the last step, grown, if since then its tips have only grown."""
+        nodes = [c.node for c in chunks]
+        tree = self.tree
+        steady = all(c.stop - c.begin == 1 and c.stop == tree.length[c.node] for c in chunks)
+        key = (tree.version, nodes) if steady else None
+        if key is not None and key == self._planned_for:
+            length = tree.length[self._used]
+            positions = (tree.start[nodes] + tree.length[nodes] - 1).astype(np.int32)
+            grown = {kind: plan.grow(length, positions, tree.slot_index) for kind, plan in self._plans.items()}
+            self._plans = grown
+        else:
+            self._used = tree.nodes_seen(nodes)
+            self._plans = self.runner.plans(tree.layout(chunks))
+        self._planned_for = key
+        return self._plans

@@ -1,0 +1,75 @@
+"""From hidden states to logits: `cap(scale * (h W^T + b))` where that is the head, else the head itself."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from forktree.model.interface import PackedModel
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """logits = cap * tanh(scale * (h W^T + b) / cap), without the tanh where cap is None.
+
+    The form that fused scoring needs.
+    """
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    scale: float
+    cap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, H] -> [n, V] fp32."""
+        logits = F.linear(hidden, self.weight, self.bias).float()
+        if self.scale != 1.0:
+            logits *= self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+@dataclass(frozen=True)
+class OwnHead:
+    """Whatever the model does after its decoder: it runs with the decoder replaced by one that returns h."""
+
+    packed: PackedModel
+    output_class: type[ModelOutput]  # what the decoder returns
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, H] -> [n, V] fp32."""
+        decoder, answer = self.packed.decoder, self.output_class(last_hidden_state=hidden[None])
+        own_forward = decoder.__dict__.get("forward")  # usually absent; accelerate puts its wrapper there
+        decoder.forward = lambda *_, **__: answer
+        try:
+            ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
+            logits: Tensor = self.packed.model(input_ids=ids, use_cache=False, return_dict=True).logits
+        finally:
+            del decoder.forward
+            if own_forward is not None:
+                decoder.forward = own_forward
+        return logits[0].float()
+
+
+def find_linear_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> LinearHead | None:
+    """The linear head that maps hidden [n, H] to the model's own logits [n, V], or None.
+
+    Scales go by many names, and one name has opposite meanings (granite divides by `logits_scaling`,
+    hyperclovax multiplies): names only propose, the logits decide.
+    """
+    linear: nn.Module | None = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear) or linear.weight.dtype != hidden.dtype:  # quantised heads, for one
+        return None
+    config = model.config.get_text_config(decoder=True)
+    names = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+    named = [getattr(owner, name, None) for owner in (model, config) for name in names]
+    scales = [1.0, *(s for x in named if isinstance(x, int | float) and x != 0 for s in (x, 1 / x))]
+    tolerance = max(1e-5, 4 * torch.finfo(hidden.dtype).eps) * logits.abs().max()
+    for cap in (getattr(config, "final_logit_softcapping", None), None):
+        for scale in scales:
+            head = LinearHead(linear.weight, linear.bias, scale, cap)
+            if (head.logits(hidden) - logits).abs().max() <= tolerance:
+                return head
+    return None

@@ -1,0 +1,185 @@
+"""How forktree enters a transformers model: an attention function, a mask function, an idle cache.
+
+All live tokens of a step run as one packed row `input_ids [1, T]` with explicit positions. What a token may
+see is decided by the step, an object that travels through the model as the keyword argument `forktree_step`;
+nothing here is global except the name registered with transformers.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+IMPLEMENTATION = "forktree"
+
+# Rows of an fp32 matrix product differ bitwise between fewer than 16 rows and more; from 16 on they agree.
+# Padding makes a token's result independent of how many others share its step. In bf16 rows differ anyway.
+FP32_MIN_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What our mask function returns instead of a mask; it arrives at the attention as `attention_mask`.
+
+    size: how many positions a token sees, itself included; None = all earlier ones.
+    mask_function: transformers' own description of the mask, `(batch, head, q_pos, kv_pos) -> bool`. `attach`
+        compares the two; afterwards nobody reads it.
+    """
+
+    size: int | None
+    mask_function: Callable[..., Tensor]
+
+
+class Step(Protocol):
+    """The attention of one forward pass, called once by every layer."""
+
+    num_tokens: int  # rows of the packed forward that are tokens; the rest is padding
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: Any,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """query [T, Hq, Dk], key [T, Hk, Dk], value [T, Hk, Dv], rotated already -> [T, Hq, Dv].
+
+        Stores key and value first, so that the tokens of a step see each other. window is a `Window`, or
+        what a model that makes its own masks passes instead.
+        """
+        ...
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    forktree_step: Step | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """query [1, Hq, T, Dk], key [1, Hk, T, Dk], value [1, Hk, T, Dv] -> [1, T, Hq, Dv]."""
+    if forktree_step is None:
+        raise TypeError("keyword arguments of the model do not reach its attention")
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    tokens, padding = forktree_step.num_tokens, q.shape[0] - forktree_step.num_tokens
+    if padding:
+        q, k, v = q[:tokens], k[:tokens], v[:tokens]
+    out = forktree_step.attend(
+        module.layer_idx,  # type: ignore[arg-type]  # torch types every attribute as Tensor | Module
+        q.contiguous(),  # no copy in most models, which rotate in this order
+        k,
+        v,
+        attention_mask,
+        scale=q.shape[2] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return F.pad(out[None], (0, 0, 0, 0, 0, padding)) if padding else out[None], None
+
+
+def _mask(*, mask_function: Callable[..., Tensor], local_size: int | None = None, **_: object) -> Window:
+    return Window(local_size, mask_function)
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+
+
+class _NoLayers(list[Any]):
+    def __getitem__(self, index: Any) -> Any:
+        raise LookupError("the model asked its cache for a layer's state, as convolutions and recurrences do")
+
+
+class _PassThrough(Cache):
+    """Keeps the model from building a cache of its own. Storing happens in the attention function.
+
+    `update` is the wrong place for it: multi-head latent attention hands over what it expands afterwards, and
+    layers that share KV never call it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layers=_NoLayers())
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        return 0
+
+    def get_query_offset(self, *_: Any, **__: Any) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
+        return query_length, 0
+
+
+class PackedModel:
+    """A transformers model and the way to run it on packed tokens, leaving it as it was."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.decoder = _decoder(model)
+        self.device: torch.device = model.device
+        self.dtype: torch.dtype = model.dtype
+        self.min_rows = FP32_MIN_ROWS if self.dtype == torch.float32 else 1
+        # A layer reads the name of its attention from the config it was built with: collect them all.
+        configs = [getattr(module, "config", None) for module in model.modules()]
+        for config in configs:
+            if isinstance(config, PreTrainedConfig):
+                # the loop goes on over these
+                configs.extend(getattr(config, key, None) for key in config.sub_configs)
+        self._configs = list({id(c): c for c in configs if isinstance(c, PreTrainedConfig)}.values())
+
+    @contextmanager
+    def attention(self, implementation: str) -> Iterator[None]:
+        """Within, every layer uses this attention; afterwards, also after an exception, its own again."""
+        before = [config._attn_implementation for config in self._configs]
+        try:
+            for config in self._configs:  # not by the public setter, which recurses into sub-configs
+                config._attn_implementation_internal = implementation
+            yield
+        finally:
+            for config, own in zip(self._configs, before, strict=True):
+                config._attn_implementation_internal = own
+
+    def forward(self, tokens: Tensor, positions: Tensor, step: Step) -> Tensor:
+        """tokens, positions [T] int64 on the model's device -> post-norm hidden states [T, H]."""
+        rows = tokens.shape[0]
+        if rows < self.min_rows:
+            tokens = F.pad(tokens, (0, self.min_rows - rows))
+            positions = F.pad(positions, (0, self.min_rows - rows))
+        with torch.inference_mode(), self.attention(IMPLEMENTATION):  # a tenth faster than no_grad when T is small
+            output = self.decoder(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                past_key_values=_PassThrough(),
+                use_cache=True,
+                return_dict=True,
+                forktree_step=step,
+            )
+        hidden: Tensor = output.last_hidden_state[0, :rows].clone()  # inference tensors are awkward for others
+        return hidden
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that ends with the post-norm hidden state. Not always `base_model`: OPT never calls it."""
+    decoder: nn.Module = model.get_decoder()
+    if decoder is not model:
+        return decoder
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)

@@ -1,0 +1,59 @@
+"""What one layer needs in a step: its kind, a plan of that kind, and a pool of keys and values."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forktree.layout import TreeLayout
+from forktree.ops import append_kv, tree_attention
+from forktree.plan import AttentionPlan, plan
+
+Pool = tuple[Tensor, Tensor]  # K [slots, Hk, Dk], V [slots, Hk, Dv]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Layers of one kind share a plan; each has a pool of its own."""
+
+    window: int | None
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+
+    def plan(self, layout: TreeLayout, device: torch.device) -> AttentionPlan:
+        return plan(
+            layout,
+            num_qo_heads=self.num_qo_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            device=str(device),
+            window=self.window,
+        )
+
+    def pool(self, num_slots: int, dtype: torch.dtype, device: torch.device, fill: float = 0.0) -> Pool:
+        k, v = (
+            torch.full((num_slots, self.num_kv_heads, dim), fill, dtype=dtype, device=device)
+            for dim in (self.head_dim, self.value_dim)
+        )
+        return k, v
+
+
+def append_and_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    pool: Pool,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """query [T, Hq, Dk], key [T, Hk, Dk], value [T, Hk, Dv], slots [T] -> [T, Hq, Dv]."""
+    append_kv(key, value, slots, *pool)
+    out = tree_attention(query, *pool, plan, scale=scale, softcap=softcap, sinks=sinks)
+    assert isinstance(out, Tensor)  # not (out, lse)
+    return out

@@ -1,0 +1,105 @@
+"""`Runner`: one model with its KV pools. Packed tokens in, hidden states out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from forktree.errors import InvalidInput
+from forktree.layout import TreeLayout
+from forktree.model.attach import attach
+from forktree.model.layers import LayerKind, Pool, append_and_attend
+from forktree.plan import AttentionPlan
+
+Integers = np.ndarray | Tensor | Sequence[int]
+Plans = Mapping[LayerKind, AttentionPlan]
+
+
+class Runner:
+    """A proved model and room for the keys and values of `num_slots` tokens in every layer.
+
+    Raises what `attach` raises. The model goes on working by itself.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, num_slots: int) -> None:
+        if num_slots < 1:
+            raise InvalidInput(f"num_slots must be at least 1, got {num_slots}")
+        self.spec = attach(model)
+        self.device, self.dtype = self.spec.packed.device, self.spec.packed.dtype
+        self.hidden_size, self.vocab_size = self.spec.hidden_size, self.spec.vocab_size
+        self.max_position = self.spec.max_position
+        self.num_slots = num_slots
+        self.pools = [kind.pool(num_slots, self.dtype, self.device) for kind in self.spec.layers]
+        self.bytes_per_slot = sum(tensor.nbytes for pool in self.pools for tensor in pool) // num_slots
+
+    def plans(self, layout: TreeLayout) -> dict[LayerKind, AttentionPlan]:
+        """One plan for each kind of layer. They stay valid while nodes only grow."""
+        return {kind: kind.plan(layout, self.device) for kind in dict.fromkeys(self.spec.layers)}
+
+    def forward(self, tokens: Integers, positions: Integers, slots: Integers, plans: Plans) -> Tensor:
+        """Computes tokens, stores their keys and values, and returns post-norm hidden states [T, H].
+
+        tokens, positions, slots: [T] integers in the order of the layout's rows (row_token = 0 .. T-1).
+        Slot -1: not stored. plans: of a layout whose nodes contain these tokens.
+
+        Raises InvalidInput if lengths differ, or if values on the host are out of range (those on a device
+        are not looked at: that would wait for it).
+        """
+        packed = self.spec.packed
+        if packed.model.training:
+            raise InvalidInput(
+                f"{self.spec.name}: expected evaluation mode, got training mode; call model.eval()"
+            )
+        to = self._indices("slots", slots, -1, self.num_slots)
+        step = _Step(to, self.pools, [plans[kind] for kind in self.spec.layers])
+        ids = self._indices("tokens", tokens, 0, self.vocab_size)
+        at = self._indices("positions", positions, 0, self.max_position, self.spec.max_position_note)
+        if not len(ids) == len(at) == step.num_tokens > 0:
+            raise InvalidInput(
+                "tokens, positions and slots must have one length of at least 1, got "
+                f"{len(ids)}, {len(at)} and {step.num_tokens}"
+            )
+        return packed.forward(ids, at, step)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, H] -> [n, V] fp32. Raises InvalidInput if the model has no language-model head."""
+        if self.spec.head is None:
+            raise InvalidInput(f"{self.spec.name}: expected a model with a language-model head, got none")
+        rows = hidden.shape[0]
+        missing = self.spec.packed.min_rows - rows
+        return self.spec.head.logits(F.pad(hidden, (0, 0, 0, missing)) if missing > 0 else hidden)[:rows]
+
+    def _indices(self, name: str, values: Integers, low: int, stop: int, why: str = "") -> Tensor:
+        if not (isinstance(values, Tensor) and values.device.type != "cpu"):
+            values = np.asarray(values)
+            if values.ndim != 1 or values.dtype.kind not in "iu":
+                raise InvalidInput(f"{name} must be a list of integers, got {values.dtype} {values.shape}")
+            if values.size and (values.min() < low or values.max() >= stop):
+                raise InvalidInput(
+                    f"{name} must be at least {low} and below {stop}, got {values.min()} to {values.max()}"
+                    + (f"; {why}" if why else "")
+                )
+        return torch.as_tensor(values, dtype=torch.long, device=self.device)
+
+
+class _Step:
+    """One forward pass: where its tokens go, and who reads what."""
+
+    def __init__(self, slots: Tensor, pools: list[Pool], plans: list[AttentionPlan]) -> None:
+        self.num_tokens = len(slots)
+        self.slots = slots
+        self.pools = pools
+        self.plans = plans
+
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, window: Any, **options: Any
+    ) -> Tensor:
+        # window: proved by `attach` to be the one of this layer's plan
+        return append_and_attend(
+            query, key, value, self.slots, self.pools[layer_idx], self.plans[layer_idx], **options
+        )

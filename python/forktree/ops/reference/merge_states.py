@@ -1,0 +1,18 @@
+"""Specification of `forktree.ops.merge_states`."""
+
+import torch
+from torch import Tensor
+
+from forktree.ops.reference.precision import math_dtype
+
+
+def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = indptr.numel() - 1
+    out = o.new_zeros(tokens, *o.shape[1:])
+    total = lse.new_full((tokens, lse.shape[1]), -torch.inf)
+    for t in range(tokens):
+        mine = index[indptr[t] : indptr[t + 1]].long()
+        total[t] = lse[mine].logsumexp(0)
+        weight = lse[mine].softmax(0).nan_to_num(0.0)  # all empty: -inf - -inf
+        out[t] = (weight[..., None] * o[mine].to(math_dtype(o))).sum(0)
+    return out, total

@@ -1,0 +1,129 @@
+"""What every search is given and what it returns."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from forktree.errors import InvalidInput, ScorerError
+from forktree.kv import Branch
+from forktree.kv.slots import Ints
+from forktree.sampling import Sampling
+from forktree.search.request import Stop
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt to search.
+
+    root: branch that sees the prompt. It stays alive until the search ends.
+    max_new_tokens: most tokens a hypothesis may have, EOS included.
+    eos_token_ids: any of them ends a hypothesis.
+    pad_token_id: fills rows that logits processors look at.
+    vocab_size: V.
+    device: where logits are.
+    stops: builds a `Stop` from texts; None when the decoder has no tokenizer.
+    decode: text of token ids; None when the decoder has no tokenizer.
+    rng: randomness of the search's own choices (resampling); token draws are keyed by branch and position.
+    """
+
+    root: Branch
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+    pad_token_id: int
+    vocab_size: int
+    device: torch.device
+    stops: Callable[[Sequence[str]], Stop] | None
+    decode: Callable[[Ints], str | None] | None
+    rng: np.random.Generator
+
+    def stop_at(self, *texts: str) -> Stop | None:
+        """A stop behind the first token that completes one of `texts`; empty texts are passed over."""
+        wanted = [text for text in texts if text]
+        if not wanted:
+            return None
+        if self.stops is None:
+            raise InvalidInput(f"stopping at {wanted!r} needs a Decoder with a tokenizer, got tokenizer=None")
+        return self.stops(wanted)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One finished text.
+
+    token_ids: tokens behind the prompt, EOS not included. int32.
+    score: what the search ranks by (higher is better).
+    log_prob: sum of token log-probs under the model, EOS included.
+    finish_reason: "eos", "stop" or "length".
+    step_scores: the scorer's reward after each step, if the search has steps.
+    weight: normalised weight among its siblings, if the search weights them.
+    error: why the scorer could not judge it.
+    """
+
+    token_ids: Ints
+    score: float
+    log_prob: float
+    finish_reason: str
+    step_scores: list[float] = field(default_factory=list)
+    weight: float | None = None
+    error: ScorerError | None = None
+
+
+class Search(ABC):
+    """A search algorithm with its settings: subclasses are frozen dataclasses."""
+
+    @abstractmethod
+    async def run(self, job: Job) -> list[Hypothesis]:
+        """Searches one prompt; hypotheses come best first."""
+
+    @property
+    def scorers(self) -> Sequence[Any]:
+        """Scorers it asks; checked against the model before a run begins."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSearch(Search):
+    """A search that draws tokens.
+
+    temperature, top_k, top_p, min_p: see `Sampling`. stop: texts that end a hypothesis (they stay part of it).
+    """
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        Sampling(self.temperature, self.top_k, self.top_p, self.min_p)  # raises if one is out of range
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+
+
+def first_failure(errors: Sequence[ScorerError | None]) -> ScorerError:
+    """What to raise when no branch has a score left."""
+    return ScorerError(f"no branch has a score left; the first failure: {next(filter(None, errors))}")
+
+
+def at_least_one(name: str, value: int) -> None:
+    """Raises unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidInput(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def needs_scorer(scorer: object) -> None:
+    """Raises unless `scorer` is a `forktree.Scorer`."""
+    from forktree.scoring import Scorer
+
+    if not isinstance(scorer, Scorer):
+        raise InvalidInput(
+            "scorer must be a ValueHead, TokenLogits, RewardModel or TextScorer "
+            f"(wrap a function in TextScorer), got {type(scorer).__name__}"
+        )

@@ -1,0 +1,237 @@
+"""Beam search with exactly the semantics of transformers' `generate(num_beams=k)`.
+
+The selection rules are pure functions on tensors; letters: `B` prompts, `k` beams, `M` candidates, `V` vocabulary,
+`L` columns of the padded rows. Rows are left-padded, so that all prompts of a batch have the same length and logits
+processors written for `generate` can be called on them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from forktree.errors import InvalidInput
+from forktree.kv import Branch, reassign
+from forktree.search.base import Hypothesis, Job, Search, at_least_one
+from forktree.search.request import next_logits
+
+NEVER = -1.0e9  # the score of what must not be chosen; finite, as in transformers, so that sums stay ordered
+
+Processor = Callable[[Tensor, Tensor], Tensor]  # rows [n, L], scores [n, V] -> scores [n, V]
+Criterion = Callable[[Tensor], Tensor]  # rows [n, L] -> stopped, bool [n]
+
+
+@dataclass(frozen=True)
+class BeamRules:
+    """How beams are kept; the meaning of each setting is that of transformers' `GenerationConfig`.
+
+    num_candidates: M, continuations looked at a step: `max(2, 1 + number of EOS ids) * num_beams`.
+    max_new_tokens: used by the bound of `early_stopping="never"`.
+    do_sample: draw the candidates without replacement, by torch's global generator, instead of taking the best.
+    """
+
+    num_beams: int
+    num_candidates: int
+    length_penalty: float
+    early_stopping: bool | str
+    max_new_tokens: int
+    do_sample: bool = False
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The M continuations of a step, `[B, M]` each: sum of log-probs, beam it continues, token."""
+
+    scores: Tensor
+    beam: Tensor
+    token: Tensor
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The k best finished rows of every prompt.
+
+    rows [B, k, L + N] int64, scores [B, k] (with length penalty), done bool [B, k], beam_indices [B, k, N] int32 (-1
+    behind the end), open bool [B]: a running beam may still do better.
+    """
+
+    rows: Tensor
+    scores: Tensor
+    done: Tensor
+    beam_indices: Tensor
+    open: Tensor
+
+
+def propose(log_probs: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
+    """M continuations of `scores [B, k]` by `log_probs [B, k, V]`."""
+    batch, _, vocab = log_probs.shape
+    total = (log_probs + scores[:, :, None]).reshape(batch, -1)
+    if rules.do_sample:
+        index = torch.multinomial(total.softmax(dim=-1), num_samples=rules.num_candidates)
+        best = total.gather(1, index)
+    else:
+        best, index = total.topk(rules.num_candidates)
+    return Candidates(best, index // vocab, index % vocab)
+
+
+def select_running(candidates: Candidates, stopped: Tensor, num_beams: int) -> tuple[Tensor, Tensor]:
+    """Columns `[B, k]` of the candidates that run on, and their scores: the best that did not stop."""
+    scores = candidates.scores + stopped.float() * NEVER
+    chosen = scores.topk(num_beams)[1]
+    return chosen, scores.gather(1, chosen)
+
+
+def update_finished(
+    finished: Finished,
+    rows: Tensor,
+    beam_indices: Tensor,
+    candidates: Candidates,
+    stopped: Tensor,
+    length: int,
+    rules: BeamRules,
+) -> Finished:
+    """Merges candidates that stopped, `rows [B, M, L + N]`, into the finished ones.
+
+    Only a candidate among the first k columns counts; its score is `sum / length ** length_penalty`, where `length`
+    are its generated tokens, EOS included. Nothing is added to a prompt that is full (early_stopping=True) or closed.
+    """
+    first = torch.arange(rules.num_candidates, device=stopped.device) < rules.num_beams
+    counts = stopped & first
+    full = finished.done.all(dim=1, keepdim=True) & (rules.early_stopping is True)
+    scores = candidates.scores / length**rules.length_penalty
+    for barred in (full, ~finished.open[:, None], ~counts):
+        scores = scores + barred.float() * NEVER
+    merged = torch.cat([finished.scores, scores], dim=1)
+    best = merged.topk(rules.num_beams)[1]
+    return Finished(
+        rows=_along(torch.cat([finished.rows, rows], dim=1), best),
+        scores=merged.gather(1, best),
+        done=torch.cat([finished.done, counts], dim=1).gather(1, best),
+        beam_indices=_along(torch.cat([finished.beam_indices, beam_indices], dim=1), best),
+        open=finished.open,
+    )
+
+
+def still_open(finished: Finished, running: Tensor, length: int, rules: BeamRules) -> Tensor:
+    """bool [B]: whether the best running score `running [B, k]` may still beat the worst finished one. Latched."""
+    reach = rules.max_new_tokens if rules.early_stopping == "never" and rules.length_penalty > 0 else length
+    best = running[:, :1] / reach**rules.length_penalty
+    worst = torch.where(finished.done, finished.scores.min(dim=1, keepdim=True)[0], NEVER)
+    return finished.open & (best > worst).any(dim=1)
+
+
+async def beam_search(
+    roots: Sequence[Branch],
+    rows: Tensor,
+    rules: BeamRules,
+    *,
+    fill: int,
+    process: Processor,
+    stops: Criterion,
+    on_step: Callable[[Tensor], None] | None = None,
+) -> Finished:
+    """Searches the prompts of `roots` side by side; `rows [B, L]` are their tokens, left-padded.
+
+    fill: token behind the end of a finished row. process: applied to the log-probs of all `[B * k]` rows. stops: told
+    every candidate row. on_step: sees the processed log-probs of every step, `[B * k, V]`.
+    """
+    batch, prompt = rows.shape
+    k, device = rules.num_beams, rows.device
+    beams = [branch for root in roots for branch in root.fork(k)]
+    running = rows.new_full((batch, k, prompt + rules.max_new_tokens), fill)
+    running[:, :, :prompt] = rows[:, None]
+    scores = torch.zeros(batch, k, device=device)
+    scores[:, 1:] = NEVER
+    indices = torch.full((batch, k, rules.max_new_tokens), -1, dtype=torch.int32, device=device)
+    finished = Finished(
+        rows=running.clone(),
+        scores=torch.full((batch, k), NEVER, device=device),
+        done=torch.zeros(batch, k, dtype=torch.bool, device=device),
+        beam_indices=indices.clone(),
+        open=torch.ones(batch, dtype=torch.bool, device=device),
+    )
+    offset = torch.arange(batch, device=device)[:, None] * k
+    for step in range(rules.max_new_tokens):
+        length = prompt + step
+        log_probs = (await next_logits(beams)).log_softmax(dim=-1)
+        log_probs = process(running[:, :, :length].reshape(batch * k, length), log_probs)
+        if on_step is not None:
+            on_step(log_probs)
+        candidates = propose(log_probs.reshape(batch, k, -1), scores, rules)
+        candidate_rows, candidate_indices = _along(running, candidates.beam), _along(indices, candidates.beam)
+        candidate_rows[:, :, length] = candidates.token
+        candidate_indices[:, :, step] = (candidates.beam + offset).int()
+        stopped = stops(candidate_rows[:, :, : length + 1].flatten(0, 1)).reshape(batch, -1)
+        chosen, scores = select_running(candidates, stopped, k)
+        finished = update_finished(
+            finished, candidate_rows, candidate_indices, candidates, stopped, step + 1, rules
+        )
+        running, indices = _along(candidate_rows, chosen), _along(candidate_indices, chosen)
+        finished = replace(finished, open=still_open(finished, scores, step + 1, rules))
+        all_full = bool(finished.done.all()) and rules.early_stopping is True
+        if not finished.open.any() or all_full or bool(stopped.all()):
+            break
+        beams = reassign(beams, (candidates.beam.gather(1, chosen) + offset).flatten().cpu().numpy())
+        beams[0]._tree.append(beams, running[:, :, length].flatten().cpu().numpy())
+    return finished
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearch(Search):
+    """Beam search; `num_beams`, `length_penalty`, `early_stopping` and `num_return_sequences` as in transformers."""
+
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    num_return_sequences: int = 1
+
+    def __post_init__(self) -> None:
+        at_least_one("num_beams", self.num_beams)
+        at_least_one("num_return_sequences", self.num_return_sequences)
+        if self.num_return_sequences > self.num_beams:
+            raise InvalidInput(
+                f"num_return_sequences must be at most num_beams = {self.num_beams}, got {self.num_return_sequences}"
+            )
+        if self.early_stopping not in (True, False, "never"):
+            raise InvalidInput(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
+
+    async def run(self, job: Job) -> list[Hypothesis]:
+        """The best finished beams; the score is the sum of log-probs over `length ** length_penalty`."""
+        rules = BeamRules(
+            num_beams=self.num_beams,
+            num_candidates=max(2, 1 + len(job.eos_token_ids)) * self.num_beams,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+            max_new_tokens=job.max_new_tokens,
+        )
+        rules = replace(rules, num_candidates=min(rules.num_candidates, job.vocab_size * self.num_beams))
+        prompt = torch.from_numpy(job.root.tokens).long()[None].to(job.device)
+        ends = torch.tensor(sorted(job.eos_token_ids), dtype=torch.long, device=job.device)
+        last = prompt.shape[1] + job.max_new_tokens
+
+        def stops(rows: Tensor) -> Tensor:
+            return torch.isin(rows[:, -1], ends) | (rows.shape[1] >= last)
+
+        found = await beam_search(
+            [job.root], prompt, rules, fill=job.pad_token_id, process=lambda _, scores: scores, stops=stops
+        )
+        return [self._hypothesis(found, i, prompt.shape[1], job) for i in range(self.num_return_sequences)]
+
+    def _hypothesis(self, found: Finished, i: int, prompt: int, job: Job) -> Hypothesis:
+        length = int((found.beam_indices[0, i] >= 0).sum())
+        tokens = found.rows[0, i, prompt : prompt + length].int().cpu().numpy()
+        ended = length > 0 and int(tokens[-1]) in job.eos_token_ids
+        score = float(found.scores[0, i])
+        return Hypothesis(
+            token_ids=tokens[:-1] if ended else tokens,
+            score=score,
+            log_prob=score * length**self.length_penalty,
+            finish_reason="eos" if ended else "length",
+        )
+
+
+def _along(values: Tensor, columns: Tensor) -> Tensor:
+    """`values [B, n, …]` at `columns [B, m]` -> `[B, m, …]`."""
+    shape = columns.shape + (1,) * (values.dim() - 2)
+    return values.take_along_dim(columns.reshape(shape), dim=1)

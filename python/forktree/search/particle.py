@@ -1,0 +1,150 @@
+"""Particle filtering with a process-reward model (Puri et al. 2025, "Rollout Roulette")."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forktree.errors import InvalidInput
+from forktree.kv import reassign
+from forktree.search.base import Hypothesis, Job, SamplingSearch, at_least_one, first_failure, needs_scorer
+from forktree.search.request import extend, score
+from forktree.search.resampling import RESAMPLERS, softmax
+
+CLIP = 1e-7  # rewards are clipped to [CLIP, 1 - CLIP] before their logit is taken
+
+
+def log_weights(rewards: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+    """`logit(r) / temperature` of rewards in [0, 1]; -inf where the reward is NaN (its scorer failed). `[N]`."""
+    clipped = np.clip(rewards, CLIP, 1 - CLIP)
+    return np.where(np.isnan(rewards), -np.inf, (np.log(clipped) - np.log1p(-clipped)) / temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParticleFilter(SamplingSearch):
+    """`num_particles` texts grow step by step; after each step they are resampled by their rewards.
+
+    scorer: reward in [0, 1] of a text so far (a process-reward model).
+    step_delimiter: text that ends a step (it stays part of it). max_step_tokens: so does this many tokens.
+    max_steps: a particle stops after this many steps.
+    weight_temperature: divides the logits of the rewards; higher keeps more diversity.
+    resampling: "systematic" or "multinomial". A particle's weight is the logit of its newest reward, not a running
+        product; stopped particles keep their last reward and compete on.
+    selection: the first hypothesis is the best reward ("argmax") or a draw by weight ("sample").
+    """
+
+    scorer: Any
+    num_particles: int = 16
+    step_delimiter: str = "\n\n"
+    max_step_tokens: int = 1024
+    max_steps: int = 40
+    weight_temperature: float = 1.0
+    resampling: str = "systematic"
+    selection: str = "argmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_particles", "max_step_tokens", "max_steps"):
+            at_least_one(name, getattr(self, name))
+        needs_scorer(self.scorer)
+        if not (np.isfinite(self.weight_temperature) and self.weight_temperature > 0):
+            raise InvalidInput(f"weight_temperature must be finite and more than 0, got {self.weight_temperature}")
+        if self.resampling not in RESAMPLERS:
+            raise InvalidInput(f"resampling must be one of {', '.join(RESAMPLERS)}, got {self.resampling!r}")
+        if self.selection not in ("argmax", "sample"):
+            raise InvalidInput(f"selection must be 'argmax' or 'sample', got {self.selection!r}")
+
+    @property
+    def scorers(self) -> Sequence[Any]:
+        """The process reward."""
+        return (self.scorer,)
+
+    async def run(self, job: Job) -> list[Hypothesis]:
+        """All particles, best reward first; `weight` estimates the posterior of each."""
+        n = self.num_particles
+        resample = RESAMPLERS[self.resampling]
+        step_end = job.stop_at(self.step_delimiter, *self.stop)
+        text_end = job.stop_at(*self.stop)
+        particles = job.root.fork(n)
+        state = _State.fresh(n)
+        while True:
+            live = np.flatnonzero(state.alive)
+            moving = [particles[i] for i in live]
+            before = [branch.length for branch in moving]
+            step = await extend(
+                moving,
+                self.sampling,
+                max_tokens=np.minimum(self.max_step_tokens, job.max_new_tokens - state.drawn[live]),
+                eos_token_ids=job.eos_token_ids,
+                stop=step_end,
+            )
+            rewards = await score(moving, self.scorer)
+            state.rewards[live] = self._checked(rewards.values)
+            if np.isnan(state.rewards).all():
+                raise first_failure(rewards.errors)
+            state.log_prob[live] += step.log_prob
+            state.drawn[live] += step.num_tokens
+            state.steps[live] += 1
+            for i, reason, start in zip(live, step.reason, before, strict=True):
+                state.reason[i] = reason
+                new = particles[i].tokens[start:]
+                full = state.drawn[i] >= job.max_new_tokens or state.steps[i] >= self.max_steps
+                stopped = reason == "stop" and text_end is not None and text_end(int(new[-1]), new)
+                state.alive[i] = not (reason == "eos" or full or stopped)
+                if full and reason != "eos" and not stopped:
+                    state.reason[i] = "length"
+                state.history[i] = [*state.history[i], float(state.rewards[i])]
+            weights = softmax(log_weights(state.rewards, self.weight_temperature))
+            if not state.alive.any():
+                break
+            ancestors = resample(weights, n, job.rng)
+            particles = reassign(particles, ancestors)
+            state = state.taken(ancestors)
+        order = np.argsort(-np.nan_to_num(state.rewards, nan=-1.0), kind="stable")
+        if self.selection == "sample":
+            first = job.rng.choice(n, p=weights)
+            order = np.concatenate([[first], order[order != first]])
+        return [
+            Hypothesis(
+                token_ids=particles[i].tokens[job.root.length :],
+                score=float(state.rewards[i]),
+                log_prob=float(state.log_prob[i]),
+                finish_reason=str(state.reason[i]),
+                step_scores=state.history[i],
+                weight=float(weights[i]),
+            )
+            for i in order
+        ]
+
+    def _checked(self, rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+        outside = rewards[(rewards < 0) | (rewards > 1)]
+        if len(outside):
+            raise InvalidInput(
+                f"a particle filter needs rewards in [0, 1], got {outside[0]:g}: give the head activation='sigmoid'"
+            )
+        return rewards
+
+
+@dataclass
+class _State:
+    """What travels with a particle when it is resampled; arrays `[N]`."""
+
+    alive: NDArray[np.bool_]
+    rewards: NDArray[np.float64]
+    log_prob: NDArray[np.float64]
+    drawn: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    reason: NDArray[np.str_]
+    history: list[list[float]]
+
+    @classmethod
+    def fresh(cls, n: int) -> "_State":
+        zeros = np.zeros(n, np.int64)
+        reason = np.full(n, "length")
+        return cls(np.ones(n, bool), np.full(n, np.nan), np.zeros(n), zeros, zeros.copy(), reason, [[]] * n)
+
+    def taken(self, ancestors: NDArray[np.int64]) -> "_State":
+        arrays = (self.alive, self.rewards, self.log_prob, self.drawn, self.steps, self.reason)
+        return _State(*(a[ancestors] for a in arrays), [self.history[a] for a in ancestors])

@@ -1,0 +1,112 @@
+"""What a search may await: requests that need a forward pass or a scorer. The engine answers them.
+
+    extension = await extend(branches, sampling, max_tokens=64, stop=step_end)
+    rewards = await score(branches, scorer)
+    logits = await next_logits(branches)
+
+Forks, drops, rewinds and reassignments are plain calls on branches and need no await.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from forktree.errors import ScorerError
+from forktree.kv import Branch
+from forktree.sampling import Sampling
+
+T = TypeVar("T")
+
+
+class Stop(Protocol):
+    """Decides whether a branch stops behind its newest token."""
+
+    def __call__(self, token: int, tokens: NDArray[np.int32]) -> bool:
+        """`token` is the newest; `tokens` int32 are all that this `extend` has added, `token` included."""
+        ...
+
+
+class Request(Generic[T]):
+    """Base of everything awaitable here: yields itself to the engine, which sends back the answer."""
+
+    branches: Sequence[Branch]
+
+    def __await__(self) -> Generator["Request[Any]", T, T]:
+        return (yield self)
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What `extend` did to each branch.
+
+    reason: "eos" (an end-of-sequence token was drawn; it is not part of the branch), "stop" or "length".
+    log_prob: sum of the drawn tokens' log-probs under the model's own distribution, EOS included. `[n]` fp64.
+    num_tokens: tokens drawn, EOS included. `[n]` int64.
+    """
+
+    reason: list[str]
+    log_prob: NDArray[np.float64]
+    num_tokens: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What `score` says of each branch: `values [n]` fp64, NaN where `errors[i]` tells why it could not be had."""
+
+    values: NDArray[np.float64]
+    errors: list[ScorerError | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Extend(Request[Extension]):
+    """See `extend`."""
+
+    branches: Sequence[Branch]
+    sampling: Sampling
+    max_tokens: NDArray[np.int64]
+    eos_token_ids: frozenset[int]
+    stop: Stop | None
+
+
+@dataclass(frozen=True, eq=False)
+class Score(Request[Rewards]):
+    """See `score`."""
+
+    branches: Sequence[Branch]
+    scorer: Any
+
+
+@dataclass(frozen=True, eq=False)
+class NextLogits(Request[Tensor]):
+    """See `next_logits`."""
+
+    branches: Sequence[Branch]
+
+
+def extend(
+    branches: Sequence[Branch],
+    sampling: Sampling,
+    *,
+    max_tokens: int | Sequence[int] | NDArray[np.int64],
+    eos_token_ids: frozenset[int] = frozenset(),
+    stop: Stop | None = None,
+) -> Extend:
+    """Draws tokens for every branch until `stop`, an EOS, or `max_tokens` (one for all, or one a branch)."""
+    limit = np.broadcast_to(np.asarray(max_tokens, dtype=np.int64), len(branches))
+    if len(limit) and limit.min() < 1:
+        raise ValueError(f"max_tokens must be at least 1 for every branch, got {limit.tolist()}")
+    return Extend(tuple(branches), sampling, limit, eos_token_ids, stop)
+
+
+def score(branches: Sequence[Branch], scorer: Any) -> Score:
+    """A reward for every branch as it stands. A scorer's failure is a value of its branch, not an exception."""
+    return Score(tuple(branches), scorer)
+
+
+def next_logits(branches: Sequence[Branch]) -> NextLogits:
+    """Logits of the token behind each branch, fp32 `[n, V]`."""
+    return NextLogits(tuple(branches))

@@ -1,0 +1,139 @@
+"""Greedy decoding, independent samples, and the ways to pick among samples."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from forktree.errors import InvalidInput, ScorerError
+from forktree.kv import Branch
+from forktree.sampling import Sampling
+from forktree.search.base import (
+    Hypothesis,
+    Job,
+    SamplingSearch,
+    Search,
+    at_least_one,
+    first_failure,
+    needs_scorer,
+)
+from forktree.search.request import Extension, extend, score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy(Search):
+    """The most likely token at every position. stop: texts that end the hypothesis (they stay part of it)."""
+
+    stop: tuple[str, ...] = ()
+
+    async def run(self, job: Job) -> list[Hypothesis]:
+        """One hypothesis; its score is the log-prob."""
+        branches = job.root.fork(1)
+        done = await _to_the_end(branches, Sampling(temperature=0), job, self.stop)
+        return [_hypothesis(branches[0], job, done, 0, float(done.log_prob[0]))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(SamplingSearch):
+    """`num_return_sequences` independent samples of one prompt, which is computed once."""
+
+    num_return_sequences: int = 1
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one("num_return_sequences", self.num_return_sequences)
+
+    async def run(self, job: Job) -> list[Hypothesis]:
+        """Samples in the order of their draws; the score is the log-prob."""
+        branches = job.root.fork(self.num_return_sequences)
+        done = await _to_the_end(branches, self.sampling, job, self.stop)
+        return [_hypothesis(b, job, done, i, float(done.log_prob[i])) for i, b in enumerate(branches)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfN(SamplingSearch):
+    """`num_samples` samples, ranked by the scorer's reward of the whole text."""
+
+    scorer: Any
+    num_samples: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one("num_samples", self.num_samples)
+        needs_scorer(self.scorer)
+
+    @property
+    def scorers(self) -> Sequence[Any]:
+        """The reward."""
+        return (self.scorer,)
+
+    async def run(self, job: Job) -> list[Hypothesis]:
+        """Best reward first; samples whose scorer failed come last."""
+        branches = job.root.fork(self.num_samples)
+        done = await _to_the_end(branches, self.sampling, job, self.stop)
+        rewards = await score(branches, self.scorer)
+        if all(rewards.errors):
+            raise first_failure(rewards.errors)
+        ranked = [
+            _hypothesis(b, job, done, i, float(rewards.values[i]), rewards.errors[i])
+            for i, b in enumerate(branches)
+        ]
+        return sorted(ranked, key=lambda h: -np.inf if h.error else h.score, reverse=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MajorityVote(SamplingSearch):
+    """Self-consistency (Wang et al. 2022): `num_samples` samples, the most frequent answer wins.
+
+    answer: text of a response -> its answer, or None if it has none; such responses win only if all are such.
+    """
+
+    answer: Callable[[str], str | None]
+    num_samples: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one("num_samples", self.num_samples)
+        if not callable(self.answer):
+            raise InvalidInput(f"answer must be a function of the text, got {type(self.answer).__name__}")
+
+    async def run(self, job: Job) -> list[Hypothesis]:
+        """Samples of the most frequent answer first; the score is the share of votes."""
+        if job.decode is None:
+            raise InvalidInput("a majority vote reads text: expected a Decoder with a tokenizer, got tokenizer=None")
+        branches = job.root.fork(self.num_samples)
+        done = await _to_the_end(branches, self.sampling, job, self.stop)
+        share = vote([self.answer(job.decode(b.tokens[job.root.length :]) or "") for b in branches])
+        ranked = [_hypothesis(b, job, done, i, share[i]) for i, b in enumerate(branches)]
+        return sorted(ranked, key=lambda h: h.score, reverse=True)
+
+
+def vote(answers: Sequence[str | None]) -> list[float]:
+    """Share of all votes that each response's answer has, 0 for no answer. `[n] -> [n]`."""
+    counts = Counter(a for a in answers if a is not None)
+    return [counts[a] / len(answers) if a is not None else 0.0 for a in answers]
+
+
+async def _to_the_end(branches: Sequence[Branch], sampling: Sampling, job: Job, stop: tuple[str, ...]) -> Extension:
+    return await extend(
+        branches,
+        sampling,
+        max_tokens=job.max_new_tokens,
+        eos_token_ids=job.eos_token_ids,
+        stop=job.stop_at(*stop),
+    )
+
+
+def _hypothesis(
+    branch: Branch, job: Job, done: Extension, i: int, value: float, error: ScorerError | None = None
+) -> Hypothesis:
+    return Hypothesis(
+        token_ids=branch.tokens[job.root.length :],
+        score=value,
+        log_prob=float(done.log_prob[i]),
+        finish_reason=done.reason[i],
+        error=error,
+    )

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from forktree import ops
+
+
+@pytest.fixture(params=["reference", "torch"], autouse=True)
+def backend(request, monkeypatch):
+    monkeypatch.setenv("FORKTREE_BACKEND", request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64])
+@pytest.mark.parametrize("slots", [[4, 0, 6], [4, -1, 6], [-1, -5, -1], []])
+def test_writes_the_named_slots_only(slots, integer, dtype):
+    k, v = torch.randn(len(slots), 2, 3).to(dtype), torch.randn(len(slots), 2, 5).to(dtype)
+    k_slots, v_slots = torch.full((7, 2, 3), 9.0, dtype=dtype), torch.full((7, 2, 5), 9.0, dtype=dtype)
+    ops.append_kv(k, v, torch.tensor(slots, dtype=integer), k_slots, v_slots)
+    for slot in range(7):
+        if slot in slots:
+            assert torch.equal(k_slots[slot], k[slots.index(slot)]) and torch.equal(
+                v_slots[slot], v[slots.index(slot)]
+            )
+        else:
+            assert k_slots[slot].eq(9).all() and v_slots[slot].eq(9).all()
+
+
+def test_takes_views():
+    packed = torch.randn(4, 3, 2, 3)  # q, k, v of one projection
+    k_slots, v_slots = torch.zeros(4, 2, 3), torch.zeros(4, 2, 3)
+    ops.append_kv(packed[:, 1], packed[:, 2], torch.tensor([3, 2, 1, 0]), k_slots, v_slots)
+    assert torch.equal(k_slots.flip(0), packed[:, 1]) and torch.equal(v_slots.flip(0), packed[:, 2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda a: a.update(k=a["k"][:1]),
+            r"v must be torch.float32 \[1, 2, 3\] on cpu, got torch.float32 \[2, 2, 3\]",
+        ),
+        (
+            lambda a: a.update(k=a["k"].half()),
+            r"k must be torch.float32 \[2, 2, 3\] on cpu, got torch.float16",
+        ),
+        (
+            lambda a: a.update(slots=torch.tensor([0.0, 1.0])),
+            r"slots must be int32 or int64 \[2\] on cpu, got",
+        ),
+        (
+            lambda a: a.update(slots=torch.tensor([0])),
+            r"slots must be int32 or int64 \[2\] on cpu, got .* \[1\]",
+        ),
+        (lambda a: a.update(slots=torch.tensor([0, 7])), "slots must be below the pool's 7, got 7"),
+        (
+            lambda a: a.update(v_slots=torch.zeros(8, 2, 3)),
+            r"k_slots and v_slots must be .* got \[7, 2, 3\] and \[8, 2",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(change, message):
+    arguments = {
+        "k": torch.ones(2, 2, 3),
+        "v": torch.ones(2, 2, 3),
+        "slots": torch.tensor([0, 1]),
+        "k_slots": torch.zeros(7, 2, 3),
+        "v_slots": torch.zeros(7, 2, 3),
+    }
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        ops.append_kv(**arguments)
+    assert arguments["k_slots"].eq(0).all() and arguments["v_slots"].eq(0).all()

@@ -1,0 +1,263 @@
+"""The proof: which models are refused and why, and that a model is left as it was."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from forktree.errors import InvalidInput, UnsupportedModel
+from forktree.model import LinearHead, OwnHead, Runner, attach
+from forktree.model.interface import IMPLEMENTATION, PackedModel
+
+SIZES = dict(
+    vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, pad_token_id=None,
+    bos_token_id=None, eos_token_id=None,
+)
+MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
+EXPERTS = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+
+
+def build(config_class: type[hf.PreTrainedConfig], **options: object) -> hf.PreTrainedModel:
+    torch.manual_seed(0)
+    config = config_class(**{**SIZES, **options})
+    return hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+REFUSED = {
+    "mamba": (hf.MambaConfig, dict(state_size=4)),
+    "mamba2": (hf.Mamba2Config, dict(state_size=8, num_heads=8, head_dim=8, n_groups=1)),
+    "jamba": (hf.JambaConfig, dict(
+        attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, num_experts=2,
+    )),
+    "qwen3_next": (hf.Qwen3NextConfig, dict(
+        head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, shared_expert_intermediate_size=16, **EXPERTS,
+    )),
+    "minimax": (hf.MiniMaxConfig, dict(head_dim=8, num_local_experts=2, block_size=8)),
+    "lfm2": (hf.Lfm2Config, dict(layer_types=["conv", "full_attention"] * 2)),
+    "granitemoehybrid": (hf.GraniteMoeHybridConfig, dict(
+        layer_types=["mamba", "attention"] * 2, num_local_experts=2, num_experts_per_tok=1,
+        shared_intermediate_size=16, **MAMBA2,
+    )),
+    "falcon_h1": (hf.FalconH1Config, dict(mamba_d_ssm=64, **MAMBA2)),
+    "llama4_text": (hf.Llama4TextConfig, dict(
+        head_dim=8, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=48, moe_layers=[],
+    )),
+    "bloom": (hf.BloomConfig, dict(n_layer=2, n_head=4)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name):
+    config_class, options = REFUSED[name]
+    model = build(config_class, **options)
+    with pytest.raises(UnsupportedModel, match=f"^{name}: expected .*got "):
+        attach(model)
+
+
+def test_chunked_attention_is_refused_for_its_mask():
+    config_class, options = REFUSED["llama4_text"]
+    with pytest.raises(UnsupportedModel, match="as in causal attention with window 8, got the opposite"):
+        attach(build(config_class, **options))
+
+
+def test_encoder_decoder_is_refused():
+    config = hf.T5Config(vocab_size=99, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8)
+    with pytest.raises(UnsupportedModel, match="^t5: .*encoder-decoder"):
+        attach(hf.T5ForConditionalGeneration(config).eval())
+
+
+def test_bidirectional_attention_is_refused():
+    with pytest.raises(UnsupportedModel, match="^gemma3_text: expected position 0 not to see position 1,"):
+        attach(build(hf.Gemma3TextConfig, head_dim=16, use_bidirectional_attention=True))
+
+
+def test_training_mode_is_an_error():
+    model = build(hf.LlamaConfig)
+    runner = Runner(model, num_slots=4)
+    model.train()
+    with pytest.raises(InvalidInput, match=r"llama: .*model\.eval\(\)"):
+        attach(model)
+    with pytest.raises(InvalidInput, match=r"llama: .*model\.eval\(\)"):
+        runner.forward([1], [0], [0], {runner.spec.layers[0]: None})
+
+
+# ---- each check of the proof alone: models made wrong in one way ----
+
+
+class Wrong(nn.Module):
+    """Replaces `forward` of one attention module."""
+
+    def __init__(self, attention: nn.Module, forward) -> None:
+        super().__init__()
+        self.attention, self.layer_idx, self.change = attention, attention.layer_idx, forward
+
+    def forward(self, **kwargs):
+        return self.change(self.attention, **kwargs)
+
+
+def skipped(attention, hidden_states, **_):
+    return hidden_states, None
+
+
+def twice(attention, **kwargs):
+    attention(**kwargs)
+    return attention(**kwargs)
+
+
+def own_mask(attention, attention_mask, **kwargs):
+    return attention(attention_mask=torch.zeros(1, 1, 1, 1), **kwargs)
+
+
+def without_keywords(attention, hidden_states, position_embeddings, attention_mask, past_key_values, **_):
+    return attention(hidden_states, position_embeddings, attention_mask, past_key_values)
+
+
+def row_by_row(attention, hidden_states, **kwargs):
+    """Looks at the row before, which is a neighbour only when tokens are not packed."""
+    return attention(hidden_states=hidden_states + hidden_states.roll(1, 1), **kwargs)
+
+
+@pytest.mark.parametrize("change, message", [
+    (skipped, r"each of the layers 0 to 3 to call attention once, got calls from layers \[0, 1, 3\]"),
+    (twice, r"got calls from layers \[0, 1, 2, 2, 3\]"),
+    (own_mask, "expected forktree's Window .* got Tensor"),
+    (without_keywords, "keyword arguments of the model do not reach its attention"),
+    (row_by_row, "expected a tree of 24 tokens to give the model's own eager logits within 0.001"),
+])
+def test_each_check_alone(change, message):
+    model = build(hf.LlamaConfig)
+    layer = model.model.layers[2]
+    layer.self_attn = Wrong(layer.self_attn, change)
+    with pytest.raises(UnsupportedModel, match=f"^llama: .*{message}"):
+        attach(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_told_from_a_mismatch(dtype):
+    model = build(hf.Qwen2Config, num_hidden_layers=12).to(dtype)
+    attach(model)
+    for layer in model.model.layers:
+        layer.self_attn = Wrong(layer.self_attn, row_by_row)
+    with pytest.raises(UnsupportedModel, match="of their spread"):
+        attach(model)
+
+
+# ---- the model stays as it was ----
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def llama(request):
+    model = build(hf.LlamaConfig)
+    model.set_attn_implementation(request.param)
+    return model
+
+
+def implementations(model: hf.PreTrainedModel) -> list[str]:
+    return [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
+
+
+@torch.no_grad()
+def test_attach_leaves_the_model_unchanged(llama):
+    ids = torch.arange(20)[None]
+    logits, modes, config = llama(ids).logits, implementations(llama), copy.deepcopy(llama.config)
+    state = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in llama.named_modules()}
+
+    Runner(llama, num_slots=4)
+
+    assert implementations(llama) == modes
+    assert llama.config.to_dict() == config.to_dict() and not llama.training
+    assert {name: set(vars(module)) for name, module in llama.named_modules()} == attributes
+    assert all(torch.equal(tensor, state[name]) for name, tensor in llama.state_dict().items())
+    assert not any(module._forward_hooks for module in llama.modules())
+    assert torch.equal(llama(ids).logits, logits)
+    assert llama.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 23)
+
+
+def test_the_attention_is_restored_after_an_exception(llama):
+    packed, modes = PackedModel(llama), implementations(llama)
+    with pytest.raises(RuntimeError), packed.attention(IMPLEMENTATION):
+        assert set(implementations(llama)) == {IMPLEMENTATION}
+        raise RuntimeError
+    assert implementations(llama) == modes
+    llama.model.layers[1].self_attn = Wrong(llama.model.layers[1].self_attn, own_mask)
+    with pytest.raises(UnsupportedModel):
+        attach(llama)
+    assert implementations(llama) == modes
+
+
+# ---- positions ----
+
+
+def longrope(**options):
+    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+    return build(hf.Phi3Config, original_max_position_embeddings=16, rope_parameters=rope, **options)
+
+
+def test_rope_that_depends_on_the_batch_ends_at_its_original_length():
+    spec = attach(longrope())
+    assert spec.max_position == 16 and "longrope" in spec.max_position_note and "16" in spec.max_position_note
+    rope = dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
+    spec = attach(build(hf.LlamaConfig, max_position_embeddings=32, rope_parameters=rope))
+    assert spec.max_position == 32 and "dynamic" in spec.max_position_note
+    rope = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=32)
+    assert attach(build(hf.LlamaConfig, rope_parameters=rope)).max_position == 128
+
+
+def test_positions_beyond_the_limit_are_refused_with_numbers():
+    runner = Runner(longrope(), num_slots=4)
+    with pytest.raises(InvalidInput, match="below 16, got 16 to 16; longrope RoPE changes .* which is 16"):
+        runner.forward([1], [16], [0], dict.fromkeys(runner.spec.layers))
+
+
+# ---- heads ----
+
+
+@pytest.mark.parametrize("config_class, options, scale, cap", [
+    (hf.LlamaConfig, {}, 1.0, None),
+    (hf.Cohere2Config, dict(logit_scale=0.25), 0.25, None),
+    (hf.GraniteConfig, dict(logits_scaling=8.0), 0.125, None),
+    (hf.Gemma2Config, dict(head_dim=16, final_logit_softcapping=5.0), 1.0, 5.0),
+    # logits far below the cap: it shows only at larger hidden states
+    (hf.Gemma2Config, dict(head_dim=16, final_logit_softcapping=5.0, initializer_range=0.01), 1.0, 5.0),
+])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_linear_heads_are_read_off_and_verified(config_class, options, scale, cap, dtype):
+    model = build(config_class, **options).to(dtype)
+    runner = Runner(model, num_slots=4)
+    head = runner.spec.head
+    assert isinstance(head, LinearHead) and (head.scale, head.cap) == (scale, cap)
+    assert head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    hidden = torch.randn(20, 32).to(dtype)
+    own = OwnHead(runner.spec.packed, hf.modeling_outputs.BaseModelOutputWithPast).logits(hidden)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(runner.logits(hidden), own, rtol=tolerance, atol=tolerance)
+
+
+class Squared(nn.Linear):
+    def forward(self, hidden):
+        return super().forward(hidden) ** 2
+
+
+@torch.no_grad()
+def test_an_odd_head_goes_unfused():
+    model = build(hf.LlamaConfig)
+    model.lm_head.__class__ = Squared
+    runner = Runner(model, num_slots=4)
+    assert isinstance(runner.spec.head, OwnHead) and "unfused" in runner.spec.head_note
+    hidden = torch.randn(3, 32)
+    torch.testing.assert_close(runner.logits(hidden), (hidden @ model.lm_head.weight.T) ** 2)
+    assert "forward" not in vars(model.model)
+    assert torch.isfinite(model(torch.arange(5)[None]).logits).all()
+
+
+def test_a_model_without_head_gives_hidden_states_only():
+    runner = Runner(build(hf.LlamaConfig).model, num_slots=4)
+    assert runner.spec.head is None and "no language-model head" in runner.spec.head_note
+    with pytest.raises(InvalidInput, match="llama: expected a model with a language-model head"):
+        runner.logits(torch.zeros(1, 32))

@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from forktree import ops
+
+
+@pytest.fixture(params=["reference", "torch"], autouse=True)
+def backend(request, monkeypatch):
+    monkeypatch.setenv("FORKTREE_BACKEND", request.param)
+
+
+def state(scores, values):
+    """Attention state of scores [L, H] over values [L, H, D]."""
+    return (scores.softmax(0)[..., None] * values).sum(0), scores.logsumexp(0)
+
+
+def states(lengths, heads=3, dim=4, dtype=torch.float32):
+    """Scores and values of all tokens, and one state for each of `lengths` consecutive stretches."""
+    scores, values = (
+        torch.randn(sum(lengths), heads, dtype=dtype),
+        torch.randn(sum(lengths), heads, dim, dtype=dtype),
+    )
+    parts = [state(*x) for x in zip(scores.split(lengths), values.split(lengths), strict=True)]
+    return scores, values, torch.stack([o for o, _ in parts]), torch.stack([lse for _, lse in parts])
+
+
+def merge(o, lse, lists):
+    index = torch.tensor(sum(lists, []), dtype=torch.int64)
+    indptr = torch.tensor([0, *torch.tensor([len(x) for x in lists]).cumsum(0).tolist()], dtype=torch.int32)
+    return ops.merge_states(o, lse, indptr, index)
+
+
+def test_equals_one_softmax_over_everything():
+    scores, values, o, lse = states([3, 1, 5, 2])
+    out, total = merge(o, lse, [[0, 1, 2, 3], [2], [3, 0], [], [1, 2, 3]])
+    first, second = scores.split([9, 2])[0], values.split([9, 2])[0]
+    for t, (s, v) in enumerate([(scores, values), (first[4:], second[4:])]):
+        torch.testing.assert_close((out[t], total[t]), state(s, v))
+    torch.testing.assert_close((out[2], total[2]), state(scores[[9, 10, 0, 1, 2]], values[[9, 10, 0, 1, 2]]))
+    assert out[3].eq(0).all() and total[3].eq(-torch.inf).all()
+    torch.testing.assert_close((out[4], total[4]), state(scores[3:], values[3:]))
+
+
+def test_is_associative():
+    _, _, o, lse = states([2, 3, 4], dtype=torch.float64)
+    whole = merge(o, lse, [[0, 1, 2]])
+    for pair, rest in (([0, 1], 2), ([1, 2], 0)):
+        half = merge(o, lse, [pair])
+        again = merge(torch.cat([half[0], o[[rest]]]), torch.cat([half[1], lse[[rest]]]), [[0, 1]])
+        torch.testing.assert_close(again, whole)
+
+
+def test_empty_states():
+    _, _, o, lse = states([2])
+    o, lse = torch.cat([o, torch.zeros_like(o)]), torch.cat([lse, torch.full_like(lse, -torch.inf)])
+    out, total = merge(o, lse, [[0, 1], [1, 0], [1], [1, 1], []])
+    for t in (0, 1):
+        assert torch.equal(out[t], o[0]) and torch.equal(total[t], lse[0])
+    assert out[2:].eq(0).all() and total[2:].eq(-torch.inf).all()
+
+
+def test_large_scores_do_not_overflow():
+    o = torch.tensor([[[1.0]], [[3.0]]])
+    out, total = merge(o, torch.tensor([[1e4], [1e4]]), [[0, 1]])
+    assert out.item() == 2.0 and total.item() == pytest.approx(1e4 + 0.6931, abs=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_outputs(dtype):
+    _, _, o, lse = states([2, 2])
+    out, total = merge(o.to(dtype), lse, [[0, 1]])
+    assert out.dtype == dtype and total.dtype == torch.float32
+    torch.testing.assert_close(out, merge(o.to(dtype).float(), lse, [[0, 1]])[0].to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"o": torch.zeros(2, 3)}, r"o must be a floating-point \[P, Hq, Dv\], got torch.float32 \(2, 3\)"),
+        (
+            {"lse": torch.zeros(2, 2)},
+            r"lse must be torch.float32 \[2, 3\] on cpu, got torch.float32 \[2, 2\]",
+        ),
+        ({"lse": torch.zeros(2, 3).half()}, r"lse must be torch.float32 \[2, 3\] on cpu, got torch.float16"),
+        ({"index": torch.zeros(2)}, r"index must be int32 or int64 \[2\] on cpu, got torch.float32"),
+        ({"index": torch.tensor([0, 2])}, r"index must be in \[0, 2\), got 0 to 2"),
+        (
+            {"indptr": torch.tensor([0, 3])},
+            r"indptr must rise from 0 to 2 \(entries in index\), got \[0, 3\]",
+        ),
+        ({"indptr": torch.tensor([], dtype=torch.int32)}, r"indptr must be int32 or int64 \[1\] on cpu"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, message):
+    arguments = {
+        "o": torch.zeros(2, 3, 4),
+        "lse": torch.zeros(2, 3),
+        "indptr": torch.tensor([0, 2]),
+        "index": torch.tensor([0, 1]),
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.merge_states(**{**arguments, **change})

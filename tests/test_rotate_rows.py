@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from forktree import ops
+
+
+@pytest.fixture(params=["reference", "torch"], autouse=True)
+def backend(request, monkeypatch):
+    monkeypatch.setenv("FORKTREE_BACKEND", request.param)
+
+
+def rotary(x, position, inv_freq, interleaved):
+    """Rotary embedding as complex numbers, in fp64."""
+    half = inv_freq.numel()
+    x = x.double()
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    pairs = (
+        turned.unflatten(-1, (half, 2)) if interleaved else turned.unflatten(-1, (2, half)).transpose(-1, -2)
+    )
+    phase = torch.polar(torch.ones(half, dtype=torch.float64), position * inv_freq.double())
+    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * phase)
+    turned = pairs if interleaved else pairs.transpose(-1, -2)
+    return torch.cat([turned.flatten(-2), rest], -1)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [16, 6])
+def test_moves_rows_to_other_positions(rotary_dim, interleaved):
+    inv_freq = 10000.0 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    x = torch.randn(4, 3, 16)
+    start, shift = [0, 7, 100, 131072], [0, 5, -60, 100000]
+    q = torch.stack([rotary(x[i], start[i], inv_freq, interleaved) for i in range(4)]).float()
+    before = q.clone()
+    got = ops.rotate_rows(q, torch.tensor(shift), inv_freq, interleaved=interleaved, rotary_dim=rotary_dim)
+    expected = torch.stack([rotary(x[i], start[i] + shift[i], inv_freq, interleaved) for i in range(4)])
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(q, before) and torch.equal(got[0], q[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_keeps_the_dtype(dtype):
+    inv_freq = torch.tensor([1.0, 0.1])
+    q = torch.randn(2, 1, 4).to(dtype)
+    got = ops.rotate_rows(q, torch.tensor([3, 4], dtype=torch.int32), inv_freq)
+    expected = torch.stack([rotary(q[i], 3 + i, inv_freq, False) for i in range(2)])
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(2, 4)}, r"q must be a floating-point \[R, H, D\], got torch.float32 \(2, 4\)"),
+        ({"shift": torch.zeros(2)}, r"shift must be int32 or int64 \[2\] on cpu, got torch.float32 \[2\]"),
+        (
+            {"inv_freq": torch.zeros(1)},
+            r"inv_freq must be floating-point \[2\] on cpu, got torch.float32 \[1\]",
+        ),
+        ({"rotary_dim": 3}, r"rotary_dim must be even and in \[2, 4\] \(D\), got 3"),
+        ({"rotary_dim": 6}, r"rotary_dim must be even and in \[2, 4\] \(D\), got 6"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, message):
+    arguments = {"q": torch.zeros(2, 1, 4), "shift": torch.tensor([0, 1]), "inv_freq": torch.zeros(2)}
+    with pytest.raises(ValueError, match=message):
+        ops.rotate_rows(**{**arguments, **change})

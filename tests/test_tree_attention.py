@@ -1,0 +1,302 @@
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from layouts import KINDS, naive_attention, random_layout, shared_prompt
+
+from forktree import ops
+from forktree.layout import TreeLayout
+from forktree.plan import plan
+
+planner = importlib.import_module("forktree.plan")
+executor = importlib.import_module("forktree.ops.torch_backend.tree_attention")
+BACKENDS = ("reference", "torch")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    monkeypatch.setenv("FORKTREE_BACKEND", request.param)
+    return request.param
+
+
+def tensors(case, heads=4, kv_heads=2, dim=8, value_dim=None, dtype=torch.float32, seed=0):
+    """q and pools whose unused slots are NaN."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(case.layout.num_rows, heads, dim, generator=g, dtype=torch.float64).to(dtype)
+    k, v = (
+        torch.randn(case.num_slots, kv_heads, d, generator=g, dtype=torch.float64).to(dtype)
+        for d in (dim, value_dim or dim)
+    )
+    unused = [s for s in range(case.num_slots) if s not in case.used]
+    k[unused] = v[unused] = torch.nan
+    return q, k, v
+
+
+def attend(case, q, k, v, window=None, **options):
+    made = plan(
+        case.layout, num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2], window=window
+    )
+    return ops.tree_attention(q, k, v, made, return_lse=True, **options)
+
+
+def compare(case, q, k, v, *, rtol=2e-5, **options):
+    out, lse = attend(case, q, k, v, **options)
+    expected, expected_lse = naive_attention(case, q, k, v, **options)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32 and out.shape == expected.shape
+    np.testing.assert_allclose(out.double().numpy(), expected, rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(lse.double().numpy(), expected_lse, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_layouts(kind, backend):
+    for seed in range(8):
+        case = random_layout(seed, kind, room=seed % 3)
+        compare(case, *tensors(case, seed=seed))
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 4, 4), (6, 2, 8, 12), (4, 4, 16, 8)])
+def test_head_shapes(heads, backend):
+    case = random_layout(1)
+    compare(case, *tensors(case, *heads))
+
+
+@pytest.mark.parametrize("window", [1, 6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows(kind, window, backend):
+    for seed in range(4):
+        case = random_layout(seed, kind)
+        compare(case, *tensors(case), window=window)
+
+
+@pytest.mark.parametrize("kind", ["random", "drafts"])
+@pytest.mark.parametrize("used", ["scale", "softcap", "sinks", "alibi_slopes", "all"])
+def test_options(used, kind, backend):
+    options = {
+        "scale": 0.3,
+        "softcap": 1.5,
+        "sinks": torch.tensor([0.5, -1.0, 2.0, 0.0]),
+        "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625]),
+    }
+    for seed in range(3):
+        case = random_layout(seed, kind)
+        compare(
+            case,
+            *tensors(case),
+            window=7 if used == "all" else None,
+            **(options if used == "all" else {used: options[used]}),
+        )
+
+
+def test_fp64_is_computed_in_fp64(backend):
+    case = random_layout(2)
+    q, k, v = tensors(case, dtype=torch.float64)
+    compare(case, q, k, v, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cut_and_folded_work(kind, monkeypatch):
+    """Limits so small that every way of cutting, stacking and reading in place is taken."""
+    monkeypatch.setenv("FORKTREE_BACKEND", "torch")
+    for name, value in (
+        ("MAX_SCORES", 64),
+        ("MAX_TOKENS", 5),
+        ("BATCH_COST", 30),
+        ("LONG", 3),
+        ("MAX_ELEMENTS", 99),
+    ):
+        monkeypatch.setattr(executor, name, value)
+    monkeypatch.setattr(planner, "LONG", 6)
+    monkeypatch.setattr(planner, "THIN", 2)
+    for seed in range(8):
+        case = random_layout(seed, kind, max_len=20)
+        compare(case, *tensors(case))
+        compare(case, *tensors(case), window=9)
+
+
+def test_large_chunk_over_a_long_prompt(monkeypatch):
+    monkeypatch.setattr(executor, "MAX_SCORES", 1 << 14)
+    rows = 300
+    layout = TreeLayout(
+        slot_index=np.arange(1500),
+        node_begin=[0, 600],
+        node_len=[600, 900],
+        node_parent=[-1, 0],
+        node_fork=[0, 550],
+        node_pos=[0, 550],
+        row_indptr=[0, rows, rows + 1],
+        path_indptr=[0, 1, 2],
+        path_node=[1, 0],
+        path_stop=[TreeLayout.ALL] * 2,
+        path_top=[-1] * 2,
+        causal=[1, 0],
+        row_token=np.arange(rows + 1),
+        row_pos=[*range(1150, 1450), 599],
+    )
+    q, k, v = torch.randn(rows + 1, 2, 8), torch.randn(1500, 1, 8), torch.randn(1500, 1, 8)
+    for window in (None, 700):
+        made = plan(layout, num_qo_heads=2, num_kv_heads=1, head_dim=8, window=window)
+        out = ops.tree_attention(q, k, v, made)
+        order = [*range(550), *range(600, 1500)]
+        pos = torch.arange(1450)
+        bias = (pos > torch.arange(1150, 1450)[:, None]) | (
+            pos <= torch.arange(1150, 1450)[:, None] - (window or 9999)
+        )
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q[:rows].transpose(0, 1),
+            k[order].transpose(0, 1).expand(2, -1, -1),
+            v[order].transpose(0, 1).expand(2, -1, -1),
+            ~bias,
+        )
+        torch.testing.assert_close(out[:rows], expected.transpose(0, 1))
+
+
+def test_growth_follows_the_tips(backend):
+    """A plan made once serves several steps, while new tokens fill the room behind tips."""
+    for seed in range(6):
+        window = 6 if seed % 2 else None
+        case = random_layout(seed, num_contexts=6, room=3, uneven=False)
+        layout = case.layout
+        free = [s for s in range(case.num_slots) if s not in case.used]
+        slot_index = layout.slot_index.copy()
+        made = plan(layout, num_qo_heads=4, num_kv_heads=2, head_dim=8, window=window)
+        path_row = np.repeat(np.arange(layout.num_rows), np.diff(layout.path_indptr))
+        live = np.flatnonzero(layout.path_stop == TreeLayout.ALL)
+        for _ in range(3):
+            node_len = made.layout.node_len.copy()
+            for node in set(layout.path_node[live].tolist()):
+                slot = free.pop()
+                case.used.add(slot)
+                slot_index[layout.node_begin[node] + node_len[node]] = slot
+                for path in live[layout.path_node[live] == node]:
+                    case.seen[path_row[path]].append((slot, int(layout.node_pos[node] + node_len[node])))
+                node_len[node] += 1
+            made = made.grow(node_len, made.layout.row_pos + 1, slot_index)
+            case.layout = made.layout
+            q, k, v = tensors(case)
+            out = ops.tree_attention(q, k, v, made)
+            expected, _ = naive_attention(case, q, k, v, window=window)
+            np.testing.assert_allclose(out.numpy(), expected, atol=2e-5)
+
+
+def test_sees_nothing(backend):
+    layout = TreeLayout(
+        [3], [0], [1], [-1], [0], [0], [0, 1, 2], [0, 1, 2], [0, 0], [0, 1], [-1] * 2, [0] * 2, [0, 2], [0, 0]
+    )
+    made = plan(layout, num_qo_heads=2, num_kv_heads=1, head_dim=4)
+    pool = torch.full((5, 1, 4), torch.nan)
+    pool[3] = 1.0
+    out, lse = ops.tree_attention(torch.ones(2, 2, 4), pool, pool, made, return_lse=True)
+    assert out[:2].eq(0).all() and out[2].eq(1).all()
+    assert lse[:2].eq(-torch.inf).all() and lse[2].eq(2).all()
+    sinks = torch.tensor([1.0, 2.0])
+    out, lse = ops.tree_attention(torch.ones(2, 2, 4), pool, pool, made, sinks=sinks, return_lse=True)
+    assert out[:2].eq(0).all() and lse[0].tolist() == [1.0, 2.0]
+    empty = TreeLayout([], [], [], [], [], [], [0], [0], [], [], [], [], [], [])
+    made = plan(empty, num_qo_heads=2, num_kv_heads=1, head_dim=4)
+    assert ops.tree_attention(torch.ones(0, 2, 4), pool, pool, made).shape == (0, 2, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_error_is_that_of_torch_at_this_dtype(dtype):
+    """Judged against fp64, beside scaled_dot_product_attention on the expanded batch."""
+    branches, shared, own, heads, kv_heads, dim = 16, 600, 40, 6, 2, 32
+    layout = shared_prompt(1, branches, shared, own, spread=True)
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(branches, heads, dim, generator=g).to(dtype)
+    k, v = (torch.randn(int(layout.slot_index.max()) + 1, kv_heads, dim, generator=g).to(dtype) for _ in "kv")
+    made = plan(layout, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
+    out = ops.tree_attention(q, k, v, made)
+
+    slots = torch.stack(
+        [torch.from_numpy(layout.slot_index[layout.visible(r)[0]]) for r in range(branches)]
+    ).long()
+
+    def sdpa(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, None], k[slots].transpose(1, 2), v[slots].transpose(1, 2), enable_gqa=True
+        )[:, :, 0]
+
+    exact = sdpa(q.double(), k.double(), v.double())
+    ours, theirs = ((x.double() - exact).abs() for x in (out, sdpa(q, k, v)))
+    assert ours.max() <= 1.1 * theirs.max() + 1e-7 and ours.mean() <= 1.1 * theirs.mean() + 1e-8
+
+
+def test_same_bits_every_time():
+    case = random_layout(7)
+    q, k, v = tensors(case)
+    assert torch.equal(attend(case, q, k, v)[0], attend(case, q, k, v)[0])
+
+
+def test_non_contiguous_queries():
+    case = random_layout(4)
+    q, k, v = tensors(case)
+    assert torch.equal(
+        attend(case, q.transpose(0, 1).contiguous().transpose(0, 1), k, v)[0], attend(case, q, k, v)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda a: a.update(q=a["q"][1:]),
+            r"q must be \[12, 4, 8\] \(rows of the layout, .* got \[11, 4, 8\]",
+        ),
+        (lambda a: a.update(q=a["q"][:, :2]), r"q must be \[12, 4, 8\] .* got \[12, 2, 8\]"),
+        (lambda a: a.update(q=a["q"].int()), "q must be fp32, bf16, fp16 or fp64, got torch.int32"),
+        (
+            lambda a: a.update(q=a["q"].half()),
+            "k_slots must be torch.float16 on cpu as q is, got torch.float32",
+        ),
+        (
+            lambda a: a.update(v_slots=a["v_slots"].half()),
+            "v_slots must be torch.float32 on cpu as k_slots is",
+        ),
+        (lambda a: a.update(v_slots=a["v_slots"][1:]), r"k_slots and v_slots must be \[slots, Hk, Dk\] and"),
+        (
+            lambda a: a.update(
+                k_slots=a["k_slots"][:, :1].contiguous(), v_slots=a["v_slots"][:, :1].contiguous()
+            ),
+            r"k_slots must be \[slots, 2, 8\] \(heads and head_dim of the plan\), got \[\d+, 1, 8\]",
+        ),
+        (
+            lambda a: a.update(k_slots=a["k_slots"][:3], v_slots=a["v_slots"][:3]),
+            r"slot_index must be in \[0, 3\), the pool, got \d+ to \d+",
+        ),
+        (
+            lambda a: a.update(k_slots=a["k_slots"].transpose(0, 1).contiguous().transpose(0, 1)),
+            "k_slots and v_slots must be contiguous, got strides",
+        ),
+        (
+            lambda a: a.update(sinks=torch.zeros(2)),
+            r"sinks must be floating-point \[4\] on cpu, got .* \[2\]",
+        ),
+        (
+            lambda a: a.update(alibi_slopes=torch.zeros(4, dtype=torch.int32)),
+            "alibi_slopes must be floating-point",
+        ),
+        (lambda a: a.update(softcap=0.0), "softcap must be above 0, got 0.0"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, message):
+    case = random_layout(0, num_contexts=12, uneven=False)
+    q, k, v = tensors(case)
+    arguments = {
+        "q": q,
+        "k_slots": k,
+        "v_slots": v,
+        "plan": plan(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=8),
+    }
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        ops.tree_attention(**arguments)
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda", "fast"])
+def test_an_absent_backend_says_why(name, monkeypatch):
+    monkeypatch.setenv("FORKTREE_BACKEND", name)
+    case = random_layout(0)
+    why = "there is no such backend" if name == "fast" else "not part of this build"
+    with pytest.raises(ValueError, match=f"FORKTREE_BACKEND={name}: .*{why}; available: reference, torch"):
+        attend(case, *tensors(case))
