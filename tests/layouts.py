@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from forktree.layout import TreeLayout
 
 KINDS = ("random", "chain", "star", "deep", "joins", "drafts", "chunks")
@@ -115,9 +114,7 @@ def random_layout(
             if not set(extra) & set(mine + others):
                 others += extra
                 grows = 0 < end == len(node.tokens) and rng.random() < 0.5
-                paths.append(
-                    (node.number, TreeLayout.ALL if grows else end, -1 if over is None else over.number)
-                )
+                paths.append((node.number, TreeLayout.ALL if grows else end, -1 if over is None else over.number))
         paths.append((tip.number, TreeLayout.ALL if whole else stop, -1 if top is None else top.number))
         path_indptr.append(len(paths))
 
@@ -145,9 +142,7 @@ def random_layout(
 
     row_token = rng.permutation(len(seen))
     if kind in ("random", "joins"):
-        row_token = rng.integers(
-            0, max(1, 2 * len(seen) // 3), len(seen)
-        )  # also tokens with several rows, or none
+        row_token = rng.integers(0, max(1, 2 * len(seen) // 3), len(seen))  # also tokens with several rows, or none
     slot_index, node_begin = [], []
     for node in shuffled:
         node_begin.append(len(slot_index))
@@ -202,9 +197,7 @@ def shared_prompt(trees: int, branches: int, shared: int, own: int, *, spread: b
     )
 
 
-def naive_attention(
-    case, q, k_slots, v_slots, *, window=None, scale=None, softcap=None, sinks=None, alibi_slopes=None
-):
+def naive_attention(case, q, k_slots, v_slots, *, window=None, scale=None, softcap=None, sinks=None, alibi_slopes=None):
     """fp64 softmax over the tracked lists, a token and a head at a time: out [T, Hq, Dv], lse [T, Hq]."""
     q, k_slots, v_slots = (x.double().numpy() for x in (q, k_slots, v_slots))
     heads, group = q.shape[1], q.shape[1] // k_slots.shape[1]
@@ -212,9 +205,7 @@ def naive_attention(
     lse = np.full((case.layout.num_tokens, heads), -np.inf)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     for token, rows in enumerate(case.tokens()):
-        pairs = [
-            (row, slot, pos - int(case.layout.row_pos[row])) for row in rows for slot, pos in case.seen[row]
-        ]
+        pairs = [(row, slot, pos - int(case.layout.row_pos[row])) for row in rows for slot, pos in case.seen[row]]
         pairs = [(row, slot, d) for row, slot, d in pairs if window is None or -window < d <= 0]
         for head in range(heads):
             scores = []

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from forktree import ops
 
 
@@ -18,9 +17,7 @@ def test_writes_the_named_slots_only(slots, integer, dtype):
     ops.append_kv(k, v, torch.tensor(slots, dtype=integer), k_slots, v_slots)
     for slot in range(7):
         if slot in slots:
-            assert torch.equal(k_slots[slot], k[slots.index(slot)]) and torch.equal(
-                v_slots[slot], v[slots.index(slot)]
-            )
+            assert torch.equal(k_slots[slot], k[slots.index(slot)]) and torch.equal(v_slots[slot], v[slots.index(slot)])
         else:
             assert k_slots[slot].eq(9).all() and v_slots[slot].eq(9).all()
 
@@ -37,7 +34,7 @@ def test_takes_views():
     [
         (
             lambda a: a.update(k=a["k"][:1]),
-            r"v must be torch.float32 \[1, 2, 3\] on cpu, got torch.float32 \[2, 2, 3\]",
+            r"k must be torch.float32 \[2, 2, 3\] on cpu, got torch.float32 \[1, 2, 3\]",
         ),
         (
             lambda a: a.update(k=a["k"].half()),
@@ -49,7 +46,7 @@ def test_takes_views():
         ),
         (
             lambda a: a.update(slots=torch.tensor([0])),
-            r"slots must be int32 or int64 \[2\] on cpu, got .* \[1\]",
+            r"k must be torch.float32 \[1, 2, 3\] on cpu, got torch.float32 \[2, 2, 3\]",
         ),
         (lambda a: a.update(slots=torch.tensor([0, 7])), "slots must be below the pool's 7, got 7"),
         (

@@ -5,11 +5,10 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from torch import nn
-
 from forktree.errors import InvalidInput, UnsupportedModel
 from forktree.model import LinearHead, OwnHead, Runner, attach
 from forktree.model.interface import IMPLEMENTATION, PackedModel
+from torch import nn
 
 SIZES = dict(
     vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -66,18 +65,18 @@ def test_chunked_attention_is_refused_for_its_mask():
 
 def test_encoder_decoder_is_refused():
     config = hf.T5Config(vocab_size=99, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8)
-    with pytest.raises(UnsupportedModel, match="^t5: .*encoder-decoder"):
+    with pytest.raises(UnsupportedModel, match=r"^t5: .*encoder-decoder"):
         attach(hf.T5ForConditionalGeneration(config).eval())
 
 
 def test_bidirectional_attention_is_refused():
-    with pytest.raises(UnsupportedModel, match="^gemma3_text: expected position 0 not to see position 1,"):
+    with pytest.raises(UnsupportedModel, match=r"^gemma3_text: expected position 0 not to see position 1,"):
         attach(build(hf.Gemma3TextConfig, head_dim=16, use_bidirectional_attention=True))
 
 
 def test_training_mode_is_an_error():
     model = build(hf.LlamaConfig)
-    runner = Runner(model, num_slots=4)
+    runner = Runner(attach(model), num_slots=4)
     model.train()
     with pytest.raises(InvalidInput, match=r"llama: .*model\.eval\(\)"):
         attach(model)
@@ -167,7 +166,7 @@ def test_attach_leaves_the_model_unchanged(llama):
     state = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
     attributes = {name: set(vars(module)) for name, module in llama.named_modules()}
 
-    Runner(llama, num_slots=4)
+    Runner(attach(llama), num_slots=4)
 
     assert implementations(llama) == modes
     assert llama.config.to_dict() == config.to_dict() and not llama.training
@@ -209,8 +208,8 @@ def test_rope_that_depends_on_the_batch_ends_at_its_original_length():
 
 
 def test_positions_beyond_the_limit_are_refused_with_numbers():
-    runner = Runner(longrope(), num_slots=4)
-    with pytest.raises(InvalidInput, match="below 16, got 16 to 16; longrope RoPE changes .* which is 16"):
+    runner = Runner(attach(longrope()), num_slots=4)
+    with pytest.raises(InvalidInput, match=r"below 16, got 16 to 16; longrope RoPE changes .* which is 16"):
         runner.forward([1], [16], [0], dict.fromkeys(runner.spec.layers))
 
 
@@ -229,7 +228,7 @@ def test_positions_beyond_the_limit_are_refused_with_numbers():
 @torch.no_grad()
 def test_linear_heads_are_read_off_and_verified(config_class, options, scale, cap, dtype):
     model = build(config_class, **options).to(dtype)
-    runner = Runner(model, num_slots=4)
+    runner = Runner(attach(model), num_slots=4)
     head = runner.spec.head
     assert isinstance(head, LinearHead) and (head.scale, head.cap) == (scale, cap)
     assert head.weight.data_ptr() == model.lm_head.weight.data_ptr()
@@ -244,20 +243,29 @@ class Squared(nn.Linear):
         return super().forward(hidden) ** 2
 
 
+class Capped(nn.Linear):
+    """A cap that no config mentions, far above the logits that a proof usually sees."""
+
+    def forward(self, hidden):
+        return 20 * torch.tanh(super().forward(hidden) / 20)
+
+
+@pytest.mark.parametrize("odd", [Squared, Capped])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_an_odd_head_goes_unfused():
-    model = build(hf.LlamaConfig)
-    model.lm_head.__class__ = Squared
-    runner = Runner(model, num_slots=4)
+def test_an_odd_head_goes_unfused(odd, dtype):
+    model = build(hf.LlamaConfig, initializer_range=0.01).to(dtype)
+    model.lm_head.__class__ = odd
+    runner = Runner(attach(model), num_slots=4)
     assert isinstance(runner.spec.head, OwnHead) and "unfused" in runner.spec.head_note
-    hidden = torch.randn(3, 32)
-    torch.testing.assert_close(runner.logits(hidden), (hidden @ model.lm_head.weight.T) ** 2)
+    hidden = torch.randn(20, 32).to(dtype)
+    assert torch.equal(runner.logits(hidden), model.lm_head(hidden).float())
     assert "forward" not in vars(model.model)
     assert torch.isfinite(model(torch.arange(5)[None]).logits).all()
 
 
 def test_a_model_without_head_gives_hidden_states_only():
-    runner = Runner(build(hf.LlamaConfig).model, num_slots=4)
+    runner = Runner(attach(build(hf.LlamaConfig).model), num_slots=4)
     assert runner.spec.head is None and "no language-model head" in runner.spec.head_note
     with pytest.raises(InvalidInput, match="llama: expected a model with a language-model head"):
         runner.logits(torch.zeros(1, 32))

@@ -3,9 +3,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from layouts import KINDS, random_layout, shared_prompt
-
 from forktree.layout import TreeLayout
+from layouts import KINDS, random_layout, shared_prompt
 
 
 def arguments(layout):
@@ -178,9 +177,7 @@ def test_from_pages_shares_and_equals_a_flat_cache(seed, page_size):
             row += 1
     assert row == layout.num_rows
     if query_lens is None:  # each page wholly before the query tokens is stored once
-        pages = {
-            tuple(tables[b, : p + 1]) for b in range(batch) for p in range((lengths[b] - 1) // page_size)
-        }
+        pages = {tuple(tables[b, : p + 1]) for b in range(batch) for p in range((lengths[b] - 1) // page_size)}
         private = lengths - (lengths - 1) // page_size * page_size
         assert layout.slot_index.size == len(pages) * page_size + private.sum()
 

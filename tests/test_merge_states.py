@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from forktree import ops
 
 
@@ -25,7 +24,7 @@ def states(lengths, heads=3, dim=4, dtype=torch.float32):
 
 
 def merge(o, lse, lists):
-    index = torch.tensor(sum(lists, []), dtype=torch.int64)
+    index = torch.tensor([i for entries in lists for i in entries], dtype=torch.int64)
     indptr = torch.tensor([0, *torch.tensor([len(x) for x in lists]).cumsum(0).tolist()], dtype=torch.int32)
     return ops.merge_states(o, lse, indptr, index)
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-
 from forktree.errors import InvalidInput
 from forktree.layout import TreeLayout
-from forktree.model import Runner
+from forktree.model import Runner, attach
 
 VOCAB = 99
 NUM_SLOTS = 160
@@ -65,7 +64,7 @@ def tiny(name: str) -> hf.PreTrainedModel:
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def runner(request):
-    return Runner(tiny(request.param), num_slots=NUM_SLOTS)
+    return Runner(attach(tiny(request.param)), num_slots=NUM_SLOTS)
 
 
 @dataclass
@@ -131,12 +130,12 @@ class Forest:
         positions = [p for b, n in pending.items() for p in range(self.length(b) - n, self.length(b))]
         layout = TreeLayout(
             slot_index=[s for node in self.nodes for s in node.slots],
-            node_begin=np.cumsum([0] + lengths)[:-1],
+            node_begin=np.cumsum([0, *lengths])[:-1],
             node_len=lengths,
             node_parent=[node.parent for node in self.nodes],
             node_fork=[node.fork for node in self.nodes],
             node_pos=[node.pos for node in self.nodes],
-            row_indptr=np.cumsum([0] + rows),
+            row_indptr=np.cumsum([0, *rows]),
             path_indptr=np.arange(len(rows) + 1),
             path_node=list(pending),
             path_stop=[TreeLayout.ALL] * len(rows),

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from forktree import ops
 
 
@@ -14,9 +13,7 @@ def rotary(x, position, inv_freq, interleaved):
     half = inv_freq.numel()
     x = x.double()
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-    pairs = (
-        turned.unflatten(-1, (half, 2)) if interleaved else turned.unflatten(-1, (2, half)).transpose(-1, -2)
-    )
+    pairs = turned.unflatten(-1, (half, 2)) if interleaved else turned.unflatten(-1, (2, half)).transpose(-1, -2)
     phase = torch.polar(torch.ones(half, dtype=torch.float64), position * inv_freq.double())
     pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * phase)
     turned = pairs if interleaved else pairs.transpose(-1, -2)

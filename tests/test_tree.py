@@ -1,24 +1,21 @@
 """The tree against a naive model: every branch is a list of token objects, nothing is shared but identity."""
 
-import itertools
-
 import numpy as np
-import pytest
+from forktree.kv import Branch, OutOfSlots, PrefixIndex, Tree, reassign
+from forktree.kv.tree import MAX_RESERVATION, Chunk
+from forktree.layout import TreeLayout
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
-
-from forktree.kv import Branch, OutOfSlots, PrefixIndex, Tree, reassign
-from forktree.kv.tree import MAX_RESERVATION
 
 NUM_SLOTS = 160
 
 
 class Token:
-    """One written token. `sees` are the tokens of joined texts that everything behind it sees too."""
+    """One written token. `joins` are the texts that it, and everything behind it, sees too."""
 
-    def __init__(self, id: int, position: int, sees: frozenset["Token"] = frozenset()) -> None:
-        self.id, self.position, self.sees = id, position, sees
+    def __init__(self, id: int, position: int, joins: tuple[list["Token"], ...] = ()) -> None:
+        self.id, self.position, self.joins = id, position, joins
 
 
 class TreeMachine(RuleBasedStateMachine):
@@ -100,9 +97,9 @@ class TreeMachine(RuleBasedStateMachine):
             return multiple()
         some = data.draw(st.lists(st.sampled_from(list(self.naive)), min_size=1, max_size=3, unique=True))
         branch = self.tree.join(some, tokens)
-        seen = frozenset(t for b in some for t in self._visible(self.naive[b]))
+        texts = tuple(list(self.naive[b]) for b in some)
         start = max(self.naive[b][-1].position for b in some) + 1
-        self.naive[branch] = [Token(t, start + i, seen) for i, t in enumerate(tokens)]
+        self.naive[branch] = [Token(t, start + i, texts) for i, t in enumerate(tokens)]
         return branch
 
     @rule(branch=branches)
@@ -121,36 +118,40 @@ class TreeMachine(RuleBasedStateMachine):
 
     @rule(target=branches, tokens=st.lists(st.integers(0, 3), min_size=1, max_size=12))
     def match(self, tokens: list[int]):
-        texts = [p for p in (*self.naive.values(), *self.kept.values()) if p[0].position == 0 and not p[0].sees]
+        place, texts = self._places()
+        texts = [p for p in texts if p[0].position == 0 and not p[0].joins]
         longest = max((_common(tokens, path) for path in texts), default=0)
         branch = self.tree.match(tokens)
         if branch is None:
             assert longest == 0
             return multiple()
-        assert branch.length == longest
-        ids = branch.tokens.tolist()
-        shared = [p for p in texts if [t.id for t in p[:longest]] == ids]
-        # several texts may hold equal tokens; the tree says which it shares by the slots' owner: any is right
-        self.naive[branch] = next(
-            p[:longest] for p in shared if self._node_of(branch) in self._nodes(p, longest)
-        )
+        assert branch.tokens.tolist() == tokens[:longest]
+        # several texts may begin alike: which one the branch shares shows in where its tokens lie
+        where = self._arena(branch)
+        self.naive[branch] = next(p[:longest] for p in texts if [place[t] for t in p[:longest]] == where)
         return branch
 
-    def _node_of(self, branch: Branch) -> int:
-        return int(self.tree.branch_node[branch.id])
+    def _arena(self, branch: Branch) -> list[int]:
+        """Where each token of a branch lies in the arena."""
+        path = self.tree._path(branch.id)[::-1]
+        return [int(self.tree.begin[node]) + i for node, stop in path for i in range(stop)]
 
-    def _nodes(self, path: list[Token], length: int) -> set[int]:
-        """Nodes at which some live branch or kept prefix with this very path passes position `length`."""
-        out = set()
-        every = [(b, p) for b, p in self.naive.items()]
-        every += [(b, self.kept[b.tokens.tobytes()]) for b in self.prefixes.branches()]
-        for branch, other in every:
-            if other[:length] == path[:length]:
-                for node, stop in self.tree._path(branch.id):
-                    start = int(self.tree.start[node])
-                    if start < length <= start + stop or start < length <= start + self.tree.length[node]:
-                        out.add(node)
-        return out
+    def _places(self) -> tuple[dict[Token, int], list[list[Token]]]:
+        """Where each live token lies, and all live texts; a token that lies in two places is an error."""
+        todo = list(self.naive.items())
+        todo += [(b, self.kept[b.tokens.tobytes()]) for b in self.prefixes.branches()]
+        place: dict[Token, int] = {}
+        texts = []
+        while todo:
+            branch, path = todo.pop()
+            texts.append(path)
+            for token, at in zip(path, self._arena(branch), strict=True):
+                assert place.setdefault(token, at) == at, "a shared token lies in two places"
+            if path[0].joins:
+                root = self.tree._path(branch.id)[-1][0]
+                todo += zip(self.tree._sources[root], path[0].joins, strict=True)
+        assert len(set(place.values())) == len(place), "two tokens lie in one place"
+        return place, texts
 
     @rule(data=st.data())
     def compute(self, data: st.DataObject) -> None:
@@ -175,49 +176,23 @@ class TreeMachine(RuleBasedStateMachine):
             assert ready.any(), "a pass served nobody"
             some = [b for b, r in zip(some, ready, strict=True) if not r]
 
-    def _check_layout(self, layout, chunks) -> None:
-        """Each row sees exactly what the naive model says, for those chunks whose branch we know."""
-        slot_of = {}
-        for branch, path in self.naive.items():
-            for token, slot in zip(path, self._slots(branch), strict=True):
-                slot_of[token] = slot
+    def _check_layout(self, layout: TreeLayout, chunks: list[Chunk]) -> None:
+        """Each row sees exactly the tokens, and positions, that the naive model says."""
+        place, texts = self._places()
+        through = {place[t]: path[: i + 1] for path in texts for i, t in enumerate(path)}
         row = 0
         for chunk in chunks:
             for offset in range(chunk.begin, chunk.stop):
-                position = int(self.tree.start[chunk.node]) + offset
-                path = self._path_through(chunk.node, position)
-                if path is not None:
-                    index = position - path[0].position
-                    want = {slot_of[t] for t in self._visible(path[: index + 1]) if t in slot_of}
-                    slots = layout.slot_index[layout.visible(row)[0]]
-                    assert len(slots) == len(self._visible(path[: index + 1]))
-                    assert len(set(slots.tolist())) == len(slots), "a token is seen twice"
-                    assert want <= set(slots.tolist())
+                sees = _visible(through[int(self.tree.begin[chunk.node]) + offset])
+                index, position = layout.visible(row)
+                assert sorted(index.tolist()) == sorted(place[t] for t in sees)
+                assert dict(zip(index, position, strict=True)) == {place[t]: t.position for t in sees}
                 row += 1
-
-    def _path_through(self, node: int, position: int):
-        for branch, path in self.naive.items():
-            for n, stop in self.tree._path(branch.id):
-                if n == node and self.tree.start[n] <= position < self.tree.start[n] + stop:
-                    return path
-        return None
-
-    def _slots(self, branch: Branch) -> list[int]:
-        pieces = []
-        for node, stop in self.tree._path(branch.id):
-            begin, held = int(self.tree.begin[node]), int(self.tree.held[node])
-            slots = self.tree.slot_index[begin : begin + stop].tolist()
-            pieces.append([s if i < held else -1000 - begin - i for i, s in enumerate(slots)])
-        return [s for piece in pieces[::-1] for s in piece]
 
     @rule(branch=branches)
     def evict(self, branch: Branch) -> None:
         if branch.alive:
-            self.tree.evict(self.tree.nodes_seen([self._node_of(branch)]))
-
-    @staticmethod
-    def _visible(path: list[Token]) -> set[Token]:
-        return set(path).union(*(t.sees for t in path))
+            self.tree.evict(self.tree.nodes_seen([self.tree.branch_node[branch.id]]))
 
     @invariant()
     def bookkeeping_holds(self) -> None:
@@ -232,10 +207,8 @@ class TreeMachine(RuleBasedStateMachine):
 
     @invariant()
     def slots_are_bounded(self) -> None:
-        live = set().union(*map(self._visible, itertools.chain(self.naive.values(), self.kept.values())), set())
-        joined = sum(len(sources) for sources in self.tree._sources.values())
-        tips = len(self.naive) + len(self.kept) + joined
-        assert self.tree.slots.in_use <= len(live) + MAX_RESERVATION * tips
+        place, texts = self._places()
+        assert self.tree.slots.in_use <= len(place) + MAX_RESERVATION * len(texts)
 
     def teardown(self) -> None:
         self.prefixes.clear()
@@ -244,8 +217,14 @@ class TreeMachine(RuleBasedStateMachine):
         assert self.tree.slots.in_use == 0 and not self.tree._sources
 
 
+def _visible(path: list[Token]) -> set[Token]:
+    """The tokens of a path and all that its joined texts see."""
+    return set(path).union(*(_visible(text) for text in path[0].joins))
+
+
 def _common(tokens: list[int], path: list[Token]) -> int:
-    return next((i for i, (a, t) in enumerate(zip(tokens, path, strict=False)) if a != t.id), min(len(tokens), len(path)))
+    pairs = zip(tokens, path, strict=False)
+    return next((i for i, (a, t) in enumerate(pairs) if a != t.id), min(len(tokens), len(path)))
 
 
 TestTree = TreeMachine.TestCase

@@ -3,11 +3,10 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from layouts import KINDS, naive_attention, random_layout, shared_prompt
-
 from forktree import ops
 from forktree.layout import TreeLayout
 from forktree.plan import plan
+from layouts import KINDS, naive_attention, random_layout, shared_prompt
 
 planner = importlib.import_module("forktree.plan")
 executor = importlib.import_module("forktree.ops.torch_backend.tree_attention")
@@ -34,9 +33,7 @@ def tensors(case, heads=4, kv_heads=2, dim=8, value_dim=None, dtype=torch.float3
 
 
 def attend(case, q, k, v, window=None, **options):
-    made = plan(
-        case.layout, num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2], window=window
-    )
+    made = plan(case.layout, num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2], window=window)
     return ops.tree_attention(q, k, v, made, return_lse=True, **options)
 
 
@@ -139,9 +136,7 @@ def test_large_chunk_over_a_long_prompt(monkeypatch):
         out = ops.tree_attention(q, k, v, made)
         order = [*range(550), *range(600, 1500)]
         pos = torch.arange(1450)
-        bias = (pos > torch.arange(1150, 1450)[:, None]) | (
-            pos <= torch.arange(1150, 1450)[:, None] - (window or 9999)
-        )
+        bias = (pos > torch.arange(1150, 1450)[:, None]) | (pos <= torch.arange(1150, 1450)[:, None] - (window or 9999))
         expected = torch.nn.functional.scaled_dot_product_attention(
             q[:rows].transpose(0, 1),
             k[order].transpose(0, 1).expand(2, -1, -1),
@@ -208,9 +203,7 @@ def test_error_is_that_of_torch_at_this_dtype(dtype):
     made = plan(layout, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
     out = ops.tree_attention(q, k, v, made)
 
-    slots = torch.stack(
-        [torch.from_numpy(layout.slot_index[layout.visible(r)[0]]) for r in range(branches)]
-    ).long()
+    slots = torch.stack([torch.from_numpy(layout.slot_index[layout.visible(r)[0]]) for r in range(branches)]).long()
 
     def sdpa(q, k, v):
         return torch.nn.functional.scaled_dot_product_attention(
@@ -231,9 +224,7 @@ def test_same_bits_every_time():
 def test_non_contiguous_queries():
     case = random_layout(4)
     q, k, v = tensors(case)
-    assert torch.equal(
-        attend(case, q.transpose(0, 1).contiguous().transpose(0, 1), k, v)[0], attend(case, q, k, v)[0]
-    )
+    assert torch.equal(attend(case, q.transpose(0, 1).contiguous().transpose(0, 1), k, v)[0], attend(case, q, k, v)[0])
 
 
 @pytest.mark.parametrize(
@@ -255,9 +246,7 @@ def test_non_contiguous_queries():
         ),
         (lambda a: a.update(v_slots=a["v_slots"][1:]), r"k_slots and v_slots must be \[slots, Hk, Dk\] and"),
         (
-            lambda a: a.update(
-                k_slots=a["k_slots"][:, :1].contiguous(), v_slots=a["v_slots"][:, :1].contiguous()
-            ),
+            lambda a: a.update(k_slots=a["k_slots"][:, :1].contiguous(), v_slots=a["v_slots"][:, :1].contiguous()),
             r"k_slots must be \[slots, 2, 8\] \(heads and head_dim of the plan\), got \[\d+, 1, 8\]",
         ),
         (

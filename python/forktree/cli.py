@@ -49,7 +49,8 @@ def generate(
     out: Annotated[Path, typer.Option(help="Output, JSON Lines. Must not exist, unless --resume.")],
     search: Annotated[str, typer.Option(help="greedy, sample, best-of-n, beam or particle.")] = "greedy",
     scorer: Annotated[
-        str | None, typer.Option(help="For best-of-n and particle: head file, reward-model directory or module:function.")
+        str | None,
+        typer.Option(help="best-of-n, particle: a head file, a reward-model directory or module:function."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens behind a prompt.")] = 256,
     seed: Annotated[int, typer.Option(help="Same seed and prompt, same text.")] = 0,
@@ -96,7 +97,7 @@ def generate(
         weight_temperature=weight_temperature,
         resampling=resampling,
     )
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     described = {"search": search, **settings, "max_new_tokens": max_new_tokens, "seed": seed}
     if scorer is not None:
         described["scorer"] = scorer
@@ -115,7 +116,8 @@ def generate(
     if scorer is not None:
         settings["scorer"] = load_scorer(scorer, activation=activation, time_limit=scorer_time_limit)
     with output:
-        results = decoder.search_iter([texts[i] for i in todo], kind(**settings), max_new_tokens=max_new_tokens, seed=seed)
+        one = kind(**settings)
+        results = decoder.search_iter([texts[i] for i in todo], one, max_new_tokens=max_new_tokens, seed=seed)
         failures = _run(results, todo, output, len(texts))
     if failures:
         raise typer.Exit(1)
@@ -143,25 +145,22 @@ def _run(results: Iterator[Any], todo: list[int], output: "ResultFile", total: i
                 index = todo[result.index]
                 if result.error is not None:
                     failures += 1
-                    progress.console.print(f"error: prompt {index}: {_one_line(result.error)}", style="red", markup=False)
+                    _complain(progress.console, f"prompt {index}: {_one_line(result.error)}")
                 else:
                     output.write(index, result)
                     for i, candidate in enumerate(result.candidates):
                         if candidate.hypothesis.error is not None:
-                            message = f"error: prompt {index}, candidate {i}: {candidate.hypothesis.error}"
-                            progress.console.print(message, style="red", markup=False)
+                            _complain(progress.console, f"prompt {index}, candidate {i}: {candidate.hypothesis.error}")
                             failures += 1
                             break
                 progress.advance(bar)
     except KeyboardInterrupt:
         done = total - len(output.missing())
-        console.print(f"interrupted: {done} of {total} results are in {output.path}; go on with --resume", style="red")
+        _complain(console, f"interrupted: {done} of {total} results are in {output.path}; go on with --resume")
         raise typer.Exit(130) from None
     if failures:
-        console.print(
-            f"{failures} of {total} prompts had errors; what is missing from {output.path} is tried again with --resume",
-            style="red",
-        )
+        left = len(output.missing())
+        _complain(console, f"{failures} of {total} prompts had errors; --resume tries {left} missing ones again")
     return failures
 
 
@@ -169,7 +168,13 @@ def _search_class(name: str, settings: dict[str, Any], scorer: str | None) -> An
     """The search's class, after checking that every given option is one of its fields."""
     from forktree.search import BeamSearch, BestOfN, Greedy, ParticleFilter, Sample
 
-    classes = {"greedy": Greedy, "sample": Sample, "best-of-n": BestOfN, "beam": BeamSearch, "particle": ParticleFilter}
+    classes: dict[str, Any] = {
+        "greedy": Greedy,
+        "sample": Sample,
+        "best-of-n": BestOfN,
+        "beam": BeamSearch,
+        "particle": ParticleFilter,
+    }
     if name not in classes:
         raise InvalidInput(f"--search must be one of {', '.join(classes)}, got {name!r}")
     known = {f.name for f in fields(classes[name])}
@@ -318,6 +323,11 @@ def _unescape(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
+def _complain(to: Console, message: str) -> None:
+    """One line on standard error, whatever it holds."""
+    to.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500]
 
@@ -327,8 +337,8 @@ def main() -> None:
     try:
         app()
     except ForktreeError as error:
-        console.print(f"error: {_one_line(error)}", style="red", markup=False, soft_wrap=True)
+        _complain(console, _one_line(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        console.print("interrupted", style="red")
+        _complain(console, "interrupted")
         sys.exit(130)

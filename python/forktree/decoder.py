@@ -159,8 +159,9 @@ class Decoder:
                 while waiting and (not running or self.engine.has_room(len(tokens[waiting[-1]]))):
                     i = waiting.pop()
                     start = partial(self._start, searches[i], max_new_tokens, seed)
-                    text = prompts[i] if isinstance(prompts[i], str) else self._decode(tokens[i])
-                    running[self.engine.submit(start, [tokens[i]], text=text or "", seed=seed)] = i
+                    prompt = prompts[i]
+                    text = prompt if isinstance(prompt, str) else self._decode(tokens[i]) or ""
+                    running[self.engine.submit(start, [tokens[i]], text=text, seed=seed)] = i
                 self.engine.step()
                 if on_step is not None:
                     on_step()

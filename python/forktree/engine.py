@@ -37,12 +37,12 @@ LOGIT_BYTES = 256 << 20  # rows of logits held at once: at most this many bytes
 
 @dataclass
 class Counters:
-    """What one search cost. Tokens shared by several searches count for the oldest that needed them."""
+    """What one search cost. A prefix shared by several searches counts for the one that wrote it."""
 
     model_tokens: int = 0  # tokens run through the policy
     scorer_tokens: int = 0  # tokens run through a reward model
     scorer_calls: int = 0  # branches scored
-    peak_slots: int = 0  # most KV slots that what it sees took at once
+    peak_slots: int = 0  # most KV slots that the tokens it wrote took at once
     seconds: float = 0.0
 
 
@@ -124,25 +124,27 @@ class _ExtendWork(_Work):
         ids = self.ids[live]
         return live[tree.hidden_at[tree.branch_node[ids]] == tree.branch_length[ids] - 1]
 
-    def take(self, rows: NDArray[np.int64], tokens: NDArray[np.int64], log_probs: NDArray[np.float64]) -> None:
-        """Appends the drawn tokens and closes the branches that stop."""
+    def take(
+        self, rows: NDArray[np.int64], tokens: NDArray[np.int64], log_probs: NDArray[np.float64]
+    ) -> tuple[list[Branch], list[int]]:
+        """Records the drawn tokens and closes the branches that stop; returns what is to be appended."""
         request = self.request
         self.log_prob[rows] += log_probs
         self.num_tokens[rows] += 1
-        eos = np.isin(tokens, list(request.eos_token_ids))
-        for i in rows[eos]:
-            self.reason[i] = "eos"
-        self.open[rows[eos]] = False
-        rows, tokens = rows[~eos], tokens[~eos]
-        if not len(rows):
-            return
-        self.lane.tree.append([self.branches[i] for i in rows], tokens)
-        self.open[rows] = self.num_tokens[rows] < request.max_tokens[rows]
-        if request.stop is not None:
-            for i, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+        full = self.num_tokens[rows] >= request.max_tokens[rows]
+        branches, appended = [], []
+        for i, token, last in zip(rows.tolist(), tokens.tolist(), full.tolist(), strict=True):
+            if token in request.eos_token_ids:
+                self.open[i], self.reason[i] = False, "eos"
+                continue
+            branches.append(self.branches[i])
+            appended.append(token)
+            self.open[i] = not last
+            if request.stop is not None:
                 self.drawn[i].append(token)
-                if request.stop(token, np.array(self.drawn[i], np.int32)):
+                if request.stop(token, self.drawn[i]):
                     self.open[i], self.reason[i] = False, "stop"
+        return branches, appended
 
 
 class Engine:
@@ -273,8 +275,7 @@ class Engine:
     def _schedule(self, lane: Lane, running: list[Task]) -> list[Chunk]:
         """Chunks for the next forward pass, their slots reserved. Younger searches may be preempted for it."""
         while running:
-            waiting = [t.work.waiting() for t in running if t.work is not None]
-            branches = [b for group in waiting for b in group]
+            branches = [b for t in running if t.work is not None for b in t.work.waiting()]
             chunks = self._within_budget(lane, lane.tree.pending(branches))
             try:
                 lane.tree.reserve(chunks)
@@ -285,9 +286,9 @@ class Engine:
                 if running:
                     youngest.preempted = True
                     continue
-                self._resume(youngest, None, self._out_of_memory(lane, youngest, waiting[0]))
+                self._resume(youngest, None, self._out_of_memory(lane, youngest, branches))
                 return []
-            self._count_tokens(lane, running, waiting, chunks)
+            self._count(lane, running, chunks)
             return chunks
         return []
 
@@ -296,17 +297,21 @@ class Engine:
         budget = self.max_batch_tokens
         if sum(c.stop - c.begin for c in chunks) <= budget:
             return chunks
-        late = np.zeros(lane.tree.num_nodes, bool)
-        late[[c.node for c in chunks]] = True
+        tree = lane.tree
+        late = {c.node for c in chunks}
+        waits = tree.sees_any([c.node for c in chunks], late)
         chosen: list[Chunk] = []
-        for chunk in sorted(chunks, key=lambda c: c.stop - c.begin > 1):
-            above = lane.tree.nodes_seen([chunk.node])
-            if budget == 0 or late[above[above != chunk.node]].any():
+        for i in sorted(range(len(chunks)), key=lambda i: (waits[i], chunks[i].stop - chunks[i].begin > 1)):
+            chunk = chunks[i]
+            if budget == 0:
+                break
+            if waits[i] and tree.sees_any([chunk.node], late)[0]:
                 continue
             stop = min(chunk.stop, chunk.begin + budget)
             chosen.append(chunk._replace(stop=stop))
             budget -= stop - chunk.begin
-            late[chunk.node] = stop < chunk.stop
+            if stop == chunk.stop:
+                late.discard(chunk.node)
         return chosen
 
     def _evict_idle(self, lane: Lane, branches: Sequence[Branch], wanted: int) -> bool:
@@ -329,24 +334,24 @@ class Engine:
             f"{free} are free of {total}; raise num_slots ({lane.runner.bytes_per_slot} bytes each) or search narrower"
         )
 
-    def _count_tokens(
-        self, lane: Lane, running: list[Task], waiting: list[list[Branch]], chunks: list[Chunk]
-    ) -> None:
+    def _count(self, lane: Lane, running: list[Task], chunks: list[Chunk]) -> None:
+        """Charges each node's tokens and slots to the search that wrote it, or to the oldest if that one is gone."""
         tree = lane.tree
-        size = np.zeros(tree.num_nodes, np.int64)
+        by_index = {task.index: task for task in running}
         for chunk in chunks:
-            size[chunk.node] = chunk.stop - chunk.begin
-        for task, branches in zip(running, waiting, strict=True):
-            seen = tree.nodes_seen(tree.positions_of(branches)[0])
-            tokens = int(size[seen].sum())
-            size[seen] = 0
+            counters = by_index.get(int(tree.owner[chunk.node]), running[0]).counters
             if lane is self.lane:
-                task.counters.model_tokens += tokens
-                mine = np.flatnonzero((tree.branch_node >= 0) & (tree.branch_owner == task.index))
-                held = int(tree.held[tree.nodes_seen(tree.branch_node[mine])].sum())
-                task.counters.peak_slots = max(task.counters.peak_slots, held)
+                counters.model_tokens += chunk.stop - chunk.begin
             else:
-                task.counters.scorer_tokens += tokens
+                counters.scorer_tokens += chunk.stop - chunk.begin
+        if lane is self.lane:
+            first = running[0].index
+            node = np.flatnonzero((tree.held > 0) & (tree.owner >= first))
+            held = np.bincount(tree.owner[node] - first, weights=tree.held[node], minlength=1)
+            for task in running:
+                if task.index - first < len(held):
+                    now = int(held[task.index - first])
+                    task.counters.peak_slots = max(task.counters.peak_slots, now)
 
     # ---------------------------------------------------------------- answers
 
@@ -356,14 +361,19 @@ class Engine:
         ready = [(t, w, rows) for t, w in works if not t.preempted and len(rows := w.ready())]
         if ready:
             tokens, log_probs = self._draw(ready)
+            branches: list[Branch] = []
+            appended: list[int] = []
             first = 0
             for task, work, rows in ready:
                 part = slice(first, first := first + len(rows))
                 if np.isfinite(log_probs[part]).all():
-                    work.take(rows, tokens[part], log_probs[part])
+                    more = work.take(rows, tokens[part], log_probs[part])
+                    branches += more[0]
+                    appended += more[1]
                 else:
                     bad = int(rows[np.flatnonzero(~np.isfinite(log_probs[part]))[0]])
                     self._resume(task, None, self._non_finite("logits", bad, work.branches[bad]))
+            self.lane.tree.append(branches, appended)
         finished = [(t, w) for t, w in works if t.work is w and not w.open.any()]
         for task, work in finished:
             self._resume(task, Extension(work.reason, work.log_prob, work.num_tokens))

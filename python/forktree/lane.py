@@ -14,7 +14,6 @@ from forktree.kv import Branch, PrefixIndex, Tree
 from forktree.kv.tree import NOBODY, Chunk
 from forktree.model import ModelSpec, Runner, attach
 
-
 DEFAULT_SLOTS = 65536
 
 
@@ -35,7 +34,8 @@ class Lane:
         self, model: Any, *, num_slots: int | None = None, prefix_cache: bool = True, spec: ModelSpec | None = None
     ) -> None:
         """spec: what `attach(model)` returned, if it has been called already."""
-        self.runner = Runner(model, num_slots=num_slots or 4096)
+        spec = spec or attach(model)
+        self.runner = Runner(spec, num_slots=num_slots or _default_slots(spec))
         self.tree = Tree(self.runner.num_slots)
         self.prefixes = PrefixIndex(self.tree)
         self.tokens_computed = 0
@@ -43,6 +43,7 @@ class Lane:
         self._prefix_cache = prefix_cache
         self._hidden = torch.empty(0, self.runner.spec.hidden_size, dtype=self.runner.dtype, device=self.runner.device)
         self._plans: Any = None
+        self._used = np.zeros(0, np.int64)  # nodes of the last layout
         self._planned_for: tuple[int, list[int]] | None = None
 
     def open(self, tokens: ArrayLike, *, key: int = 0, owner: int = NOBODY) -> Branch:

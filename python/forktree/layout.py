@@ -367,9 +367,7 @@ def _ints(name: str, value: Any, ndim: int = 1) -> IntArray:
         return value
     array = np.asarray(value.cpu() if hasattr(value, "cpu") else value)
     if array.ndim != ndim or (array.size and array.dtype.kind not in "iub"):
-        raise ValueError(
-            f"{name} must be an integer array with {ndim} dimension(s), got {array.dtype} {array.shape}"
-        )
+        raise ValueError(f"{name} must be an integer array with {ndim} dimension(s), got {array.dtype} {array.shape}")
     if array.size and (array.min() < -(2**31) or array.max() >= 2**31):
         raise ValueError(f"{name} must fit int32, got values from {array.min()} to {array.max()}")
     return array.astype(np.int32)

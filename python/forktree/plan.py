@@ -23,7 +23,7 @@ from forktree.layout import Array, IntArray, TreeLayout, ranges
 
 LIVE = TreeLayout.ALL  # stop of a segment that ends where its node does, also after growing
 LONG = 512  # tokens from which a segment is an item of its own, which can be read in place
-THIN = 8  # fewer shared tokens than this are read again by every context: cheaper than a partial for each row
+THIN = 16  # fewer shared tokens are read again by every context: cheaper than a partial for each row
 
 ROW_BEGIN, ROW_END, SEG_BEGIN, SEG_END, PARTIAL = range(5)
 INDEX_BEGIN, START, STOP, NODE, ROW_LO, ROW_HI, POS, CONTIGUOUS = range(8)
@@ -94,9 +94,7 @@ class AttentionPlan:
         computed = int(((seg[:, ROW_HI] - seg[:, ROW_LO]) * tokens).sum())
         rows = range(self.layout.num_rows)
         attended = sum(self.layout.visible(row, self.window)[0].size for row in rows)
-        return PlanStats(
-            distinct, distinct * size, planned, planned * size, attended, computed, self.num_partials
-        )
+        return PlanStats(distinct, distinct * size, planned, planned * size, attended, computed, self.num_partials)
 
 
 def plan(
@@ -117,9 +115,7 @@ def plan(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if num_qo_heads % num_kv_heads:
-        raise ValueError(
-            f"num_qo_heads must be a multiple of num_kv_heads, got {num_qo_heads} and {num_kv_heads}"
-        )
+        raise ValueError(f"num_qo_heads must be a multiple of num_kv_heads, got {num_qo_heads} and {num_kv_heads}")
     if window is not None and not 1 <= window < 2**31:
         raise ValueError(f"window must be in [1, 2**31) or None, got {window}")
 
@@ -284,9 +280,7 @@ def uneven_tails(layout: TreeLayout) -> Array:
     return tail
 
 
-def _fold_thin(
-    layout: TreeLayout, node: Array, start: Array, stop: Array, lo: Array, hi: Array
-) -> tuple[Array, ...]:
+def _fold_thin(layout: TreeLayout, node: Array, start: Array, stop: Array, lo: Array, hi: Array) -> tuple[Array, ...]:
     """Splits stretches of a few tokens into one for each of their contexts."""
     thin = (np.minimum(stop, layout.node_len[node]) - start < THIN) & (hi - lo > 1)
     copies = np.where(thin, hi - lo, 1)
@@ -348,9 +342,7 @@ def check_plan(plan: AttentionPlan) -> None:
     direct = np.zeros(layout.num_tokens, np.int64)
     for w, (row_begin, row_end, seg_begin, seg_end, partial) in enumerate(item.tolist()):
         if not 0 <= row_begin < row_end <= layout.num_rows:
-            raise ValueError(
-                f"item {w} must have rows within [0, {layout.num_rows}), got [{row_begin}, {row_end})"
-            )
+            raise ValueError(f"item {w} must have rows within [0, {layout.num_rows}), got [{row_begin}, {row_end})")
         for r in range(row_begin, row_end):
             token = layout.row_token[plan.row_order[r]]
             if partial < 0:
@@ -365,14 +357,10 @@ def check_plan(plan: AttentionPlan) -> None:
                     f"{layout.node_pos[node]} of node {node}, got {index_begin} and {pos}"
                 )
             if not row_begin <= lo < hi <= row_end:
-                raise ValueError(
-                    f"segment {q} must have rows within [{row_begin}, {row_end}), got [{lo}, {hi})"
-                )
+                raise ValueError(f"segment {q} must have rows within [{row_begin}, {row_end}), got [{lo}, {hi})")
             length = int(layout.node_len[node])
             if start < 0 or (stop != LIVE and stop > length):
-                raise ValueError(
-                    f"segment {q} must lie within node {node} of {length} tokens, got [{start}, {stop})"
-                )
+                raise ValueError(f"segment {q} must lie within node {node} of {length} tokens, got [{start}, {stop})")
             index = index_begin + np.arange(start, min(stop, length))
             if contiguous and (stop == LIVE or (np.diff(layout.slot_index[index]) != 1).any()):
                 raise ValueError(f"segment {q} must not be contiguous: its slots are not, or it grows")
@@ -384,8 +372,7 @@ def check_plan(plan: AttentionPlan) -> None:
         tokens, count = np.unique(np.concatenate([[], *covered[row]]), return_counts=True)
         if (count > 1).any():
             raise ValueError(
-                f"row {row} must read a token once, got {count.max()} times for index "
-                f"{tokens[np.argmax(count)]:.0f}"
+                f"row {row} must read a token once, got {count.max()} times for index {tokens[np.argmax(count)]:.0f}"
             )
         missing = np.setdiff1d(layout.visible(row, plan.window)[0], tokens)
         if missing.size:
@@ -398,8 +385,7 @@ def check_plan(plan: AttentionPlan) -> None:
     indptr = plan.merge_indptr
     if indptr.size != layout.num_tokens + 1 or indptr[0] != 0 or indptr[-1] != plan.merge_partial.size:
         raise ValueError(
-            f"merge_indptr must have {layout.num_tokens + 1} entries from 0 to "
-            f"{plan.merge_partial.size}, got {indptr}"
+            f"merge_indptr must have {layout.num_tokens + 1} entries from 0 to {plan.merge_partial.size}, got {indptr}"
         )
     for token, expected in enumerate(partials):
         got = plan.merge_partial[indptr[token] : indptr[token + 1]].tolist()
@@ -407,8 +393,7 @@ def check_plan(plan: AttentionPlan) -> None:
             raise ValueError(f"merge list of token {token} must be {expected}, got {got}")
         if direct[token] + (len(expected) > 0) > 1:
             raise ValueError(
-                f"token {token} must be written once, got {direct[token]} direct items and "
-                f"{len(expected)} partials"
+                f"token {token} must be written once, got {direct[token]} direct items and {len(expected)} partials"
             )
     ids = np.sort(plan.merge_partial)
     if not np.array_equal(ids, np.arange(ids.size)):

@@ -45,7 +45,7 @@ class Sampling:
 def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.integer]) -> NDArray[np.float64]:
     """One number in [0, 1) for each (key, position): the draw of that branch at that place, always the same."""
     bits = mix(mix(keys) ^ positions.astype(np.uint64))
-    return (bits >> np.uint64(11)) * 2.0**-53
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def shaped_logits(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -149,7 +148,8 @@ class ValueHead(Scorer):
                     raise InvalidInput(f"{path}: the head has {first}.weight but lacks {', '.join(missing)}")
                 return cls([(found[f"{n}.weight"], found.get(f"{n}.bias")) for n in names], activation=activation)
         expected = "score.weight, score.0.weight + score.2.weight, or v_head.summary.weight"
-        raise InvalidInput(f"{path}: no value head found: expected {expected}, got keys {sorted(found) or 'none of these'}")
+        got = sorted(found) or "none of these"
+        raise InvalidInput(f"{path}: no value head found: expected {expected}, got keys {got}")
 
     def check(self, lane: "Lane") -> None:
         if lane.runner.spec.hidden_size != self.hidden_size:
@@ -380,7 +380,8 @@ def _read_tensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                found.update({key: tensors.get_tensor(key) for key in tensors.keys() if key.startswith(prefixes)})
+                names = [key for key in tensors.keys() if key.startswith(prefixes)]  # noqa: SIM118  not a dict
+                found.update({key: tensors.get_tensor(key) for key in names})
         except (OSError, SafetensorError) as error:
             raise InvalidInput(f"{file}: not a readable safetensors file: {error}") from None
     return found

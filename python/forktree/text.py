@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 
 class TextStop:
@@ -22,9 +21,9 @@ class TextStop:
         self._may_end = np.array([bool(ends & set(piece)) or "\ufffd" in piece for piece in pieces])
         self._reach = max(len(text.encode()) for text in texts) + 8  # tokens that can hold a text, byte by byte
 
-    def __call__(self, token: int, tokens: NDArray[np.int32]) -> bool:
+    def __call__(self, token: int, tokens: Sequence[int]) -> bool:
         """See `forktree.search.request.Stop`."""
         if token < len(self._may_end) and not self._may_end[token]:
             return False
-        tail = self._tokenizer.decode(tokens[-self._reach :].tolist())
+        tail = self._tokenizer.decode(tokens[-self._reach :])
         return any(text in tail for text in self._texts)

@@ -107,6 +107,7 @@ class Tree:
         self.capacity = np.zeros(0, np.int32)  # room of the run; 0 = the node is free
         self.children = np.zeros(0, np.int32)  # nodes that name it as parent
         self.readers = np.zeros(0, np.int32)  # branches whose last token (or fork point) is here
+        self.owner = np.zeros(0, np.int32)  # of the branch that wrote it
         self.hidden_at = np.zeros(0, np.int32)  # position whose hidden state the model kept for this node, -1 = none
         self._free_nodes: list[int] = []
         self._sources: dict[int, list[Branch]] = {}  # join node -> what it joins
@@ -134,7 +135,7 @@ class Tree:
         text = np.asarray(tokens, dtype=np.int32)
         if text.ndim != 1 or text.size == 0:
             raise ValueError(f"tokens must be a non-empty 1-D sequence of ids, got shape {text.shape}")
-        node = self._new_nodes(np.array([-1]), np.array([position]), len(text))
+        node = self._new_nodes(np.array([-1]), np.array([position]), np.array([owner]), len(text))
         branch = self._new_branches(node, np.array([position]), np.array([key], np.uint64), owner)[0]
         self.append_text(branch, text)
         return branch
@@ -205,10 +206,7 @@ class Tree:
         ids = self._ids(branches)
         source = ids[ancestors]
         new_node, new_length = self.branch_node[source], self.branch_length[source]
-        if len(ancestors) > count:
-            extra = [self.fork(branches[a], 1)[0] for a in ancestors[count:]]
-        else:
-            extra = []
+        extra = [self.fork(branches[a], 1)[0] for a in ancestors[count:]]
         kept = ids[: len(ancestors)]
         old = self.branch_node[kept]
         np.add.at(self.readers, new_node[: len(kept)], 1)
@@ -378,15 +376,33 @@ class Tree:
 
     def nodes_seen(self, nodes: ArrayLike) -> NDArray[np.int64]:
         """The given nodes and everything they see: ancestors and joined texts. Sorted."""
-        frontier = np.unique(np.asarray(nodes, dtype=np.int64))
         seen = np.zeros(self.num_nodes, bool)
+        frontier = np.asarray(nodes, dtype=np.int64)
         while len(frontier):
             seen[frontier] = True
             up = self.parent[frontier]
-            joined = [self.branch_node[s.id] for n in frontier.tolist() for s in self._sources.get(n, ())]
-            up = np.unique(np.concatenate([up[up >= 0], np.array(joined, np.int32)]))
-            frontier = up[~seen[up]]
+            if self._sources:
+                joined = [s for n in frontier.tolist() for s in self._sources.get(n, ())]
+                up = np.concatenate([up, self.positions_of(joined)[0]])
+            up = up[up >= 0]
+            reached = np.zeros(self.num_nodes, bool)
+            reached[up] = True
+            frontier = np.flatnonzero(reached & ~seen)
         return np.flatnonzero(seen)
+
+    def sees_any(self, nodes: Sequence[int], others: set[int]) -> NDArray[np.bool_]:
+        """Whether each of `nodes` sees, besides itself, any of `others`. `[len(nodes)]`."""
+        if self._sources:
+            return np.array([not others.isdisjoint({*self.nodes_seen([n]).tolist()} - {n}) for n in nodes])
+        wanted = np.zeros(self.num_nodes + 1, bool)  # the last entry stands for what is above the roots
+        wanted[list(others)] = True
+        above = np.append(self.parent, -1)
+        at = above[np.asarray(nodes, dtype=np.int64)]
+        found = wanted[at]
+        while (at >= 0).any():
+            at = above[at]
+            found |= wanted[at]
+        return found
 
     def evict(self, nodes: ArrayLike) -> int:
         """Takes the slots of `nodes`; their tokens stay, pending again. Returns the number of slots freed."""
@@ -506,7 +522,9 @@ class Tree:
             self._handles[handle.id] = handle
         return handles
 
-    def _new_nodes(self, parent: NDArray[np.integer], start: NDArray[np.integer], capacity: int) -> NDArray[np.int64]:
+    def _new_nodes(
+        self, parent: NDArray[np.integer], start: NDArray[np.integer], owner: NDArray[np.integer], capacity: int
+    ) -> NDArray[np.int64]:
         count = len(parent)
         begin = self._new_runs(np.full(count, capacity))
         if len(self._free_nodes) < count:
@@ -515,12 +533,14 @@ class Tree:
             for name in _NODE_FIELDS:
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros(more, old.dtype)]))
+            self.parent[size:] = -1
             self._free_nodes.extend(range(size + more - 1, size - 1, -1))
             self.num_nodes = size + more
         ids = np.array([self._free_nodes.pop() for _ in range(count)])
         self.parent[ids], self.start[ids], self.begin[ids], self.capacity[ids] = parent, start, begin, capacity
         for field in (self.length, self.computed, self.held, self.children, self.readers):
             field[ids] = 0
+        self.owner[ids] = owner
         self.hidden_at[ids] = -1
         np.add.at(self.children, parent[parent >= 0], 1)
         self.version += 1
@@ -532,7 +552,7 @@ class Tree:
         own = (self.readers[node] == 1) & (self.children[node] == 0) & (end == self.start[node] + self.length[node])
         if not own.all():
             away, parent = ids[~own], node[~own]
-            new = self._new_nodes(parent, end[~own], _FIRST_CAPACITY)
+            new = self._new_nodes(parent, end[~own], self.branch_owner[away], _FIRST_CAPACITY)
             np.subtract.at(self.readers, parent, 1)
             self.readers[new] = 1
             self.branch_node[away] = new
@@ -722,6 +742,7 @@ _NODE_FIELDS = (
     "capacity",
     "children",
     "readers",
+    "owner",
     "hidden_at",
 )
 

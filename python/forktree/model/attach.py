@@ -46,6 +46,12 @@ class ModelSpec:
     max_position: int  # positions 0 .. max_position - 1 are valid; NO_LIMIT where the model states none
     max_position_note: str
 
+    @property
+    def bytes_per_slot(self) -> int:
+        """Keys and values of one token in all layers."""
+        numbers = sum(kind.num_kv_heads * (kind.head_dim + kind.value_dim) for kind in self.layers)
+        return numbers * self.packed.dtype.itemsize
+
 
 def attach(model: PreTrainedModel) -> ModelSpec:
     """Proves the model, in a few forward passes over 24 tokens, and leaves it as it was.
@@ -72,6 +78,7 @@ class _Refusal(Exception):
     """Expected, got, what to do; `attach` puts the model type in front."""
 
 
+@torch.no_grad()
 def _prove(model: PreTrainedModel) -> ModelSpec:
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
@@ -125,7 +132,6 @@ class _Own:
     output_class: type[ModelOutput]  # what the decoder returns
 
 
-@torch.no_grad()
 def _run_eagerly(packed: PackedModel, tree: ProofTree) -> _Own:
     """Every path is a row of its own; short ones are padded on the right, where causal models never look."""
     ids = torch.zeros(len(tree.paths), max(map(len, tree.paths)), dtype=torch.long)
@@ -145,7 +151,6 @@ def _run_eagerly(packed: PackedModel, tree: ProofTree) -> _Own:
     return _Own(outputs[0].last_hidden_state, output.logits if has_head else None, type(outputs[0]))
 
 
-@torch.no_grad()
 def _prove_head(own: OwnHead, hidden: Tensor, logits: Tensor) -> tuple[LinearHead | OwnHead, str]:
     """hidden [n, H], logits [n, V] of the model itself."""
     error = _relative_error(own.logits(hidden), logits).max().item()
@@ -154,8 +159,8 @@ def _prove_head(own: OwnHead, hidden: Tensor, logits: Tensor) -> tuple[LinearHea
             f"expected logits to follow from the last hidden state, got a relative error of {error:.2g}; "
             "use the model without its head"
         )
-    # Sixteen times the hidden state as well: a cap that small logits do not show bites there.
-    hidden = torch.cat([hidden, 16 * hidden])
+    # Also where logits reach 100: a cap, stated in the config or not, cannot hide there.
+    hidden = torch.cat([hidden, hidden * (100 / logits.abs().max())])
     linear = find_linear_head(own.packed.model, hidden, own.logits(hidden))
     if linear is not None:
         return linear, f"linear head, scale {linear.scale:g}, cap {linear.cap}"
@@ -213,9 +218,9 @@ class _Probe:
             raise _Refusal(f"expected layer {layer_idx} to stay, got {known}, then {kind}")
         if layer_idx not in self.pools:
             # NaN: reading a slot that nobody wrote spoils the logits
-            self.pools[layer_idx] = kind.pool(
-                ProofTree.num_tokens, self.packed.dtype, self.packed.device, fill=torch.nan
-            )
+            self.pools[layer_idx] = kind.pool(ProofTree.num_tokens, self.packed.dtype, self.packed.device)
+            for tensor in self.pools[layer_idx]:
+                tensor.fill_(torch.nan)
         if kind not in self.plans:
             self.plans[kind] = kind.plan(self.layout, self.packed.device)
         pool, plan = self.pools[layer_idx], self.plans[kind]

@@ -164,7 +164,8 @@ class PackedModel:
         if rows < self.min_rows:
             tokens = F.pad(tokens, (0, self.min_rows - rows))
             positions = F.pad(positions, (0, self.min_rows - rows))
-        with torch.inference_mode(), self.attention(IMPLEMENTATION):  # a tenth faster than no_grad when T is small
+        # inference_mode is a tenth faster than no_grad where T is small
+        with torch.inference_mode(), self.attention(IMPLEMENTATION):
             output = self.decoder(
                 input_ids=tokens[None],
                 position_ids=positions[None],
@@ -173,7 +174,8 @@ class PackedModel:
                 return_dict=True,
                 forktree_step=step,
             )
-        hidden: Tensor = output.last_hidden_state[0, :rows].clone()  # inference tensors are awkward for others
+        # The clone is an ordinary tensor, which its owner may modify in place.
+        hidden: Tensor = output.last_hidden_state[0, :rows].clone()
         return hidden
 
 

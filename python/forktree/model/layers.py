@@ -32,9 +32,10 @@ class LayerKind:
             window=self.window,
         )
 
-    def pool(self, num_slots: int, dtype: torch.dtype, device: torch.device, fill: float = 0.0) -> Pool:
+    def pool(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> Pool:
+        """Zeroed; on a CPU, pages that were never written take no memory."""
         k, v = (
-            torch.full((num_slots, self.num_kv_heads, dim), fill, dtype=dtype, device=device)
+            torch.zeros(num_slots, self.num_kv_heads, dim, dtype=dtype, device=device)
             for dim in (self.head_dim, self.value_dim)
         )
         return k, v

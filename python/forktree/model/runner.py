@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from forktree.errors import InvalidInput
 from forktree.layout import TreeLayout
-from forktree.model.attach import attach
+from forktree.model.attach import ModelSpec
 from forktree.model.layers import LayerKind, Pool, append_and_attend
 from forktree.plan import AttentionPlan
 
@@ -20,21 +19,18 @@ Plans = Mapping[LayerKind, AttentionPlan]
 
 
 class Runner:
-    """A proved model and room for the keys and values of `num_slots` tokens in every layer.
+    """A proved model (`attach`) and room for the keys and values of `num_slots` tokens in every layer."""
 
-    Raises what `attach` raises. The model goes on working by itself.
-    """
-
-    def __init__(self, model: PreTrainedModel, *, num_slots: int) -> None:
+    def __init__(self, spec: ModelSpec, *, num_slots: int) -> None:
         if num_slots < 1:
             raise InvalidInput(f"num_slots must be at least 1, got {num_slots}")
-        self.spec = attach(model)
+        self.spec = spec
         self.device, self.dtype = self.spec.packed.device, self.spec.packed.dtype
         self.hidden_size, self.vocab_size = self.spec.hidden_size, self.spec.vocab_size
         self.max_position = self.spec.max_position
         self.num_slots = num_slots
         self.pools = [kind.pool(num_slots, self.dtype, self.device) for kind in self.spec.layers]
-        self.bytes_per_slot = sum(tensor.nbytes for pool in self.pools for tensor in pool) // num_slots
+        self.bytes_per_slot = spec.bytes_per_slot
 
     def plans(self, layout: TreeLayout) -> dict[LayerKind, AttentionPlan]:
         """One plan for each kind of layer. They stay valid while nodes only grow."""

@@ -93,7 +93,7 @@ def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Ten
     elsewhere that would wait for the device.
     """
     _check_pools(k_slots, v_slots)
-    tokens = k.shape[0]
+    tokens = slots.numel()
     for name, new, pool in (("k", k, k_slots), ("v", v, v_slots)):
         _check_tensor(name, new, (tokens, *pool.shape[1:]), pool.device, pool.dtype)
     _check_integers("slots", slots, tokens, k_slots.device)
@@ -123,9 +123,7 @@ def rotate_rows(
         raise ValueError(f"rotary_dim must be even and in [2, {q.shape[2]}] (D), got {rotary_dim}")
     _check_integers("shift", shift, q.shape[0], q.device)
     _check_tensor("inv_freq", inv_freq, (rotary_dim // 2,), q.device)
-    rotated: Tensor = _backend(q).rotate_rows(
-        q, shift, inv_freq, interleaved=interleaved, rotary_dim=rotary_dim
-    )
+    rotated: Tensor = _backend(q).rotate_rows(q, shift, inv_freq, interleaved=interleaved, rotary_dim=rotary_dim)
     return rotated
 
 
@@ -146,9 +144,7 @@ def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple
     _check_integers("index", index, index.numel(), o.device)
     _check_integers("indptr", indptr, max(indptr.numel(), 1), o.device)
     if int(indptr[0]) or int(indptr[-1]) != index.numel() or bool((indptr[1:] < indptr[:-1]).any()):
-        raise ValueError(
-            f"indptr must rise from 0 to {index.numel()} (entries in index), got {indptr.tolist()}"
-        )
+        raise ValueError(f"indptr must rise from 0 to {index.numel()} (entries in index), got {indptr.tolist()}")
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= o.shape[0]):
         raise ValueError(f"index must be in [0, {o.shape[0]}), got {int(index.min())} to {int(index.max())}")
     merged: tuple[Tensor, Tensor] = _backend(o).merge_states(o, lse, indptr, index)
@@ -184,8 +180,7 @@ def _check_attention(q: Tensor, k_slots: Tensor, v_slots: Tensor, plan: Attentio
     rows = (plan.layout.num_rows, plan.num_qo_heads, plan.head_dim)
     if q.shape != rows:
         raise ValueError(
-            f"q must be {list(rows)} (rows of the layout, heads and head_dim of the plan), "
-            f"got {list(q.shape)}"
+            f"q must be {list(rows)} (rows of the layout, heads and head_dim of the plan), got {list(q.shape)}"
         )
     if k_slots.shape[1] != plan.num_kv_heads or k_slots.shape[2] != plan.head_dim:
         raise ValueError(
@@ -193,14 +188,10 @@ def _check_attention(q: Tensor, k_slots: Tensor, v_slots: Tensor, plan: Attentio
             f"plan), got {list(k_slots.shape)}"
         )
     if k_slots.dtype != q.dtype or k_slots.device != q.device:
-        raise ValueError(
-            f"k_slots must be {q.dtype} on {q.device} as q is, got {k_slots.dtype} on {k_slots.device}"
-        )
+        raise ValueError(f"k_slots must be {q.dtype} on {q.device} as q is, got {k_slots.dtype} on {k_slots.device}")
     lowest, highest = plan.layout.slot_bounds
     if lowest < 0 or highest >= k_slots.shape[0]:
-        raise ValueError(
-            f"slot_index must be in [0, {k_slots.shape[0]}), the pool, got {lowest} to {highest}"
-        )
+        raise ValueError(f"slot_index must be in [0, {k_slots.shape[0]}), the pool, got {lowest} to {highest}")
 
 
 def _check_pools(k_slots: Tensor, v_slots: Tensor) -> None:
@@ -223,11 +214,7 @@ def _check_pools(k_slots: Tensor, v_slots: Tensor) -> None:
 def _check_tensor(
     name: str, x: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None = None
 ) -> None:
-    if (
-        x.shape != shape
-        or x.device != device
-        or (x.dtype not in FLOATS if dtype is None else x.dtype != dtype)
-    ):
+    if x.shape != shape or x.device != device or (x.dtype not in FLOATS if dtype is None else x.dtype != dtype):
         wanted = "floating-point" if dtype is None else dtype
         raise ValueError(
             f"{name} must be {wanted} {list(shape)} on {device}, got {x.dtype} {list(x.shape)} on {x.device}"

@@ -91,7 +91,7 @@ class ParticleFilter(SamplingSearch):
                 state.reason[i] = reason
                 new = particles[i].tokens[start:]
                 full = state.drawn[i] >= job.max_new_tokens or state.steps[i] >= self.max_steps
-                stopped = reason == "stop" and text_end is not None and text_end(int(new[-1]), new)
+                stopped = reason == "stop" and text_end is not None and text_end(int(new[-1]), new.tolist())
                 state.alive[i] = not (reason == "eos" or full or stopped)
                 if full and reason != "eos" and not stopped:
                     state.reason[i] = "length"
@@ -146,5 +146,12 @@ class _State:
         return cls(np.ones(n, bool), np.full(n, np.nan), np.zeros(n), zeros, zeros.copy(), reason, [[]] * n)
 
     def taken(self, ancestors: NDArray[np.int64]) -> "_State":
-        arrays = (self.alive, self.rewards, self.log_prob, self.drawn, self.steps, self.reason)
-        return _State(*(a[ancestors] for a in arrays), [self.history[a] for a in ancestors])
+        return _State(
+            self.alive[ancestors],
+            self.rewards[ancestors],
+            self.log_prob[ancestors],
+            self.drawn[ancestors],
+            self.steps[ancestors],
+            self.reason[ancestors],
+            [self.history[a] for a in ancestors],
+        )

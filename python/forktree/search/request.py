@@ -25,8 +25,8 @@ T = TypeVar("T")
 class Stop(Protocol):
     """Decides whether a branch stops behind its newest token."""
 
-    def __call__(self, token: int, tokens: NDArray[np.int32]) -> bool:
-        """`token` is the newest; `tokens` int32 are all that this `extend` has added, `token` included."""
+    def __call__(self, token: int, tokens: Sequence[int]) -> bool:
+        """`token` is the newest; `tokens` are all that this `extend` has added, `token` included."""
         ...
 
 

@@ -37,9 +37,7 @@ def merge_lists(indptr: Array, index: Array, device: torch.device) -> MergeLists
         return MergeLists(count.size, rounds, None, None)
     line = np.empty_like(longest)
     line[longest] = np.arange(longest.size)
-    return MergeLists(
-        count.size, rounds, torch.from_numpy(longest).to(device), torch.from_numpy(line).to(device)
-    )
+    return MergeLists(count.size, rounds, torch.from_numpy(longest).to(device), torch.from_numpy(line).to(device))
 
 
 def combine(

@@ -89,9 +89,7 @@ def tree_attention(
     begin = 0
     for batch in prepared.batches:
         end = begin + batch.shape[0] * batch.shape[1] * kv_heads
-        _attend(
-            batch, q_rows, k_slots, v_slots, softcap, slopes, o[begin:end], top[begin:end], mass[begin:end]
-        )
+        _attend(batch, q_rows, k_slots, v_slots, softcap, slopes, o[begin:end], top[begin:end], mass[begin:end])
         begin = end
 
     tokens = plan.layout.num_tokens
@@ -171,9 +169,7 @@ def _prepare(plan: AttentionPlan, device: torch.device) -> Prepared:
     state = (states[block] + row - blocks[block, 1])[by_token, None] + stride[block][by_token, None] * heads
     per_output = np.repeat(count, heads.size)
     first = np.repeat(np.cumsum(count) - count, heads.size)
-    index = state.ravel()[
-        ranges(first, per_output) * heads.size + np.repeat(np.tile(heads, count.size), per_output)
-    ]
+    index = state.ravel()[ranges(first, per_output) * heads.size + np.repeat(np.tile(heads, count.size), per_output)]
     return Prepared(device, batches, merge_lists(np.append(0, np.cumsum(per_output)), index, device))
 
 
@@ -296,9 +292,7 @@ class _Work:
         """blocks: [B, 5]"""
         plan = self.plan
         item, row_begin, row_end, begin, end = blocks.T[:, :, None]
-        rows = np.minimum(
-            row_begin + np.arange((row_end - row_begin).max()), row_end - 1
-        )  # [B, R] in plan order
+        rows = np.minimum(row_begin + np.arange((row_end - row_begin).max()), row_end - 1)  # [B, R] in plan order
         tokens = begin + np.arange((end - begin).max())
         beyond = tokens >= end
         tokens = np.where(beyond, begin, tokens)  # [B, L]
@@ -315,9 +309,7 @@ class _Work:
         return Batch(
             shape=(len(blocks), rows.shape[1], tokens.shape[1]),
             q_index=to_device((plan.row_order[rows].astype(np.int64)[:, None] * heads.size + heads).ravel()),
-            kv_index=None
-            if in_place
-            else to_device((slot.astype(np.int64)[:, None] * heads.size + heads).ravel()),
+            kv_index=None if in_place else to_device((slot.astype(np.int64)[:, None] * heads.size + heads).ravel()),
             kv_run=(int(slot[0, 0]), int(slot[0, -1]) + 1),
             hidden=None if hidden is None else to_device(hidden),
             q_pos=to_device(self.row_pos[rows][:, None, :, None, None]),
@@ -334,16 +326,12 @@ class _Work:
             context = np.searchsorted(layout.row_indptr, layout_row, side="right") - 1
             n, i = layout.context_rows[context], layout_row - layout.row_indptr[context]
             own = self.offset[token] - (layout.tip_len[context] - n)  # which of the tip's last n tokens
-            ours = (own >= 0) & (
-                plan.seg[segment, NODE] == np.where(layout.uneven[context], layout.tip[context], -1)
-            )
+            ours = (own >= 0) & (plan.seg[segment, NODE] == np.where(layout.uneven[context], layout.tip[context], -1))
             unseen |= ours & (layout.causal[context] == 1) & (own > i)
             if layout.mask_indptr is not None and layout.mask_bits is not None and layout.masked.any():
                 ours &= layout.masked[context] & (own < n)
                 word = np.where(ours, layout.mask_indptr[context] + i * -(-n // 32) + own // 32, 0)
                 unseen |= ours & (layout.mask_bits[word] >> (own % 32).astype(np.uint32) & 1 == 0)
         if plan.window is not None:
-            unseen |= (self.pos[token] <= self.row_pos[row] - plan.window) | (
-                self.pos[token] > self.row_pos[row]
-            )
+            unseen |= (self.pos[token] <= self.row_pos[row] - plan.window) | (self.pos[token] > self.row_pos[row])
         return unseen

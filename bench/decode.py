@@ -1,0 +1,140 @@
+"""Decoding beside transformers, in one run, interleaved: beams and samples that share one prompt.
+
+    python bench/decode.py            # random Qwen2-0.5B-shaped bf16 model, prompt 1,024, 64 new tokens, 2 threads
+
+Wall time is of the whole call, prefill included (forktree's proof of the model, done once when a Decoder is made, is
+printed apart). KV memory is the cache transformers holds at the end, and the whole pool that forktree allocates.
+Prints a table and writes bench/results/decode-cpu.json.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import forktree
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+SHAPES = {  # what the name says; random weights
+    "qwen2-0.5b": dict(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        vocab_size=151936,
+    ),
+    "tiny": dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=1000,
+    ),
+}
+
+
+def build(shape: str) -> Qwen2ForCausalLM:
+    """A random bf16 model without an end-of-sequence token, so that every run makes all its tokens."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        **SHAPES[shape], max_position_embeddings=32768, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None
+    )
+    return Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
+def main() -> None:
+    """Measures and reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2-0.5b")
+    parser.add_argument("--prompt", type=int, default=1024, help="prompt tokens")
+    parser.add_argument("--new", type=int, default=64, help="new tokens")
+    parser.add_argument("--width", type=int, default=16, help="beams, samples")
+    parser.add_argument("--repeat", type=int, default=2, help="rounds; the median is reported")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    model = build(args.shape)
+    prompt = torch.randint(0, model.config.vocab_size, (1, args.prompt))
+    slots = args.prompt + args.width * args.new
+    began = time.perf_counter()
+    decoder = forktree.Decoder(model, num_slots=slots, prefix_cache=False)
+    proof = time.perf_counter() - began
+
+    def theirs(**how: object) -> int:
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=args.new,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            **how,
+        )
+        assert out.sequences.shape[1] == args.prompt + args.new
+        return sum(t.nbytes for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
+
+    def ours(search: forktree.search.Search) -> int:
+        (result,) = decoder.search(prompt[0].tolist(), search, max_new_tokens=args.new)
+        assert all(len(c.token_ids) == args.new for c in result.candidates), result.error
+        return slots * decoder.lane.runner.bytes_per_slot
+
+    n = args.width
+    cases: dict[str, dict[str, Callable[[], int]]] = {
+        f"{n} beams": {
+            "transformers": lambda: theirs(num_beams=n, do_sample=False),
+            "forktree": lambda: ours(forktree.BeamSearch(num_beams=n)),
+        },
+        f"{n} samples": {
+            "transformers": lambda: theirs(num_return_sequences=n, do_sample=True, top_k=0),
+            "forktree": lambda: ours(forktree.Sample(num_return_sequences=n)),
+        },
+    }
+    seconds: dict[tuple[str, str], list[float]] = {}
+    kv: dict[tuple[str, str], int] = {}
+    for _ in range(args.repeat):
+        for case, sides in cases.items():
+            for side, run in sides.items():
+                began = time.perf_counter()
+                kv[case, side] = run()
+                seconds.setdefault((case, side), []).append(time.perf_counter() - began)
+
+    table = Table(title=f"{args.shape} bf16, prompt {args.prompt}, {args.new} new tokens, {args.threads} threads")
+    for column in ("", "transformers s", "forktree s", "faster", "transformers KV MB", "forktree KV MB", "smaller"):
+        table.add_column(column, justify="right")
+    report = []
+    for case in cases:
+        slow, fast = (statistics.median(seconds[case, side]) for side in ("transformers", "forktree"))
+        big, small = (kv[case, side] / 1e6 for side in ("transformers", "forktree"))
+        times = (f"{slow:.1f}", f"{fast:.1f}", f"{slow / fast:.2f}x")
+        table.add_row(case, *times, f"{big:.0f}", f"{small:.0f}", f"{big / small:.1f}x")
+        report.append(dict(case=case, seconds={s: seconds[case, s] for s in cases[case]}, kv_mb=[big, small]))
+    Console().print(table)
+    print(f"proof of the model, once: {proof:.1f} s")
+    if args.shape != "tiny":
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        about = dict(
+            commit=commit,
+            cpu=platform.processor() or platform.machine(),
+            threads=args.threads,
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            arguments=vars(args),
+            proof_seconds=proof,
+            cases=report,
+        )
+        path = Path(__file__).parent / "results" / "decode-cpu.json"
+        path.write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
