@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import forktree
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import forktree
 
 SHAPES = {  # what the name says; random weights
     "qwen2-0.5b": dict(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from forktree.layout import TreeLayout
 
 KINDS = ("random", "chain", "star", "deep", "joins", "drafts", "chunks")

@@ -5,15 +5,24 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from torch import nn
+
 from forktree.errors import InvalidInput, UnsupportedModel
 from forktree.model import LinearHead, OwnHead, Runner, attach
 from forktree.model.interface import IMPLEMENTATION, PackedModel
-from torch import nn
 
 SIZES = dict(
-    vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, pad_token_id=None,
-    bos_token_id=None, eos_token_id=None,
+    vocab_size=99,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    initializer_range=0.3,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
 )
 MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
 EXPERTS = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
@@ -28,23 +37,51 @@ def build(config_class: type[hf.PreTrainedConfig], **options: object) -> hf.PreT
 REFUSED = {
     "mamba": (hf.MambaConfig, dict(state_size=4)),
     "mamba2": (hf.Mamba2Config, dict(state_size=8, num_heads=8, head_dim=8, n_groups=1)),
-    "jamba": (hf.JambaConfig, dict(
-        attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4, num_experts=2,
-    )),
-    "qwen3_next": (hf.Qwen3NextConfig, dict(
-        head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
-        linear_value_head_dim=8, shared_expert_intermediate_size=16, **EXPERTS,
-    )),
+    "jamba": (
+        hf.JambaConfig,
+        dict(
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            mamba_d_state=4,
+            mamba_dt_rank=4,
+            num_experts=2,
+        ),
+    ),
+    "qwen3_next": (
+        hf.Qwen3NextConfig,
+        dict(
+            head_dim=16,
+            linear_num_value_heads=4,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            shared_expert_intermediate_size=16,
+            **EXPERTS,
+        ),
+    ),
     "minimax": (hf.MiniMaxConfig, dict(head_dim=8, num_local_experts=2, block_size=8)),
     "lfm2": (hf.Lfm2Config, dict(layer_types=["conv", "full_attention"] * 2)),
-    "granitemoehybrid": (hf.GraniteMoeHybridConfig, dict(
-        layer_types=["mamba", "attention"] * 2, num_local_experts=2, num_experts_per_tok=1,
-        shared_intermediate_size=16, **MAMBA2,
-    )),
+    "granitemoehybrid": (
+        hf.GraniteMoeHybridConfig,
+        dict(
+            layer_types=["mamba", "attention"] * 2,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            shared_intermediate_size=16,
+            **MAMBA2,
+        ),
+    ),
     "falcon_h1": (hf.FalconH1Config, dict(mamba_d_ssm=64, **MAMBA2)),
-    "llama4_text": (hf.Llama4TextConfig, dict(
-        head_dim=8, attention_chunk_size=8, num_local_experts=2, intermediate_size_mlp=48, moe_layers=[],
-    )),
+    "llama4_text": (
+        hf.Llama4TextConfig,
+        dict(
+            head_dim=8,
+            attention_chunk_size=8,
+            num_local_experts=2,
+            intermediate_size_mlp=48,
+            moe_layers=[],
+        ),
+    ),
     "bloom": (hf.BloomConfig, dict(n_layer=2, n_head=4)),
 }
 
@@ -120,13 +157,16 @@ def row_by_row(attention, hidden_states, **kwargs):
     return attention(hidden_states=hidden_states + hidden_states.roll(1, 1), **kwargs)
 
 
-@pytest.mark.parametrize("change, message", [
-    (skipped, r"each of the layers 0 to 3 to call attention once, got calls from layers \[0, 1, 3\]"),
-    (twice, r"got calls from layers \[0, 1, 2, 2, 3\]"),
-    (own_mask, "expected forktree's Window .* got Tensor"),
-    (without_keywords, "keyword arguments of the model do not reach its attention"),
-    (row_by_row, "expected a tree of 24 tokens to give the model's own eager logits within 0.001"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (skipped, r"each of the layers 0 to 3 to call attention once, got calls from layers \[0, 1, 3\]"),
+        (twice, r"got calls from layers \[0, 1, 2, 2, 3\]"),
+        (own_mask, "expected forktree's Window .* got Tensor"),
+        (without_keywords, "keyword arguments of the model do not reach its attention"),
+        (row_by_row, "expected a tree of 24 tokens to give the model's own eager logits within 0.001"),
+    ],
+)
 def test_each_check_alone(change, message):
     model = build(hf.LlamaConfig)
     layer = model.model.layers[2]
@@ -216,14 +256,17 @@ def test_positions_beyond_the_limit_are_refused_with_numbers():
 # ---- heads ----
 
 
-@pytest.mark.parametrize("config_class, options, scale, cap", [
-    (hf.LlamaConfig, {}, 1.0, None),
-    (hf.Cohere2Config, dict(logit_scale=0.25), 0.25, None),
-    (hf.GraniteConfig, dict(logits_scaling=8.0), 0.125, None),
-    (hf.Gemma2Config, dict(head_dim=16, final_logit_softcapping=5.0), 1.0, 5.0),
-    # logits far below the cap: it shows only at larger hidden states
-    (hf.Gemma2Config, dict(head_dim=16, final_logit_softcapping=5.0, initializer_range=0.01), 1.0, 5.0),
-])
+@pytest.mark.parametrize(
+    "config_class, options, scale, cap",
+    [
+        (hf.LlamaConfig, {}, 1.0, None),
+        (hf.Cohere2Config, dict(logit_scale=0.25), 0.25, None),
+        (hf.GraniteConfig, dict(logits_scaling=8.0), 0.125, None),
+        (hf.Gemma2Config, dict(head_dim=16, final_logit_softcapping=5.0), 1.0, 5.0),
+        # logits far below the cap: it shows only at larger hidden states
+        (hf.Gemma2Config, dict(head_dim=16, final_logit_softcapping=5.0, initializer_range=0.01), 1.0, 5.0),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_linear_heads_are_read_off_and_verified(config_class, options, scale, cap, dtype):

@@ -3,6 +3,7 @@ import time
 import numpy as np
 import pytest
 import torch
+
 from forktree.layout import TreeLayout
 from layouts import KINDS, random_layout, shared_prompt
 

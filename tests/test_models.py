@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+
 from forktree.errors import InvalidInput
 from forktree.layout import TreeLayout
 from forktree.model import Runner, attach
@@ -14,15 +15,21 @@ VOCAB = 99
 NUM_SLOTS = 160
 # A large initializer_range makes attention peaked and logits large: a wrong mask changes them by whole units.
 SIZES = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, pad_token_id=None,
-    bos_token_id=None, eos_token_id=None,
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    initializer_range=0.3,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
 )
 SLIDING = dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-ALTERNATING = dict(
-    num_hidden_layers=4, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2
-)
+ALTERNATING = dict(num_hidden_layers=4, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
 GEMMA = dict(head_dim=16, query_pre_attn_scalar=24, **ALTERNATING)
 
 CONFIGS = {
@@ -34,22 +41,42 @@ CONFIGS = {
     "gemma3": (hf.Gemma3TextConfig, GEMMA),
     "phi3": (hf.Phi3Config, dict(sliding_window=8)),
     "olmo2": (hf.Olmo2Config, {}),
-    "gpt_oss": (hf.GptOssConfig, dict(
-        head_dim=16, num_local_experts=4, num_experts_per_tok=2, **ALTERNATING,
-        rope_parameters=dict(
-            rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=32,
+    "gpt_oss": (
+        hf.GptOssConfig,
+        dict(
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            **ALTERNATING,
+            rope_parameters=dict(
+                rope_type="yarn",
+                rope_theta=1e4,
+                factor=4.0,
+                original_max_position_embeddings=32,
+            ),
         ),
-    )),
+    ),
     "gpt2": (hf.GPT2Config, dict(scale_attn_by_inverse_layer_idx=True)),
     "qwen3_moe": (hf.Qwen3MoeConfig, dict(head_dim=16, **EXPERTS)),
     # states its window in the mask only
-    "qwen2_moe": (hf.Qwen2MoeConfig, dict(
-        shared_expert_intermediate_size=16, layer_types=["sliding_attention"] * 2 + ["full_attention"],
-        **SLIDING, **EXPERTS,
-    )),
-    "granite": (hf.GraniteConfig, dict(
-        logits_scaling=4.0, attention_multiplier=0.2, embedding_multiplier=3.0, residual_multiplier=0.5,
-    )),
+    "qwen2_moe": (
+        hf.Qwen2MoeConfig,
+        dict(
+            shared_expert_intermediate_size=16,
+            layer_types=["sliding_attention"] * 2 + ["full_attention"],
+            **SLIDING,
+            **EXPERTS,
+        ),
+    ),
+    "granite": (
+        hf.GraniteConfig,
+        dict(
+            logits_scaling=4.0,
+            attention_multiplier=0.2,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.5,
+        ),
+    ),
     "cohere2": (hf.Cohere2Config, dict(logit_scale=0.5, **ALTERNATING)),
 }
 
@@ -232,8 +259,11 @@ def test_negative_slots_are_not_stored(runner, forest):
 
 
 WINDOWS = {
-    "mistral": [8, 8, 8], "phi3": [8, 8, 8],
-    "qwen2": [None, 8, 8], "qwen3": [None, 8, 8], "qwen2_moe": [8, 8, None],
+    "mistral": [8, 8, 8],
+    "phi3": [8, 8, 8],
+    "qwen2": [None, 8, 8],
+    "qwen3": [None, 8, 8],
+    "qwen2_moe": [8, 8, None],
     **dict.fromkeys(("gemma2", "gemma3", "gpt_oss", "cohere2"), [8, None] * 2),
 }
 
@@ -253,13 +283,16 @@ def test_sizes(runner, forest):
 
 
 @pytest.mark.parametrize("runner", ["llama"], indirect=True)
-@pytest.mark.parametrize("change, message", [
-    (dict(tokens=[1, VOCAB]), "tokens must be at least 0 and below 99, got 1 to 99"),
-    (dict(positions=[0, 128]), "positions must be .* below 128, .*max_position_embeddings is 128"),
-    (dict(slots=[0, NUM_SLOTS]), "slots must be at least -1 and below 160"),
-    (dict(tokens=[1.5, 2.5]), "tokens must be a list of integers, got float64"),
-    (dict(tokens=[1]), "one length .* got 1, 2 and 2"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(tokens=[1, VOCAB]), "tokens must be at least 0 and below 99, got 1 to 99"),
+        (dict(positions=[0, 128]), "positions must be .* below 128, .*max_position_embeddings is 128"),
+        (dict(slots=[0, NUM_SLOTS]), "slots must be at least -1 and below 160"),
+        (dict(tokens=[1.5, 2.5]), "tokens must be a list of integers, got float64"),
+        (dict(tokens=[1]), "one length .* got 1, 2 and 2"),
+    ],
+)
 def test_bad_input_is_named_before_anything_runs(runner, forest, change, message):
     branch = forest.root()
     forest.grow(branch, 2)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from forktree.layout import TreeLayout
 from forktree.plan import CONTIGUOUS, LIVE, PARTIAL, START, STOP, check_plan
 from layouts import KINDS, random_layout, shared_prompt

@@ -1,12 +1,13 @@
 """The tree against a naive model: every branch is a list of token objects, nothing is shared but identity."""
 
 import numpy as np
-from forktree.kv import Branch, OutOfSlots, PrefixIndex, Tree, reassign
-from forktree.kv.tree import MAX_RESERVATION, Chunk
-from forktree.layout import TreeLayout
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from forktree.kv import Branch, OutOfSlots, PrefixIndex, Tree, reassign
+from forktree.kv.tree import MAX_RESERVATION, Chunk
+from forktree.layout import TreeLayout
 
 NUM_SLOTS = 160
 

@@ -3,6 +3,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
+
 from forktree import ops
 from forktree.layout import TreeLayout
 from forktree.plan import plan

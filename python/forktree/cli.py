@@ -24,21 +24,22 @@ console = Console(stderr=True)
 
 GENERATE_HELP = """Search an answer for every prompt of a JSON Lines file.
 
-Each input line is {"prompt": "..."}; more keys are allowed and ignored. Each output line holds one prompt's
-candidates, best first, with their scores and token counts; it is written and synced as soon as it is known, so a run
-that is stopped goes on with --resume.
+Each input line is {"prompt": "..."}; more keys are allowed and ignored. Each output line holds one prompt's candidates, \
+best first, with their scores and token counts; it is written and synced as soon as it is known, so a run that is \
+stopped goes on with --resume.
+
+A scorer is a value head on the model's own hidden state (a .safetensors file with score.weight, or score.0.weight and \
+score.2.weight), the directory of a reward model (base model plus such a head), or module:function, a Python function \
+of (prompt, response).
 
 Examples:
 
-  forktree generate --model DIR --search greedy --prompts in.jsonl --out out.jsonl
+forktree generate --model DIR --prompts in.jsonl --out out.jsonl --search beam --num-beams 8
 
-  forktree generate --model DIR --search beam --num-beams 8 --prompts in.jsonl --out out.jsonl
+forktree generate --model DIR --prompts in.jsonl --out out.jsonl --search best-of-n --scorer my_module:reward
 
-  forktree generate --model DIR --search particle --num-particles 16 --scorer head.safetensors --prompts in.jsonl
-  --out out.jsonl
-
-A scorer is a value head on the model's own hidden state (a .safetensors file with score.weight, or score.0.weight
-and score.2.weight), the directory of a reward model, or module:function, a Python function of (prompt, response).
+forktree generate --model DIR --prompts in.jsonl --out out.jsonl --search particle --num-particles 16 \
+--scorer head.safetensors
 """
 
 
@@ -54,27 +55,27 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens behind a prompt.")] = 256,
     seed: Annotated[int, typer.Option(help="Same seed and prompt, same text.")] = 0,
-    num_particles: Annotated[int | None, typer.Option(help="particle: how many [16].")] = None,
-    num_samples: Annotated[int | None, typer.Option(help="best-of-n: how many [16].")] = None,
-    num_beams: Annotated[int | None, typer.Option(help="beam: how many [4].")] = None,
-    num_return_sequences: Annotated[int | None, typer.Option(help="sample, beam: candidates a prompt [1].")] = None,
-    length_penalty: Annotated[float | None, typer.Option(help="beam: exponent on the length [1.0].")] = None,
-    early_stopping: Annotated[str | None, typer.Option(help="beam: true, false or never [false].")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Divides the logits [1.0; 0.8 with a scorer].")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens [0 = all].")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens up to mass p [1.0].")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Keep tokens this likely beside the best [0].")] = None,
+    num_particles: Annotated[int | None, typer.Option(help="particle: how many (16).")] = None,
+    num_samples: Annotated[int | None, typer.Option(help="best-of-n: how many (16).")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="beam: how many (4).")] = None,
+    num_return_sequences: Annotated[int | None, typer.Option(help="sample, beam: candidates a prompt (1).")] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="beam: exponent on the length (1.0).")] = None,
+    early_stopping: Annotated[str | None, typer.Option(help="beam: true, false or never (false).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Divides the logits (1.0; 0.8 with a scorer).")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens (0 = all).")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens up to mass p (1.0).")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens this likely beside the best (0).")] = None,
     stop: Annotated[list[str] | None, typer.Option(help=r"Text that ends an answer; may be repeated (\n, \t).")] = None,
-    step_delimiter: Annotated[str | None, typer.Option(help=r"particle: text that ends a step [\n\n].")] = None,
-    max_step_tokens: Annotated[int | None, typer.Option(help="particle: most tokens of a step [1024].")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="particle: most steps [40].")] = None,
-    weight_temperature: Annotated[float | None, typer.Option(help="particle: divides the rewards' logits [1].")] = None,
-    resampling: Annotated[str | None, typer.Option(help="particle: systematic or multinomial [systematic].")] = None,
+    step_delimiter: Annotated[str | None, typer.Option(help=r"particle: text that ends a step (\n\n).")] = None,
+    max_step_tokens: Annotated[int | None, typer.Option(help="particle: most tokens of a step (1024).")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="particle: most steps (40).")] = None,
+    weight_temperature: Annotated[float | None, typer.Option(help="particle: divides the rewards' logits (1).")] = None,
+    resampling: Annotated[str | None, typer.Option(help="particle: systematic or multinomial (systematic).")] = None,
     activation: Annotated[str, typer.Option(help="Of a head's output: sigmoid, tanh or identity.")] = "sigmoid",
     scorer_time_limit: Annotated[float, typer.Option(help="module:function: seconds a call may take.")] = 60.0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    num_slots: Annotated[int | None, typer.Option(help="Tokens whose KV fits at once [from free memory].")] = None,
+    num_slots: Annotated[int | None, typer.Option(help="Tokens whose KV fits at once (from free memory).")] = None,
     max_batch_tokens: Annotated[int, typer.Option(help="Most tokens of one forward pass.")] = 512,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an output file: keep what it has.")] = False,
 ) -> None:
@@ -115,9 +116,10 @@ def generate(
 
     if scorer is not None:
         settings["scorer"] = load_scorer(scorer, activation=activation, time_limit=scorer_time_limit)
+    one = kind(**settings)
+    # everything that can be wrong is said here, before the output file is made
+    results = decoder.search_iter([texts[i] for i in todo], one, max_new_tokens=max_new_tokens, seed=seed)
     with output:
-        one = kind(**settings)
-        results = decoder.search_iter([texts[i] for i in todo], one, max_new_tokens=max_new_tokens, seed=seed)
         failures = _run(results, todo, output, len(texts))
     if failures:
         raise typer.Exit(1)
@@ -328,17 +330,21 @@ def _complain(to: Console, message: str) -> None:
     to.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())[:500]
 
 
 def main() -> None:
-    """Entry point: errors of ours become one line and exit code 2."""
+    """Entry point: whatever is wrong becomes one line on standard error and exit code 2."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except ForktreeError as error:
         _complain(console, _one_line(error))
-        sys.exit(2)
     except KeyboardInterrupt:
         _complain(console, "interrupted")
         sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a usage error of the command line says so by having one
+            raise
+        _complain(console, f"{_one_line(error.format_message())} See forktree --help and forktree generate --help.")
+    sys.exit(2)

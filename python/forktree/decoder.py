@@ -1,5 +1,6 @@
 """`Decoder`: a model, its tokenizer and an engine; searches over prompts."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -140,6 +141,8 @@ class Decoder:
             for scorer in one.scorers:
                 scorer.check(self.lane)
         at_least_one("max_new_tokens", max_new_tokens)
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise InvalidInput(f"seed must be an integer of at least 0, got {seed!r}")
         tokens = [self._tokens(i, prompt, max_new_tokens) for i, prompt in enumerate(texts)]
         return self._run(texts, tokens, searches, max_new_tokens, seed, on_step)
 
@@ -200,13 +203,16 @@ class Decoder:
             if ids and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
                 ids.pop()  # a tokenizer that closes every text would end ours before it began
         else:
-            ids = [int(t) for t in prompt]
+            try:
+                ids = [operator.index(t) for t in prompt]
+            except TypeError:
+                raise InvalidInput(f"prompt {index} must be a text or token ids, got {prompt!r:.80}") from None
         if not ids:
             raise InvalidInput(f"prompt {index} is empty: expected at least one token")
         bad = next((t for t in ids if not 0 <= t < runner.vocab_size), None)
         if bad is not None:
             raise InvalidInput(f"prompt {index} has token id {bad}: expected ids in [0, {runner.vocab_size})")
-        if len(ids) + max_new_tokens > runner.max_position + 1:
+        if len(ids) + max_new_tokens > runner.max_position:
             raise InvalidInput(
                 f"prompt {index} has {len(ids)} tokens: with max_new_tokens = {max_new_tokens} the model's limit of "
                 f"{runner.max_position} positions is passed; shorten the prompt or lower max_new_tokens"
@@ -250,5 +256,3 @@ def _prompt_list(prompts: Any) -> list[Prompt]:
     if items and all(isinstance(item, int | np.integer) for item in items):
         return [items]
     return items
-
-

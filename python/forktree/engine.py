@@ -23,13 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forktree.errors import Cancelled, NonFinite, OutOfMemory
+from forktree.errors import Cancelled, NonFinite, OutOfMemory, ScorerError
 from forktree.kv import Branch, OutOfSlots
 from forktree.kv.tree import Chunk
 from forktree.lane import Lane
 from forktree.sampling import draw, uniforms
 from forktree.scoring import Reading, Subject
-from forktree.search.request import Extend, Extension, NextLogits, Request, Score
+from forktree.search.request import Extend, Extension, NextLogits, Request, Rewards, Score
 
 _INDICES = itertools.count()  # a search's number, and the owner of its branches in every tree it uses
 LOGIT_BYTES = 256 << 20  # rows of logits held at once: at most this many bytes
@@ -93,9 +93,22 @@ class _Work:
 
 
 class _ScoreWork(_Work):
-    def __init__(self, reading: Reading, policy: Lane) -> None:
-        super().__init__(reading.lane or policy, reading.branches if reading.lane else ())
-        self.reading = reading
+    def __init__(self, reading: Reading, subject: Subject) -> None:
+        super().__init__(reading.lane or subject.lane, reading.branches if reading.lane else ())
+        self.reading, self.scored = reading, subject.branches
+
+    def rewards(self, hidden: Tensor | None) -> Rewards | None:
+        """What the scorer says, None while it is at work. Raises if it gives no finite number and no reason why."""
+        rewards = self.reading.read(hidden)
+        if rewards is None:
+            return None
+        n = len(self.scored)
+        if not len(rewards.values) == len(rewards.errors) == n:
+            raise ScorerError(f"a scorer must give {n} rewards and errors, one a branch, got {len(rewards.values)}")
+        for i in np.flatnonzero(~np.isfinite(rewards.values)).tolist():
+            if hidden is not None or rewards.errors[i] is None:  # the model's own numbers: not one branch's fault
+                raise _non_finite("reward", i, (self.branches or self.scored)[i])
+        return rewards
 
 
 class _LogitsWork(_Work):
@@ -174,7 +187,12 @@ class Engine:
         """
         index = next(_INDICES)
         roots = [self.lane.open(tokens, key=seed & (2**64 - 1), owner=index) for tokens in prompts]
-        task = Task(index, search(*roots), roots, text, len(prompts[0]), began=time.perf_counter())
+        try:
+            coroutine = search(*roots)
+        except BaseException:
+            self.lane.tree.drop_owned(index)
+            raise
+        task = Task(index, coroutine, roots, text, len(prompts[0]), began=time.perf_counter())
         self._tasks.append(task)
         self._resume(task, None)
         return task
@@ -247,7 +265,7 @@ class Engine:
         if isinstance(request, Score):
             task.counters.scorer_calls += len(request.branches)
             subject = Subject(self.lane, request.branches, task.prompt, task.prompt_length, self.tokenizer)
-            return _ScoreWork(request.scorer.begin(subject), self.lane)
+            return _ScoreWork(request.scorer.begin(subject), subject)
         raise TypeError(f"a search awaits extend, score or next_logits, got {type(request).__name__}")
 
     def _close(self, task: Task) -> None:
@@ -257,7 +275,7 @@ class Engine:
 
     def _finish(self, task: Task, *, result: Any = None, error: Exception | None = None) -> None:
         self._close(task)
-        with contextlib.suppress(RuntimeError):  # a search that awaits while being closed is closed all the same
+        with contextlib.suppress(Exception):  # a search that awaits or raises while being closed ends all the same
             task.coroutine.close()
         task.result, task.error, task.done = result, error, True
         task.counters.seconds = time.perf_counter() - task.began
@@ -372,7 +390,7 @@ class Engine:
                     appended += more[1]
                 else:
                     bad = int(rows[np.flatnonzero(~np.isfinite(log_probs[part]))[0]])
-                    self._resume(task, None, self._non_finite("logits", bad, work.branches[bad]))
+                    self._resume(task, None, _non_finite("logits", bad, work.branches[bad]))
             self.lane.tree.append(branches, appended)
         finished = [(t, w) for t, w in works if t.work is w and not w.open.any()]
         for task, work in finished:
@@ -415,25 +433,25 @@ class Engine:
                     self._resume(task, logits)
                 else:
                     bad = int(np.argmin(finite))
-                    self._resume(task, None, self._non_finite("logits", bad, work.branches[bad]))
+                    self._resume(task, None, _non_finite("logits", bad, work.branches[bad]))
                 answered = True
             elif isinstance(work, _ScoreWork):
                 hidden = work.collect() if work.reading.lane is not None else None
                 if work.reading.lane is not None and hidden is None:
                     continue
-                if (rewards := work.reading.read(hidden)) is None:
-                    continue
-                failed = [i for i, error in enumerate(rewards.errors) if error is not None]
-                if hidden is not None and failed:  # the model's own numbers: not one branch's fault
-                    self._resume(task, None, self._non_finite("reward", failed[0], work.branches[failed[0]]))
+                try:
+                    if (rewards := work.rewards(hidden)) is None:
+                        continue
+                except Exception as failure:  # a scorer may be the user's own
+                    self._resume(task, None, failure)
                 else:
                     self._resume(task, rewards)
                 answered = True
         return answered
 
-    @staticmethod
-    def _non_finite(what: str, i: int, branch: Branch) -> NonFinite:
-        return NonFinite(
-            f"{what} of branch {i} at position {branch.length} must be finite, got NaN or infinity: "
-            "the model overflows at this dtype, or its weights are damaged"
-        )
+
+def _non_finite(what: str, i: int, branch: Branch) -> NonFinite:
+    return NonFinite(
+        f"{what} of branch {i} at position {branch.length} must be finite, got NaN or infinity: "
+        "the model overflows at this dtype, or its weights are damaged"
+    )

@@ -1,8 +1,8 @@
 """Drop-in for transformers: `model.generate(..., custom_generate=forktree.generate)`.
 
-Greedy decoding and beams give transformers' own output, token for token and score for score; sampling draws from the
-same distribution with torch's global generator. The prompt is computed once, whatever `num_beams` or
-`num_return_sequences`, and beams share what they have in common.
+Greedy decoding and beams give transformers' own output, token for token and score for score (the scores of a greedy
+row behind its end mean nothing); sampling draws from the same distribution with torch's global generator. The prompt
+is computed once, whatever `num_beams` or `num_return_sequences`, and beams share what they have in common.
 
 transformers drops `streamer`, `tokenizer`, `synced_gpus` and `assistant_model` before a custom function is called:
 they cannot be seen here and have no effect (a consumer waiting on a streamer would wait for ever; `stop_strings`
@@ -88,9 +88,7 @@ class _Run:
         self._processors, self._criteria, self._config = processors, criteria, config
         self._eos: Tensor | None = config._eos_token_tensor
         self._pad: Tensor | None = config._pad_token_tensor
-        self._scores: list[Tensor] | None = (
-            [] if config.return_dict_in_generate and config.output_scores else None
-        )
+        self._scores: list[Tensor] | None = [] if config.return_dict_in_generate and config.output_scores else None
 
     def _told(self) -> Any:
         """The scores so far, as transformers shows them to stopping criteria."""

@@ -90,7 +90,8 @@ class Lane:
         """Plans for the step; those of the last step, grown, if since then its tips have only grown."""
         nodes = [c.node for c in chunks]
         tree = self.tree
-        steady = all(c.stop - c.begin == 1 and c.stop == tree.length[c.node] for c in chunks)
+        # a token computed again, for its hidden state alone, is planned as a fixed range: that plan cannot grow
+        steady = all(c.begin == tree.computed[c.node] and c.stop == c.begin + 1 == tree.length[c.node] for c in chunks)
         key = (tree.version, nodes) if steady else None
         if key is not None and key == self._planned_for:
             length = tree.length[self._used]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from forktree.errors import InvalidInput
@@ -30,7 +31,7 @@ def load_model(directory: str | Path, *, dtype: torch.dtype | None = None, base:
         model, info = (AutoModel if base else AutoModelForCausalLM).from_pretrained(
             path, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InvalidInput(f"{path}: transformers cannot load this model: {_one_line(error)}") from None
     missing = sorted(info["missing_keys"])
     if missing:

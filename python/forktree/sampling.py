@@ -50,7 +50,9 @@ def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.integer]) -> NDArra
 
 def shaped_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Temperature, top-k, top-p and min-p applied to `logits [n, V]`; -inf where a token is excluded."""
-    scores = logits / sampling.temperature if sampling.temperature not in (0, 1) else logits
+    scores = logits
+    if sampling.temperature not in (0, 1):  # the largest becomes 0, so that no small temperature overflows
+        scores = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature
     if 0 < sampling.top_k < scores.shape[-1]:
         smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < smallest, -torch.inf)

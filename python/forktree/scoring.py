@@ -1,9 +1,9 @@
 """Scorers: what a search may ask of a text. All answer with one reward a branch.
 
-    ValueHead     a linear or two-layer head on the model's own hidden state (costs no forward)
-    TokenLogits   the probability of one chosen token against others, asked behind an optional question
-    RewardModel   a second model: base model plus a head read from safetensors, with its own mirrored tree
-    TextScorer    any Python function of (prompt, response)
+ValueHead     a linear or two-layer head on the model's own hidden state (costs no forward)
+TokenLogits   the probability of one chosen token against others, asked behind an optional question
+RewardModel   a second model: base model plus a head read from safetensors, with its own mirrored tree
+TextScorer    any Python function of (prompt, response)
 """
 
 import importlib
@@ -50,7 +50,7 @@ class Subject:
         if self.tokenizer is None:
             raise InvalidInput("this scorer reads text: expected a Decoder with a tokenizer, got tokenizer=None")
         tails = [branch.tokens[self.prompt_length :].tolist() for branch in self.branches]
-        return self.tokenizer.batch_decode(tails, skip_special_tokens=True)
+        return [self.tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
 
 
 class Reading(ABC):
@@ -189,6 +189,11 @@ class TokenLogits(Scorer):
     def begin(self, subject: Subject) -> Reading:
         lane, branches = subject.lane, subject.branches
         if self._suffix:
+            longest = max((b.length for b in branches), default=0) + len(self._suffix)
+            if longest > lane.runner.max_position:
+                raise InvalidInput(
+                    f"text and suffix must fit the model's {lane.runner.max_position} positions, got {longest} tokens"
+                )
             branches = [lane.tree.fork(b, 1)[0] for b in branches]
             for branch in branches:
                 branch.append(self._suffix)
@@ -240,6 +245,11 @@ class RewardModel(Scorer):
 
     def __init__(self, lane: "Lane", tokenizer: Any, head: ValueHead, *, format: StepFormat | None = None) -> None:
         head.check(lane)
+        if len(tokenizer) > lane.runner.vocab_size:
+            raise InvalidInput(
+                f"the tokenizer does not match the reward model: it has {len(tokenizer)} tokens, "
+                f"the model embeds {lane.runner.vocab_size}"
+            )
         self._lane, self._tokenizer, self._head = lane, tokenizer, head
         self._format = format or StepFormat()
 
@@ -263,16 +273,19 @@ class RewardModel(Scorer):
 
     def begin(self, subject: Subject) -> Reading:
         tree = self._lane.tree
-        owner = int(subject.lane.tree.branch_owner[subject.branches[0].id]) if subject.branches else -1
+        if not subject.branches:
+            return _HiddenReading(self._lane, [], self._head.rewards)
+        owner = int(subject.lane.tree.branch_owner[subject.branches[0].id])
         before = tree.owned(owner)
-        branches = []
-        for response in subject.responses():
-            tokens = self._tokenizer(self._format.render(subject.prompt, response)).input_ids
-            if len(tokens) > self._lane.runner.max_position:
+        rendered = [self._format.render(subject.prompt, response) for response in subject.responses()]
+        tokens = [self._tokenizer(text).input_ids for text in rendered]
+        for text, ids in zip(rendered, tokens, strict=True):
+            if not 1 <= len(ids) <= self._lane.runner.max_position:
                 raise InvalidInput(
-                    f"the reward model reads at most {self._lane.runner.max_position} tokens, got {len(tokens)}"
+                    f"the reward model reads 1 to {self._lane.runner.max_position} tokens, got {len(ids)} "
+                    f"for the text {text[:40]!r}"
                 )
-            branches.append(self._lane.open(tokens, owner=owner))
+        branches = [self._lane.open(ids, owner=owner) for ids in tokens]
         tree.drop(before)
         return _HiddenReading(self._lane, branches, self._head.rewards)
 
@@ -333,8 +346,10 @@ class _TextReading(Reading):
         if error is not None:
             return self._fail(i, f"raised {type(error).__name__}: {error}")
         try:
+            if isinstance(value, str | bytes):  # float() would read its digits
+                raise TypeError
             number = float(value)
-        except (TypeError, ValueError):
+        except Exception:  # a value's own __float__ may raise anything
             return self._fail(i, f"must return a number, got {type(value).__name__}")
         if not np.isfinite(number):
             return self._fail(i, f"must return a finite number, got {number}")

@@ -17,8 +17,9 @@ class TextStop:
         self._tokenizer, self._texts = tokenizer, tuple(texts)
         ends = {text[-1] for text in texts}
         pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        # U+FFFD: a piece of a character split over tokens, which may complete anything
-        self._may_end = np.array([bool(ends & set(piece)) or "\ufffd" in piece for piece in pieces])
+        # U+FFFD: a piece of a character split over tokens, which may complete anything. A space may be the one that
+        # SentencePiece drops from the front of what it decodes.
+        self._may_end = np.array([" " in ends or bool(ends & set(p)) or "\ufffd" in p for p in pieces])
         self._reach = max(len(text.encode()) for text in texts) + 8  # tokens that can hold a text, byte by byte
 
     def __call__(self, token: int, tokens: Sequence[int]) -> bool:

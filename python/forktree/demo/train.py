@@ -153,9 +153,7 @@ def fresh_auc(model: LlamaForCausalLM, head: nn.Module, batch: list[Example]) ->
 
 
 @torch.no_grad()
-def evaluate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, head: nn.Module
-) -> dict[str, float]:
+def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, head: nn.Module) -> dict[str, float]:
     """Accuracy and the head's discrimination on held-out problems."""
     problems = list(islice(task.problems("held_out", seed=0), 200))
     greedy = attempts(model, tokenizer, problems, sample=False)

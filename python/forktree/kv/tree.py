@@ -279,9 +279,7 @@ class Tree:
 
     def tokens(self, branch: Branch) -> Ints:
         """See `Branch.tokens`."""
-        pieces = [
-            self.token[self.begin[n] : self.begin[n] + stop] for n, stop in self._path(branch._checked())
-        ]
+        pieces = [self.token[self.begin[n] : self.begin[n] + stop] for n, stop in self._path(branch._checked())]
         return np.concatenate(pieces[::-1])
 
     def positions_of(self, branches: Sequence[Branch]) -> tuple[Ints, Ints]:

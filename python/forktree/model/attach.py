@@ -206,9 +206,7 @@ class _Probe:
         self.plans: dict[LayerKind, AttentionPlan] = {}
         self.calls: list[int] = []
 
-    def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, window: Any, **options: Any
-    ) -> Tensor:
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, window: Any, **options: Any) -> Tensor:
         self.calls.append(layer_idx)
         (_, num_qo_heads, head_dim), (_, num_kv_heads, value_dim) = query.shape, value.shape
         size = _proved_size(window, query.device)

@@ -47,9 +47,7 @@ class Runner:
         """
         packed = self.spec.packed
         if packed.model.training:
-            raise InvalidInput(
-                f"{self.spec.name}: expected evaluation mode, got training mode; call model.eval()"
-            )
+            raise InvalidInput(f"{self.spec.name}: expected evaluation mode, got training mode; call model.eval()")
         to = self._indices("slots", slots, -1, self.num_slots)
         step = _Step(to, self.pools, [plans[kind] for kind in self.spec.layers])
         ids = self._indices("tokens", tokens, 0, self.vocab_size)
@@ -92,10 +90,6 @@ class _Step:
         self.pools = pools
         self.plans = plans
 
-    def attend(
-        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, window: Any, **options: Any
-    ) -> Tensor:
+    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, window: Any, **options: Any) -> Tensor:
         # window: proved by `attach` to be the one of this layer's plan
-        return append_and_attend(
-            query, key, value, self.slots, self.pools[layer_idx], self.plans[layer_idx], **options
-        )
+        return append_and_attend(query, key, value, self.slots, self.pools[layer_idx], self.plans[layer_idx], **options)

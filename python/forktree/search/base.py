@@ -100,6 +100,7 @@ class SamplingSearch(Search):
 
     def __post_init__(self) -> None:
         Sampling(self.temperature, self.top_k, self.top_p, self.min_p)  # raises if one is out of range
+        several_texts("stop", self.stop)
 
     @property
     def sampling(self) -> Sampling:
@@ -116,6 +117,12 @@ def at_least_one(name: str, value: int) -> None:
     """Raises unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidInput(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def several_texts(name: str, value: object) -> None:
+    """Raises unless `value` is a sequence of texts; a single text would be taken for its characters."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+        raise InvalidInput(f"{name} must be a tuple of texts, got {value!r}")
 
 
 def needs_scorer(scorer: object) -> None:

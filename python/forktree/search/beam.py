@@ -164,9 +164,7 @@ async def beam_search(
         candidate_indices[:, :, step] = (candidates.beam + offset).int()
         stopped = stops(candidate_rows[:, :, : length + 1].flatten(0, 1)).reshape(batch, -1)
         chosen, scores = select_running(candidates, stopped, k)
-        finished = update_finished(
-            finished, candidate_rows, candidate_indices, candidates, stopped, step + 1, rules
-        )
+        finished = update_finished(finished, candidate_rows, candidate_indices, candidates, stopped, step + 1, rules)
         running, indices = _along(candidate_rows, chosen), _along(candidate_indices, chosen)
         finished = replace(finished, open=still_open(finished, scores, step + 1, rules))
         all_full = bool(finished.done.all()) and rules.early_stopping is True

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forktree.errors import InvalidInput
+from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import reassign
 from forktree.search.base import Hypothesis, Job, SamplingSearch, at_least_one, first_failure, needs_scorer
 from forktree.search.request import extend, score
@@ -87,8 +87,8 @@ class ParticleFilter(SamplingSearch):
             state.log_prob[live] += step.log_prob
             state.drawn[live] += step.num_tokens
             state.steps[live] += 1
-            for i, reason, start in zip(live, step.reason, before, strict=True):
-                state.reason[i] = reason
+            for i, reason, start, error in zip(live, step.reason, before, rewards.errors, strict=True):
+                state.reason[i], state.errors[i] = reason, error
                 new = particles[i].tokens[start:]
                 full = state.drawn[i] >= job.max_new_tokens or state.steps[i] >= self.max_steps
                 stopped = reason == "stop" and text_end is not None and text_end(int(new[-1]), new.tolist())
@@ -114,6 +114,7 @@ class ParticleFilter(SamplingSearch):
                 finish_reason=str(state.reason[i]),
                 step_scores=state.history[i],
                 weight=float(weights[i]),
+                error=state.errors[i],
             )
             for i in order
         ]
@@ -138,12 +139,14 @@ class _State:
     steps: NDArray[np.int64]
     reason: NDArray[np.str_]
     history: list[list[float]]
+    errors: list[ScorerError | None]
 
     @classmethod
     def fresh(cls, n: int) -> "_State":
         zeros = np.zeros(n, np.int64)
         reason = np.full(n, "length")
-        return cls(np.ones(n, bool), np.full(n, np.nan), np.zeros(n), zeros, zeros.copy(), reason, [[]] * n)
+        unscored = np.full(n, np.nan)
+        return cls(np.ones(n, bool), unscored, np.zeros(n), zeros, zeros.copy(), reason, [[]] * n, [None] * n)
 
     def taken(self, ancestors: NDArray[np.int64]) -> "_State":
         return _State(
@@ -154,4 +157,5 @@ class _State:
             self.steps[ancestors],
             self.reason[ancestors],
             [self.history[a] for a in ancestors],
+            [self.errors[a] for a in ancestors],
         )

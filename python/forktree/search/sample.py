@@ -18,6 +18,7 @@ from forktree.search.base import (
     at_least_one,
     first_failure,
     needs_scorer,
+    several_texts,
 )
 from forktree.search.request import Extension, extend, score
 
@@ -27,6 +28,9 @@ class Greedy(Search):
     """The most likely token at every position. stop: texts that end the hypothesis (they stay part of it)."""
 
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        several_texts("stop", self.stop)
 
     async def run(self, job: Job) -> list[Hypothesis]:
         """One hypothesis; its score is the log-prob."""
@@ -78,8 +82,7 @@ class BestOfN(SamplingSearch):
         if all(rewards.errors):
             raise first_failure(rewards.errors)
         ranked = [
-            _hypothesis(b, job, done, i, float(rewards.values[i]), rewards.errors[i])
-            for i, b in enumerate(branches)
+            _hypothesis(b, job, done, i, float(rewards.values[i]), rewards.errors[i]) for i, b in enumerate(branches)
         ]
         return sorted(ranked, key=lambda h: -np.inf if h.error else h.score, reverse=True)
 
