@@ -4,7 +4,7 @@
 
 Wall time is of the whole call, prefill included (forktree's proof of the model, done once when a Decoder is made, is
 printed apart). KV memory is the cache transformers holds at the end, and the whole pool that forktree allocates.
-Prints a table and writes bench/results/decode-cpu.json.
+Prints a table and writes bench/results/decode-<device>.json.
 """
 
 import argparse
@@ -44,13 +44,13 @@ SHAPES = {  # what the name says; random weights
 }
 
 
-def build(shape: str) -> Qwen2ForCausalLM:
+def build(shape: str, device: str) -> Qwen2ForCausalLM:
     """A random bf16 model without an end-of-sequence token, so that every run makes all its tokens."""
     torch.manual_seed(0)
     config = Qwen2Config(
         **SHAPES[shape], max_position_embeddings=32768, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None
     )
-    return Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    return Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).eval().to(device)
 
 
 def main() -> None:
@@ -62,11 +62,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16, help="beams, samples")
     parser.add_argument("--repeat", type=int, default=2, help="rounds; the median is reported")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    model = build(args.shape)
-    prompt = torch.randint(0, model.config.vocab_size, (1, args.prompt))
+    model = build(args.shape, args.device)
+    prompt = torch.randint(0, model.config.vocab_size, (1, args.prompt), device=args.device)
     slots = args.prompt + args.width * args.new
     began = time.perf_counter()
     decoder = forktree.Decoder(model, num_slots=slots, prefix_cache=False)
@@ -125,7 +126,7 @@ def main() -> None:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         about = dict(
             commit=commit,
-            cpu=platform.processor() or platform.machine(),
+            machine=torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
             threads=args.threads,
             torch=torch.__version__,
             transformers=transformers.__version__,
@@ -133,7 +134,7 @@ def main() -> None:
             proof_seconds=proof,
             cases=report,
         )
-        path = Path(__file__).parent / "results" / "decode-cpu.json"
+        path = Path(__file__).parent / "results" / f"decode-{args.device}.json"
         path.write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -4,19 +4,30 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
-import forktree.engine
 import numpy as np
 import pytest
-import tiny
 import torch
+from scipy import stats
+
+import forktree.engine
+import tiny
 from forktree import (
-    BestOfN, Candidate, Decoder, InvalidInput, ParticleFilter, Sample, Scorer, ScorerError, SearchResult, TextScorer, TokenLogits,
-)  # fmt: skip
+    BestOfN,
+    Candidate,
+    Decoder,
+    InvalidInput,
+    ParticleFilter,
+    Sample,
+    Scorer,
+    ScorerError,
+    SearchResult,
+    TextScorer,
+    TokenLogits,
+)
 from forktree.scoring import Reading, Subject
 from forktree.search.particle import CLIP, log_weights
 from forktree.search.request import Rewards
 from forktree.search.resampling import RESAMPLERS, effective_sample_size, softmax
-from scipy import stats
 
 VOCAB, PROMPT = 4, (1, 3, 2)
 
@@ -155,9 +166,12 @@ def assert_estimates(search: ParticleFilter, exact: dict, runs: int) -> None:
 )
 def test_weights_estimate_the_exact_posterior(resampling: str, weight_temperature: float, steps: int) -> None:
     search = one_token_steps(
-        Table(toy_reward), num_particles=256, max_steps=steps, resampling=resampling,
+        Table(toy_reward),
+        num_particles=256,
+        max_steps=steps,
+        resampling=resampling,
         weight_temperature=weight_temperature,
-    )  # fmt: skip
+    )
     exact = posterior(steps, toy_reward, weight_temperature)
     prior = posterior(steps, lambda text: 0.5, 1.0)
     distance = sum(abs(exact[text] - prior[text]) for text in exact) / 2
@@ -265,9 +279,12 @@ def test_never_more_steps_or_tokens_than_allowed() -> None:
     reasons = set()
     for seed, (steps, step_tokens, tokens) in enumerate([(3, 4, 99), (9, 3, 7), (40, 1, 5), (2, 99, 12), (1, 1, 1)]):
         search = ParticleFilter(
-            scorer=TextScorer(lambda p, r: 0.2 + 0.1 * (len(r) % 5)), num_particles=24, step_delimiter="5",
-            max_steps=steps, max_step_tokens=step_tokens,
-        )  # fmt: skip
+            scorer=TextScorer(lambda p, r: 0.2 + 0.1 * (len(r) % 5)),
+            num_particles=24,
+            step_delimiter="5",
+            max_steps=steps,
+            max_step_tokens=step_tokens,
+        )
         for c in run(search, seed=seed, max_new_tokens=tokens).candidates:
             hypothesis = c.hypothesis
             drawn = len(c.token_ids) + (hypothesis.finish_reason == "eos")
@@ -283,9 +300,13 @@ def test_never_more_steps_or_tokens_than_allowed() -> None:
 def test_log_prob_is_the_models_own_whatever_was_resampled() -> None:
     """The sum of transformers' log-probs of the tokens, EOS included, at a sampling temperature other than 1."""
     search = ParticleFilter(
-        scorer=TextScorer(lambda p, r: 0.1 + 0.2 * (len(set(r)) % 4)), num_particles=12, step_delimiter="5",
-        max_steps=4, max_step_tokens=5, temperature=0.7,
-    )  # fmt: skip
+        scorer=TextScorer(lambda p, r: 0.1 + 0.2 * (len(set(r)) % 4)),
+        num_particles=12,
+        step_delimiter="5",
+        max_steps=4,
+        max_step_tokens=5,
+        temperature=0.7,
+    )
     result = run(search, seed=3)
     prompt = tiny.tokenizer()(tiny.prompts(1)[0]).input_ids
     for c in result.candidates:
@@ -365,11 +386,19 @@ def test_rewards_outside_the_unit_interval_are_refused(value: float) -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("num_particles", 0), ("num_particles", 2.5), ("max_steps", 0), ("max_step_tokens", True),
-        ("weight_temperature", 0.0), ("weight_temperature", math.inf), ("resampling", "residual"),
-        ("selection", "best"), ("scorer", len), ("stop", "END"), ("stop", (1,)),
+        ("num_particles", 0),
+        ("num_particles", 2.5),
+        ("max_steps", 0),
+        ("max_step_tokens", True),
+        ("weight_temperature", 0.0),
+        ("weight_temperature", math.inf),
+        ("resampling", "residual"),
+        ("selection", "best"),
+        ("scorer", len),
+        ("stop", "END"),
+        ("stop", (1,)),
     ],
-)  # fmt: skip
+)
 def test_bad_settings_are_named(setting: str, value: object) -> None:
     options = {"scorer": TextScorer(lambda p, r: 0.5), setting: value}
     with pytest.raises(InvalidInput) as error:

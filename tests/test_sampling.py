@@ -4,10 +4,7 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from forktree import BestOfN, InvalidInput, Sample, Sampling, TextScorer
-from forktree.sampling import draw, shaped_logits, uniforms
 from scipy import stats
 from transformers import (
     LogitsProcessorList,
@@ -16,6 +13,10 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+import tiny
+from forktree import BestOfN, InvalidInput, Sample, Sampling, TextScorer
+from forktree.sampling import draw, shaped_logits, uniforms
 
 SETTINGS = [
     Sampling(),
@@ -130,9 +131,15 @@ def test_uniforms_are_uniform_and_independent_over_keys_and_positions() -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "expected"),
     [
-        ("temperature", -0.1, "at least 0"), ("temperature", math.nan, "finite"), ("temperature", math.inf, "finite"),
-        ("top_k", -1, "at least 0"), ("top_p", 0.0, "(0, 1]"), ("top_p", 1.01, "(0, 1]"), ("top_p", math.nan, "(0, 1]"),
-        ("min_p", -0.01, "[0, 1]"), ("min_p", 1.01, "[0, 1]"),
+        ("temperature", -0.1, "at least 0"),
+        ("temperature", math.nan, "finite"),
+        ("temperature", math.inf, "finite"),
+        ("top_k", -1, "at least 0"),
+        ("top_p", 0.0, "(0, 1]"),
+        ("top_p", 1.01, "(0, 1]"),
+        ("top_p", math.nan, "(0, 1]"),
+        ("min_p", -0.01, "[0, 1]"),
+        ("min_p", 1.01, "[0, 1]"),
     ],
 )
 def test_bad_settings_name_expectation_and_value(setting: str, value: float, expected: str) -> None:

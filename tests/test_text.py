@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import tiny
 import transformers as hf
-from forktree.text import TextStop
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import tiny
+from forktree.text import TextStop
 
 
 def byte_tokenizer() -> hf.PreTrainedTokenizerFast:
@@ -44,7 +45,9 @@ def test_stops_behind_the_first_token_that_completes_a_text(make: object) -> Non
         "sentence_piece_tokenizer": [("a b",), (": ",), (" ",), ("ab", "b :")],
         "tokenizer": [("\n\n",), ("12",), ("a=", "+b"), (" ",)],
     }[make.__name__]
-    likely = sorted({t for group in texts for text in group for t in tokenizer(text, add_special_tokens=False).input_ids})
+    likely = sorted(
+        {t for group in texts for text in group for t in tokenizer(text, add_special_tokens=False).input_ids}
+    )
     ended = 0
     for group in texts:
         stop = TextStop(tokenizer, group)

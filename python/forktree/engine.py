@@ -126,6 +126,8 @@ class _ExtendWork(_Work):
         self.num_tokens = np.zeros(n, np.int64)
         self.drawn: list[list[int]] = [[] for _ in range(n)]
         self.ids = np.array([b.id for b in request.branches], np.int64)
+        if len(np.unique(self.ids)) < n:
+            raise ValueError(f"extend needs distinct branches, got {n} of which some are the same")
 
     def waiting(self) -> list[Branch]:
         return [self.branches[i] for i in np.flatnonzero(self.open)]
@@ -258,6 +260,8 @@ class Engine:
             self._finish(task, error=failure)
 
     def _begin(self, task: Task, request: Request[Any]) -> _Work:
+        if isinstance(request, Request):
+            self.lane.tree.positions_of(request.branches)  # raises if one was dropped
         if isinstance(request, Extend):
             return _ExtendWork(request, self.lane)
         if isinstance(request, NextLogits):

@@ -74,7 +74,9 @@ def run(count: int, seed: int) -> None:
     with stage:
         greedy = stage.solve("greedy", Greedy())
         sampling = stage.solve("sampling", Sample(temperature=TEMPERATURE))
-        best = stage.solve(f"best of {WIDTH}", BestOfN(scorer=head, num_samples=WIDTH, temperature=TEMPERATURE))
+        best = stage.solve(
+            f"best of {WIDTH}", BestOfN(scorer=head, num_samples=WIDTH, temperature=TEMPERATURE)
+        )
         beam = stage.solve(f"beam search, {WIDTH} beams", BeamSearch(num_beams=WIDTH))
         particles = stage.solve(
             f"particle filter, {WIDTH} particles",
@@ -91,7 +93,12 @@ class _Stage:
 
     def __init__(self, console: Console, decoder: Decoder, problems: Sequence[str], seed: int) -> None:
         self._decoder, self._problems, self._seed = decoder, problems, seed
-        columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description:36}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         self._progress = Progress(*columns, console=console)
         self._live = Live(console=console, refresh_per_second=8, transient=True)
         self._drawn = 0.0
@@ -183,7 +190,10 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 def _show_rescue(
-    console: Console, problems: Sequence[str], greedy: Sequence[SearchResult], particles: Sequence[SearchResult]
+    console: Console,
+    problems: Sequence[str],
+    greedy: Sequence[SearchResult],
+    particles: Sequence[SearchResult],
 ) -> None:
     """A problem that greedy decoding gets wrong and the particle filter right, step by step."""
     for problem, wrong, right in zip(problems, greedy, particles, strict=True):

@@ -83,12 +83,26 @@ def attempts(
     return tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 
+def first_error(problem: str, text: str) -> tuple[Example, Example] | None:
+    """The attempt up to its first wrong step and, of the same length, the right solution.
+
+    The two part only in their last step, so how hard the problem looks cannot tell them apart.
+    """
+    labels = task.label_steps(problem, text)
+    if all(labels):
+        return None
+    count = labels.index(False) + 1
+    wrong, right = ("".join(t.splitlines(True)[:count]) for t in (text, task.solution(problem)))
+    return (problem, wrong), (problem, right)
+
+
 def own_samples(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Example]:
-    """Training problems with solutions sampled from the model as it is when they are drawn."""
+    """Solutions sampled from the model as it is when they are drawn, wrong ones beside right ones."""
     stream = task.problems("train", seed)
     while True:
         problems = list(islice(stream, 1024))
-        yield from zip(problems, attempts(model, tokenizer, problems, sample=True), strict=True)
+        for example in zip(problems, attempts(model, tokenizer, problems, sample=True), strict=True):
+            yield from first_error(*example) or [example]
 
 
 def batches(stream: Iterator[Example], size: int, seed: int) -> Iterator[list[Example]]:
@@ -140,20 +154,23 @@ def reward_loss(model: LlamaForCausalLM, head: nn.Module, batch: list[Example]) 
     return F.binary_cross_entropy_with_logits(*step_scores(model, head, batch))
 
 
-def fresh_auc(model: LlamaForCausalLM, head: nn.Module, batch: list[Example]) -> float:
-    """How often the head scores a right step above a wrong one, among steps after right steps.
+def prefers_right(model: LlamaForCausalLM, head: nn.Module, samples: list[Example]) -> float:
+    """How often the head scores the right step above the first wrong step sampled in its place.
 
-    Leaves out the steps after a first error: they are easy, the damage is already to be seen.
+    Unlike an AUC over all steps, this gives no credit for telling hard problems from easy ones.
     """
-    scores, right = step_scores(model, head, batch)
-    labels = [task.label_steps(problem, text) for problem, text in batch]
-    fresh = torch.tensor([i == 0 or row[i - 1] for row in labels for i in range(len(row))])
-    good, bad = scores[fresh & (right == 1)], scores[fresh & (right == 0)]
-    return (good[:, None] > bad).float().mean().item()
+    pairs = [pair for pair in (first_error(*example) for example in samples) if pair]
+    steps = torch.tensor([wrong[1].count("\n") for wrong, _ in pairs])
+    last = steps.cumsum(0) - 1
+    wrong_scores, _ = step_scores(model, head, [wrong for wrong, _ in pairs])
+    right_scores, _ = step_scores(model, head, [right for _, right in pairs])
+    return (right_scores[last] > wrong_scores[last]).float().mean().item()
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, head: nn.Module) -> dict[str, float]:
+def evaluate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, head: nn.Module
+) -> dict[str, float]:
     """Accuracy and the head's discrimination on held-out problems."""
     problems = list(islice(task.problems("held_out", seed=0), 200))
     greedy = attempts(model, tokenizer, problems, sample=False)
@@ -162,7 +179,7 @@ def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, head: 
     return {
         "greedy_accuracy": sum(map(task.is_correct, problems, greedy)) / len(problems),
         "sampled_accuracy": sum(map(task.is_correct, more, sampled)) / len(more),
-        "head_auc": fresh_auc(model, head, list(zip(more, sampled, strict=True))),
+        "head_prefers_right": prefers_right(model, head, list(zip(more, sampled, strict=True))),
     }
 
 

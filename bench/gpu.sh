@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# On a machine with an NVIDIA GPU: tests, then decoding beside transformers. Ten minutes at most, no network needed
+# where torch, transformers and the test tools are installed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD/python:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
+PYTHON=${PYTHON:-python3}
+nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
+timeout 240 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
+timeout 300 "$PYTHON" bench/decode.py --device cuda

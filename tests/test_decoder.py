@@ -1,0 +1,195 @@
+"""The decoder: greedy decoding is transformers' own, and bad input is refused before anything runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from forktree import BestOfN, Decoder, Greedy, InvalidInput, MajorityVote, Sample, SearchResult, TextScorer
+
+PROMPTS = ["12+3=", "a", "\n\n-- 7.", "0123456789abcd+-=. " * 4]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("max_new_tokens", [1, 40])
+def test_greedy_is_the_greedy_decoding_of_transformers(kind: str, max_new_tokens: int) -> None:
+    model = tiny.model(kind)
+    prompts = [*PROMPTS, *tiny.prompts(12)]
+    reasons = set()
+    for prompt, result in zip(
+        prompts, tiny.decoder(kind).search(prompts, Greedy(), max_new_tokens=max_new_tokens), strict=True
+    ):
+        ids = torch.tensor([tiny.tokenizer()(prompt).input_ids])
+        expected = model.generate(ids, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0)
+        expected = expected[0, ids.shape[1] :].tolist()
+        ended = expected[-1] == 0
+        reasons.add(result.best.hypothesis.finish_reason)
+        assert result.best.hypothesis.finish_reason == ("eos" if ended else "length")
+        assert result.best.token_ids == (expected[:-1] if ended else expected)
+        assert result.text == tiny.tokenizer().decode(expected, skip_special_tokens=True)
+        log_probs = [
+            float(tiny.next_log_probs(model, [*ids[0].tolist(), *expected[:i]])[t]) for i, t in enumerate(expected)
+        ]
+        assert result.best.score == result.best.hypothesis.log_prob == pytest.approx(sum(log_probs), abs=1e-3)
+    assert "length" in reasons and (max_new_tokens == 1 or reasons == {"length", "eos"})
+
+
+def test_the_model_still_works_by_itself() -> None:
+    """Between searches and after them, plain transformers calls give what they gave before."""
+    model, ids = tiny.new_model(), torch.tensor([[3, 5, 7, 2]])
+    before = model(input_ids=ids).logits
+    decoder = Decoder(model, tiny.tokenizer(), num_slots=256)
+    results = decoder.search_iter(["12", "34=", "5"], Sample(num_return_sequences=2), max_new_tokens=8)
+    next(results)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert len(list(results)) == 2
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_stop_texts_end_a_hypothesis_and_stay_part_of_it() -> None:
+    decoder, stops = tiny.decoder(), ("5", "-c", "\n")
+    free = decoder.search(tiny.prompts(6), Sample(num_return_sequences=8), max_new_tokens=20)
+    cut = decoder.search(tiny.prompts(6), Sample(num_return_sequences=8, stop=stops), max_new_tokens=20)
+    reasons = set()
+    for long, short in zip(
+        (c for r in free for c in r.candidates), (c for r in cut for c in r.candidates), strict=True
+    ):
+        ends = [n for n in range(len(long.text) + 1) if any(s in long.text[:n] for s in stops)]
+        assert short.text == (long.text[: ends[0]] if ends else long.text)
+        assert short.hypothesis.finish_reason == ("stop" if ends else long.hypothesis.finish_reason)
+        reasons.add(short.hypothesis.finish_reason)
+    assert "stop" in reasons and len(reasons) > 1
+
+
+def test_prompts_come_as_texts_or_token_ids_alone_or_in_lists() -> None:
+    decoder = tiny.decoder()
+    ids = tiny.tokenizer()("12+3=").input_ids
+    ways: list[Any] = [
+        "12+3=",
+        ["12+3="],
+        ids,
+        [ids],
+        tuple(ids),
+        np.array(ids),
+        [np.array(ids, np.int32)],
+        [torch.tensor(ids)],
+        (i for i in ids),
+    ]
+    found = [decoder.search(way, Sample(num_return_sequences=2), max_new_tokens=6, seed=4) for way in ways]
+    assert all(len(results) == 1 for results in found)
+    assert len({str(tiny.texts(results)) for results in found}) == 1
+    assert decoder.search([], Greedy()) == []
+
+
+def test_results_come_in_the_order_of_the_prompts_with_what_they_cost() -> None:
+    decoder = tiny.decoder()
+    prompts = tiny.prompts(9)
+    results = decoder.search(prompts, Sample(num_return_sequences=3), max_new_tokens=6)
+    assert [r.index for r in results] == list(range(9)) and [r.prompt for r in results] == prompts
+    assert sum(r.counters.model_tokens for r in results) == decoder.lane.tokens_computed
+    assert all(r.counters.seconds > 0 and r.counters.peak_slots > 0 for r in results)
+
+
+def test_a_majority_vote_is_counted_by_hand() -> None:
+    def answer(text: str) -> str | None:
+        return next((c for c in text if c.isdigit()), None)
+
+    decoder = tiny.decoder()
+    result = decoder.search(["1="], MajorityVote(answer=answer, num_samples=30, temperature=1.0), max_new_tokens=5)[0]
+    answers = [answer(c.text) for c in result.candidates]
+    counts = {a: answers.count(a) for a in set(answers) - {None}}
+    assert counts[answers[0]] == max(counts.values()) and len(counts) > 2 and None in answers
+    for c, a in zip(result.candidates, answers, strict=True):
+        assert c.score == pytest.approx(counts.get(a, 0) / 30)
+    assert [c.score for c in result.candidates] == sorted((c.score for c in result.candidates), reverse=True)
+
+
+def bare(**options: Any) -> Decoder:
+    """A decoder without a tokenizer."""
+    return Decoder(tiny.model(), **{"num_slots": 64, **options})
+
+
+BAD: dict[str, tuple[Callable[[], list[SearchResult]], list[str]]] = {
+    "empty prompt": (lambda: tiny.decoder().search(["1", ""], Greedy(), max_new_tokens=9), ["prompt 1", "empty"]),
+    "no tokens": (
+        lambda: bare().search([[1], []], Greedy(), max_new_tokens=9),
+        ["prompt 1", "empty", "at least one token"],
+    ),
+    "id too large": (
+        lambda: bare().search([[1, tiny.VOCAB]], Greedy()),
+        ["prompt 0", f"id {tiny.VOCAB}", f"[0, {tiny.VOCAB})"],
+    ),
+    "negative id": (lambda: bare().search([[1, -2]], Greedy()), ["prompt 0", "id -2", "[0, "]),
+    "fraction": (lambda: bare().search([[1, 2.5]], Greedy()), ["prompt 0", "token ids", "2.5"]),
+    "nothing": (lambda: bare().search([None], Greedy()), ["prompt 0", "None"]),
+    "not a list": (lambda: bare().search(7, Greedy()), ["prompts", "int"]),
+    "texts without tokenizer": (lambda: bare().search(["12"], Greedy()), ["prompt 0", "tokenizer=None"]),
+    "past the last position": (
+        lambda: tiny.decoder().search(["1", "1" * 200], Greedy(), max_new_tokens=57),
+        ["prompt 1", "200 tokens", "max_new_tokens = 57", "256"],
+    ),
+    "longer than the pool": (
+        lambda: bare().search([[1] * 65], Greedy(), max_new_tokens=5),
+        ["prompt 0", "65 tokens", "64", "num_slots"],
+    ),
+    "not a search": (lambda: tiny.decoder().search(["1"], "greedy"), ["search", "one, or one for each"]),
+    "class, not search": (lambda: tiny.decoder().search(["1"], Greedy), ["Search", "got ABCMeta"]),
+    "a function": (lambda: tiny.decoder().search(["1"], len), ["Search", "got builtin_function"]),
+    "too few searches": (
+        lambda: list(tiny.decoder().search_iter(["1", "2", "3"], [Greedy(), Greedy()])),
+        ["each of 3 prompts", "got 2"],
+    ),
+    "no new tokens": (lambda: tiny.decoder().search(["1"], Greedy(), max_new_tokens=0), ["max_new_tokens", "got 0"]),
+    "half a token": (lambda: tiny.decoder().search(["1"], Greedy(), max_new_tokens=1.5), ["max_new_tokens", "1.5"]),
+    "negative seed": (lambda: tiny.decoder().search(["1"], Greedy(), seed=-1), ["seed", "-1"]),
+    "seed of text": (lambda: tiny.decoder().search(["1"], Greedy(), seed="x"), ["seed", "'x'"]),
+    "no slots": (lambda: bare(num_slots=0), ["num_slots", "got 0"]),
+    "no budget": (lambda: bare(max_batch_tokens=0), ["max_batch_tokens", "got 0"]),
+    "one stop text": (lambda: tiny.decoder().search(["1"], Greedy(stop="END")), ["stop", "tuple of texts", "'END'"]),
+    "a scoring function": (lambda: tiny.decoder().search(["1"], BestOfN(scorer=len)), ["scorer", "TextScorer"]),
+    "no samples": (
+        lambda: tiny.decoder().search(["1"], BestOfN(scorer=TextScorer(len), num_samples=0)),
+        ["num_samples"],
+    ),
+    "no sequences": (lambda: tiny.decoder().search(["1"], Sample(num_return_sequences=0)), ["num_return_sequences"]),
+    "no answer": (lambda: tiny.decoder().search(["1"], MajorityVote(answer="x")), ["answer", "got str"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_anything_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With name, expectation and what was given."""
+    ran = []
+    monkeypatch.setattr("forktree.engine.Engine.submit", lambda *a, **k: ran.append(a))
+    call, parts = BAD[name]
+    with pytest.raises(InvalidInput) as error:
+        call()
+    assert all(part in str(error.value) for part in parts), error.value
+    assert not ran
+
+
+def test_the_longest_prompt_that_fits_is_let_in() -> None:
+    decoder = Decoder(tiny.model(eos=None), num_slots=512)
+    result = decoder.search([[3] * 200], Greedy(), max_new_tokens=56)[0]
+    assert len(result.best.token_ids) == 56
+    expected = tiny.model(eos=None).generate(torch.tensor([[3] * 200]), do_sample=False, max_new_tokens=56)
+    assert result.best.token_ids == expected[0, 200:].tolist()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=rf"tokenizer.*{tiny.VOCAB} tokens.*{tiny.VOCAB - 1}"):
+        Decoder(tiny.model(vocab=tiny.VOCAB - 1), tiny.tokenizer(), num_slots=64)
+
+
+def test_text_of_a_decoder_without_tokenizer_and_of_a_failed_search() -> None:
+    result = bare().search([[1, 2]], Greedy(), max_new_tokens=3)[0]
+    assert result.best.text is None
+    with pytest.raises(InvalidInput, match="without a tokenizer"):
+        _ = result.text
+    failed = bare().search([[1, 2]], MajorityVote(answer=str), max_new_tokens=3)[0]
+    assert failed.candidates == []
+    with pytest.raises(InvalidInput, match="tokenizer=None"):
+        _ = failed.best

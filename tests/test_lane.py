@@ -1,0 +1,133 @@
+"""A lane against the model run from scratch: any history of branches gives the hidden states of plain texts."""
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from forktree.kv import Branch, reassign
+from forktree.lane import Lane
+
+
+def compute(lane: Lane, branches: list[Branch]) -> torch.Tensor:
+    """Last hidden states `[n, H]`, by as many forward passes as it takes."""
+    rows: dict[int, torch.Tensor] = {}
+    while left := [i for i in range(len(branches)) if i not in rows]:
+        chunks = lane.tree.pending([branches[i] for i in left])
+        if chunks:
+            lane.tree.reserve(chunks)
+            lane.forward(chunks)
+        ready = lane.is_ready([branches[i] for i in left])
+        assert ready.any()
+        for i, hidden in zip(left, lane.hidden([branches[i] for i in left]), strict=True):
+            if ready[left.index(i)]:
+                rows[i] = hidden
+    return torch.stack([rows[i] for i in range(len(branches))])
+
+
+def assert_right(lane: Lane, branches: list[Branch]) -> None:
+    got = compute(lane, branches)
+    want = torch.stack([tiny.last_hidden(tiny.model(), b.tokens.tolist()) for b in branches])
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    lane.tree.check()
+
+
+@pytest.fixture
+def lane() -> Lane:
+    lane = Lane(tiny.model(), num_slots=400)
+    for keys, values in lane.runner.pools:
+        keys.fill_(torch.nan), values.fill_(torch.nan)
+    return lane
+
+
+def test_decoding_one_token_at_a_time(lane: Lane) -> None:
+    branch = lane.open([3, 4, 5])
+    for token in range(1, 40):
+        assert_right(lane, [branch])
+        branch.append([token % 20])
+    assert lane.tokens_computed == 3 + 38
+
+
+def test_a_rewound_branch_goes_on(lane: Lane) -> None:
+    """The token before the rewind point has its KV, but no hidden state any more; then the tip grows again."""
+    branch = lane.open(range(1, 12))
+    assert_right(lane, [branch])
+    branch.rewind(6)
+    for token in range(8):
+        assert_right(lane, [branch])
+        branch.append([token])
+    assert lane.tokens_computed == 11 + 1 + 7
+
+
+def test_branches_that_end_at_different_places_of_one_node(lane: Lane) -> None:
+    branch = lane.open(range(1, 16))
+    forks = branch.fork(3)
+    for fork, length in zip(forks, (4, 9, 15), strict=True):
+        fork.rewind(length)
+    assert_right(lane, [branch, *forks])
+
+
+def test_a_whole_prompt_that_is_reused(lane: Lane) -> None:
+    first = lane.open([1, 2, 3, 4, 5])
+    assert_right(lane, [first])
+    lane.keep(first)
+    first.append([6])
+    assert_right(lane, [first])
+    before = lane.tokens_computed
+    again, longer = lane.open([1, 2, 3, 4, 5]), lane.open([1, 2, 3, 4, 5, 7, 8])
+    assert_right(lane, [again, longer])
+    assert lane.tokens_computed == before + 2
+    first.drop()
+    for token in range(3):
+        again.append([token])
+        assert_right(lane, [again, longer])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_histories(lane: Lane, seed: int) -> None:
+    """Fork, append, rewind, drop, reassign, evict and join nothing in particular, then ask for everything."""
+    rng = np.random.default_rng(seed)
+    branches = [lane.open(rng.integers(0, 20, rng.integers(1, 9)))]
+    for _ in range(25):
+        branch = branches[rng.integers(len(branches))]
+        action = rng.integers(7)
+        if action == 0 and len(branches) < 8:
+            branches += branch.fork(int(rng.integers(1, 4)))
+        elif action in (1, 2):
+            branch.append(rng.integers(0, 20, rng.integers(1, 6)))
+        elif action == 3:
+            branch.rewind(int(rng.integers(1, branch.length + 1)))
+        elif action == 4:
+            branches = reassign(branches, rng.integers(0, len(branches), rng.integers(1, 9)))
+        elif action == 5:
+            node, _ = lane.tree.positions_of([branch])
+            lane.tree.evict(lane.tree.nodes_seen(node))
+        elif branch.length < 80:
+            lane.tree.append(branches, rng.integers(0, 20, len(branches)))
+        some = [b for b in branches if rng.random() < 0.6]
+        if some and rng.random() < 0.7:
+            assert_right(lane, some)
+    assert_right(lane, branches)
+
+
+def test_a_join_sees_all_its_branches_once(lane: Lane) -> None:
+    """Joined texts that share a prompt: every shared token counts once, as in a mask made by hand."""
+    root = lane.open([1, 2, 3, 4])
+    left, right = root.fork(2)
+    left.append([5, 6, 7])
+    right.append([8, 9])
+    joined = lane.tree.join([left, right], [10, 11])
+    got = compute(lane, [joined])[0]
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    positions = [0, 1, 2, 3, 4, 5, 6, 4, 5, 7, 8]
+    sees = torch.tril(torch.ones(11, 11, dtype=torch.bool))
+    sees[7:9, 4:7] = False  # the right branch does not see the left one
+    mask = torch.zeros(1, 1, 11, 11).masked_fill(~sees, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        out = tiny.model().base_model(
+            input_ids=torch.tensor([tokens]),
+            position_ids=torch.tensor([positions]),
+            attention_mask=mask,
+            use_cache=False,
+        )
+    torch.testing.assert_close(got, out.last_hidden_state[0, -1], atol=1e-4, rtol=0)
