@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/python:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 PYTHON=${PYTHON:-python3}
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv
-timeout 240 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
+timeout 240 "$PYTHON" -P -m pytest -q -m gpu tests/test_gpu.py
 timeout 300 "$PYTHON" bench/decode.py --device cuda

@@ -9,12 +9,18 @@ Baseline: the same resampling of plain Python lists of tokens, by copying.
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import numpy as np
 
 from forktree.kv import Tree, reassign
 
 BRANCHES, PROMPT, STEPS = 256, 1024, 400
+
+
+def copied(texts: list[list[int]], parents: np.ndarray) -> list[list[int]]:
+    """What reassign does, by copying."""
+    return [list(texts[p]) for p in parents]
 
 
 def main() -> None:
@@ -25,25 +31,25 @@ def main() -> None:
     copies = [list(range(PROMPT)) for _ in range(BRANCHES)]
     times: dict[str, list[float]] = {}
 
-    def timed(name: str, call: Callable[[], object]) -> object:
+    def timed(name: str, call: Callable[..., Any], *args: Any) -> Any:
         began = time.perf_counter()
-        result = call()
+        result = call(*args)
         times.setdefault(name, []).append(time.perf_counter() - began)
         return result
 
     for _ in range(STEPS):
         tokens = rng.integers(0, 1000, BRANCHES)
-        timed("append", lambda tokens=tokens: tree.append(branches, tokens))
-        chunks = timed("pending", lambda: tree.pending(branches))
-        timed("reserve", lambda chunks=chunks: tree.reserve(chunks))
-        timed("layout", lambda chunks=chunks: tree.layout(chunks))
+        timed("append", tree.append, branches, tokens)
+        chunks = timed("pending", tree.pending, branches)
+        timed("reserve", tree.reserve, chunks)
+        timed("layout", tree.layout, chunks)
         tree.mark_computed(chunks)
         weights = rng.random(BRANCHES) ** 2
         parents = np.sort(rng.choice(BRANCHES, BRANCHES, p=weights / weights.sum()))
-        branches = timed("reassign", lambda parents=parents: reassign(branches, parents))
+        branches = timed("reassign", reassign, branches, parents)
         for copy, token in zip(copies, tokens.tolist(), strict=True):
             copy.append(token)
-        copies = timed("copying lists", lambda parents=parents: [list(copies[p]) for p in parents])
+        copies = timed("copying lists", copied, copies, parents)
     tree.check()
     assert [b.tokens.tolist()[PROMPT:] for b in branches] == [c[PROMPT:] for c in copies]
     for name, values in times.items():

@@ -8,6 +8,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from forktree.kv import Branch, OutOfSlots, PrefixIndex, Tree, reassign
 from forktree.kv.tree import MAX_RESERVATION, Chunk
 from forktree.layout import TreeLayout
+from forktree.plan import check_plan, plan
 
 NUM_SLOTS = 160
 
@@ -178,7 +179,8 @@ class TreeMachine(RuleBasedStateMachine):
             some = [b for b, r in zip(some, ready, strict=True) if not r]
 
     def _check_layout(self, layout: TreeLayout, chunks: list[Chunk]) -> None:
-        """Each row sees exactly the tokens, and positions, that the naive model says."""
+        """Each row sees exactly the tokens, and positions, that the naive model says; the plan reads them once."""
+        check_plan(plan(layout, num_qo_heads=2, num_kv_heads=1, head_dim=4))
         place, texts = self._places()
         through = {place[t]: path[: i + 1] for path in texts for i, t in enumerate(path)}
         row = 0

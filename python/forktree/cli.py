@@ -24,9 +24,9 @@ console = Console(stderr=True)
 
 GENERATE_HELP = """Search an answer for every prompt of a JSON Lines file.
 
-Each input line is {"prompt": "..."}; more keys are allowed and ignored. Each output line holds one prompt's candidates, \
-best first, with their scores and token counts; it is written and synced as soon as it is known, so a run that is \
-stopped goes on with --resume.
+Each input line is {"prompt": "..."}; more keys are allowed and ignored. Each output line holds one prompt's \
+candidates, best first, with their scores and token counts; it is written and synced as soon as it is known, so a \
+run that is stopped goes on with --resume.
 
 A scorer is a value head on the model's own hidden state (a .safetensors file with score.weight, or score.0.weight and \
 score.2.weight), the directory of a reward model (base model plus such a head), or module:function, a Python function \
@@ -115,7 +115,9 @@ def generate(
     from forktree.scoring import load_scorer
 
     if scorer is not None:
-        settings["scorer"] = load_scorer(scorer, activation=activation, time_limit=scorer_time_limit)
+        settings["scorer"] = load_scorer(
+            scorer, activation=activation, time_limit=scorer_time_limit, device=device
+        )
     one = kind(**settings)
     # everything that can be wrong is said here, before the output file is made
     results = decoder.search_iter([texts[i] for i in todo], one, max_new_tokens=max_new_tokens, seed=seed)

@@ -260,6 +260,7 @@ class RewardModel(Scorer):
         *,
         num_slots: int | None = None,
         dtype: torch.dtype | None = None,
+        device: str = "cpu",
         format: StepFormat | None = None,
         activation: str = "sigmoid",
     ) -> "RewardModel":
@@ -268,7 +269,7 @@ class RewardModel(Scorer):
         from forktree.loading import load_model, load_tokenizer
 
         head = ValueHead.load(directory, activation=activation)
-        model = load_model(directory, dtype=dtype, base=True)
+        model = load_model(directory, dtype=dtype, base=True).to(device)
         return cls(Lane(model, num_slots=num_slots), load_tokenizer(directory), head, format=format)
 
     def begin(self, subject: Subject) -> Reading:
@@ -365,11 +366,13 @@ class _TextReading(Reading):
         self._answers = queue.SimpleQueue()  # the thread sees that it is no longer wanted
 
 
-def load_scorer(spec: str, *, activation: str = "sigmoid", time_limit: float = 60.0) -> Scorer:
+def load_scorer(
+    spec: str, *, activation: str = "sigmoid", time_limit: float = 60.0, device: str = "cpu"
+) -> Scorer:
     """What `--scorer` names: a head file (.safetensors), a reward-model directory, or `module:function`."""
     path = Path(spec)
     if path.is_dir():
-        return RewardModel.load(path, activation=activation)
+        return RewardModel.load(path, activation=activation, device=device)
     if path.is_file() or spec.endswith(".safetensors"):
         return ValueHead.load(path, activation=activation)
     module, colon, name = spec.partition(":")

@@ -79,7 +79,7 @@ def attempts(
     """The model's own solution of each problem, sampled at temperature 1 or greedy."""
     inputs = tokenizer(problems, padding=True, return_tensors="pt").to(model.device)
     options = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
-    ids = model.generate(**inputs, **options, max_new_tokens=72)  # type: ignore[misc]
+    ids = model.generate(**inputs, **options, max_new_tokens=72)
     return tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 
@@ -160,11 +160,14 @@ def prefers_right(model: LlamaForCausalLM, head: nn.Module, samples: list[Exampl
     Unlike an AUC over all steps, this gives no credit for telling hard problems from easy ones.
     """
     pairs = [pair for pair in (first_error(*example) for example in samples) if pair]
-    steps = torch.tensor([wrong[1].count("\n") for wrong, _ in pairs])
-    last = steps.cumsum(0) - 1
-    wrong_scores, _ = step_scores(model, head, [wrong for wrong, _ in pairs])
-    right_scores, _ = step_scores(model, head, [right for _, right in pairs])
-    return (right_scores[last] > wrong_scores[last]).float().mean().item()
+    wrong, right = (last_scores(model, head, list(side)) for side in zip(*pairs, strict=True))
+    return (right > wrong).float().mean().item()
+
+
+def last_scores(model: LlamaForCausalLM, head: nn.Module, batch: list[Example]) -> Tensor:
+    """The head's score of each attempt's last step."""
+    counts = torch.tensor([text.count("\n") for _, text in batch])
+    return step_scores(model, head, batch)[0][counts.cumsum(0) - 1]
 
 
 @torch.no_grad()
