@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 
 import forktree
+import tiny
 from forktree import cli
 
 PROMPTS = ["12+3=", "a-b", "0.5", "dcba", "7=7", "1 2 3"]
@@ -269,8 +269,24 @@ def test_too_little_memory_for_one_search(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("with_signal", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
 def test_an_interrupted_run_loses_nothing(files: Path, tmp_path: Path, with_signal: signal.Signals) -> None:
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-c", "from forktree.cli import main; main()", "generate", "--model", str(files / "model")]
-    command += ["--prompts", str(files / "in.jsonl"), "--out", str(out), "--max-new-tokens", "8", "--search", "best-of-n"]
+    command = [
+        sys.executable,
+        "-c",
+        "from forktree.cli import main; main()",
+        "generate",
+        "--model",
+        str(files / "model"),
+    ]
+    command += [
+        "--prompts",
+        str(files / "in.jsonl"),
+        "--out",
+        str(out),
+        "--max-new-tokens",
+        "8",
+        "--search",
+        "best-of-n",
+    ]
     command += ["--num-samples", "2", "--num-slots", "24", "--scorer"]
     environment = {**os.environ, "PYTHONPATH": str(files), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "scorers:slow"], stderr=subprocess.PIPE, text=True, env=environment)

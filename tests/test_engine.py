@@ -108,7 +108,7 @@ class Scripted(Search):
 def test_same_text_alone_or_among_32_prompts(kind: str, search: Search) -> None:
     prompts = tiny.prompts(32)
     batch = tiny.decoder(kind).search(prompts, search, max_new_tokens=14, seed=7)
-    for prompt, result in list(zip(prompts, batch, strict=True))[::6]:
+    for prompt, result in list(zip(prompts, batch, strict=True))[::8]:
         single = tiny.decoder(kind).search([prompt], search, max_new_tokens=14, seed=7)[0]
         assert outcome(single) == outcome(result)
     assert len({str(outcome(result)) for result in batch}) == 32
@@ -150,10 +150,10 @@ def test_different_searches_at_once_give_what_each_gives_alone() -> None:
     tiny.assert_all_returned(decoder.lane)
 
 
-@pytest.mark.parametrize("max_batch_tokens", [1, 3, 16])
+@pytest.mark.parametrize("max_batch_tokens", [2, 5, 16])
 def test_split_prefills_mixed_with_decoding_give_the_same_text(max_batch_tokens: int) -> None:
     searches = [*mixed(), Sample(num_return_sequences=3)]
-    prompts = [*tiny.prompts(len(mixed()), seed=2), tiny.prompts(1, seed=5, shortest=90, longest=90)[0]]
+    prompts = [*tiny.prompts(len(mixed()), seed=2), tiny.prompts(1, seed=5, shortest=60, longest=60)[0]]
     expected = alone(prompts, searches, max_new_tokens=10)
     sizes: list[int] = []
     decoder = tiny.decoder(max_batch_tokens=max_batch_tokens)
@@ -165,17 +165,22 @@ def test_split_prefills_mixed_with_decoding_give_the_same_text(max_batch_tokens:
     tiny.assert_all_returned(decoder.lane)
 
 
-def test_logits_after_forks_rewinds_and_forced_tokens_are_those_of_transformers() -> None:
+@pytest.mark.parametrize("max_batch_tokens", [3, 512])
+def test_logits_after_forks_rewinds_and_forced_tokens_are_those_of_transformers(max_batch_tokens: int) -> None:
     """Random edits of several branches; every row of logits against a plain forward over the branch's tokens.
 
-    Includes a branch rewound within its own tokens and then grown token by token.
+    Includes forced tokens behind a prompt that is itself not computed yet, and more of both than one pass takes.
     """
     rng, worst = np.random.default_rng(0), [0.0]
     model = tiny.model()
 
     async def script(job: Job) -> list[Branch]:
         branches = job.root.fork(2)
-        for turn in range(45):
+        branches[0].append([5, 9, 4])
+        branches += branches[0].fork(1)
+        branches[-1].append([7])
+        branches[0].append([6, 6])
+        for turn in range(30):
             branch = branches[rng.integers(len(branches))]
             action = rng.integers(6)
             if action == 0:
@@ -196,8 +201,8 @@ def test_logits_after_forks_rewinds_and_forced_tokens_are_those_of_transformers(
                 worst[0] = max(worst[0], float((row.double().log_softmax(dim=-1) - exact).abs().max()))
         return branches
 
-    decoder = tiny.decoder()
-    for prompt in tiny.prompts(8):
+    decoder = tiny.decoder(max_batch_tokens=max_batch_tokens)
+    for prompt in tiny.prompts(5):
         result = decoder.search([prompt], Scripted(script), max_new_tokens=9)[0]
         assert result.error is None, result.error
     assert worst[0] < 1e-4
@@ -301,7 +306,7 @@ def test_with_room_for_about_one_search_all_finish_with_the_same_text(prefix_cac
     # all submitted at once, so that they do get in each other's way
     for prompt, search in zip(prompts, searches, strict=True):
         tokens = tiny.tokenizer()(prompt).input_ids
-        start = lambda root, search=search: decoder._start(search, 12, 0, root)  # noqa: E731
+        start = lambda root, search=search: decoder._start(search, 12, root)  # noqa: E731
         tasks.append(decoder.engine.submit(start, [tokens], text=prompt))
     preempted = 0
     while decoder.engine.active:
@@ -501,7 +506,7 @@ def test_cancelling_returns_every_slot_and_leaves_the_others_alone(
     decoder = tiny.decoder()
     tasks = []
     for prompt, search in zip(prompts, (sample, Scripted(script)), strict=True):
-        start = lambda root, search=search: decoder._start(search, 9, 0, root)  # noqa: E731
+        start = lambda root, search=search: decoder._start(search, 9, root)  # noqa: E731
         tasks.append(decoder.engine.submit(start, [tiny.tokenizer()(prompt).input_ids], text=prompt))
     for _ in range(steps):
         decoder.engine.step()

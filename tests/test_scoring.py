@@ -1,5 +1,6 @@
 """Scorers: their values are those of transformers run from scratch, and their failures cost what they should."""
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 import tiny
 from forktree import (
     BestOfN,
+    Cancelled,
     Decoder,
     Greedy,
     InvalidInput,
@@ -300,7 +302,11 @@ def test_over_the_steps_of_a_search_only_new_tokens_are_read(trunk: Any, templat
     search = ParticleFilter(scorer=scorer, num_particles=8, step_delimiter="", max_step_tokens=3, max_steps=6)
     decoder = Decoder(tiny.model(eos=None), tiny.tokenizer(), num_slots=2048)
     decoder._eos_token_ids = frozenset  # an EOS alone would have a text scored twice
-    result = decoder.search(["12+3="], search, max_new_tokens=18)[0]
+    alive = []
+    result = decoder.search(
+        ["12+3="], search, max_new_tokens=18, on_step=lambda: alive.append((lane.tree.branch_node >= 0).sum())
+    )[0]
+    assert max(alive) == 8, "what the last score read is let go once the next one has found its prefixes"
     assert result.error is None and all(len(c.hypothesis.step_scores) == 6 for c in result.candidates)
     prefixes = {text[:i] for text in rendered for i in range(1, len(text) + 1)}
     assert lane.tokens_computed <= len(prefixes)
@@ -510,13 +516,14 @@ class Custom(Scorer):
     """Gives what a function of the number of branches gives."""
 
     def __init__(self, answer: Callable[[int], Rewards]) -> None:
-        self.answer, self.closed = answer, 0
+        self.answer, self.begun, self.closed = answer, 0, 0
 
     def begin(self, subject: Subject) -> Reading:
         scorer = self
+        self.begun += 1
 
         class Now(Reading):
-            def read(self, hidden: torch.Tensor | None) -> Rewards:
+            def read(self, hidden: torch.Tensor | None) -> Rewards | None:
                 return scorer.answer(len(subject.branches))
 
             def close(self) -> None:
@@ -545,6 +552,21 @@ def test_a_scorer_of_ones_own_that_misbehaves_ends_its_search_only(answer: Calla
     results = sorted(decoder.search_iter(["1+2=", "34"], searches, max_new_tokens=4), key=lambda r: r.index)
     assert part in str(results[0].error) and results[1].error is None
     assert scorer.closed == 1
+    tiny.assert_all_returned(decoder.lane)
+
+
+def test_every_reading_is_closed_once_even_if_its_search_will_not_stop() -> None:
+    async def script(root: Any) -> None:
+        while True:
+            with contextlib.suppress(Cancelled):
+                await score(root.fork(2), scorer)
+
+    decoder, scorer = tiny.decoder(), Custom(lambda n: None)
+    task = decoder.engine.submit(script, [[1, 2]])
+    decoder.engine.step()
+    assert (scorer.begun, scorer.closed) == (1, 0)
+    decoder.engine.cancel(task)
+    assert task.done and scorer.begun == scorer.closed == 2
     tiny.assert_all_returned(decoder.lane)
 
 

@@ -115,9 +115,7 @@ def generate(
     from forktree.scoring import load_scorer
 
     if scorer is not None:
-        settings["scorer"] = load_scorer(
-            scorer, activation=activation, time_limit=scorer_time_limit, device=device
-        )
+        settings["scorer"] = load_scorer(scorer, activation=activation, time_limit=scorer_time_limit, device=device)
     one = kind(**settings)
     # everything that can be wrong is said here, before the output file is made
     results = decoder.search_iter([texts[i] for i in todo], one, max_new_tokens=max_new_tokens, seed=seed)

@@ -10,6 +10,7 @@ import numpy as np
 
 from forktree.engine import Counters, Engine, Task
 from forktree.errors import InvalidInput
+from forktree.kv import Branch
 from forktree.lane import Lane
 from forktree.search import Hypothesis, Job, Search
 from forktree.search.base import at_least_one
@@ -161,7 +162,7 @@ class Decoder:
             while waiting or running:
                 while waiting and (not running or self.engine.has_room(len(tokens[waiting[-1]]))):
                     i = waiting.pop()
-                    start = partial(self._start, searches[i], max_new_tokens, seed)
+                    start = partial(self._start, searches[i], max_new_tokens)
                     prompt = prompts[i]
                     text = prompt if isinstance(prompt, str) else self._decode(tokens[i]) or ""
                     running[self.engine.submit(start, [tokens[i]], text=text, seed=seed)] = i
@@ -174,7 +175,7 @@ class Decoder:
             for task in running:
                 self.engine.cancel(task)
 
-    def _start(self, search: Search, max_new_tokens: int, seed: int, root: Any) -> Any:
+    def _start(self, search: Search, max_new_tokens: int, root: Branch) -> Any:
         job = Job(
             root=root,
             max_new_tokens=max_new_tokens,
@@ -184,7 +185,7 @@ class Decoder:
             device=self.lane.runner.device,
             stops=self._stop if self.tokenizer is not None else None,
             decode=self._decode if self.tokenizer is not None else None,
-            rng=np.random.default_rng(seed),
+            rng=np.random.default_rng(root.key),
         )
         return search.run(job)
 

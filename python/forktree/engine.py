@@ -12,6 +12,7 @@ tokens stay and are computed again later.
 """
 
 import contextlib
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -185,10 +186,10 @@ class Engine:
         """Starts a search; it runs as `step` is called.
 
         search: its coroutine is `search(*roots)`, with one root for each of `prompts` (most searches have one).
-        text: the prompt as scorers see it. seed: keys the draws of its branches.
+        text: the prompt as scorers see it. seed: keys the draws of its branches, together with the prompt.
         """
         index = next(_INDICES)
-        roots = [self.lane.open(tokens, key=seed & (2**64 - 1), owner=index) for tokens in prompts]
+        roots = [self.lane.open(tokens, key=_key(seed, tokens), owner=index) for tokens in prompts]
         try:
             coroutine = search(*roots)
         except BaseException:
@@ -261,7 +262,7 @@ class Engine:
 
     def _begin(self, task: Task, request: Request[Any]) -> _Work:
         if isinstance(request, Request):
-            self.lane.tree.positions_of(request.branches)  # raises if one was dropped
+            self.lane.check(request.branches)
         if isinstance(request, Extend):
             return _ExtendWork(request, self.lane)
         if isinstance(request, NextLogits):
@@ -459,3 +460,9 @@ def _non_finite(what: str, i: int, branch: Branch) -> NonFinite:
         f"{what} of branch {i} at position {branch.length} must be finite, got NaN or infinity: "
         "the model overflows at this dtype, or its weights are damaged"
     )
+
+
+def _key(seed: int, tokens: Sequence[int]) -> int:
+    """A key for the draws of a prompt: prompts of one run draw independently, each the same in any batch."""
+    text = np.asarray(tokens, dtype=np.int32).tobytes() + seed.to_bytes(16, "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

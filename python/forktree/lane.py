@@ -10,6 +10,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from forktree.errors import InvalidInput
 from forktree.kv import Branch, PrefixIndex, Tree
 from forktree.kv.tree import NOBODY, Chunk
 from forktree.model import ModelSpec, Runner, attach
@@ -54,6 +55,15 @@ class Lane:
             return self.tree.root(text, key=key, owner=owner)
         branch.append(text[branch.length :])
         return branch
+
+    def check(self, branches: Sequence[Branch]) -> None:
+        """Raises if a branch was dropped, or has pending tokens or positions that the model does not take."""
+        tokens, positions = self.tree.tokens_of(self.tree.pending(branches))
+        runner = self.runner
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < runner.vocab_size:
+            raise InvalidInput(f"token ids must lie in [0, {runner.vocab_size}), got {tokens.min()} to {tokens.max()}")
+        if positions.max(initial=0) >= runner.max_position:
+            raise InvalidInput(f"the model has {runner.max_position} positions, got a token at {positions.max()}")
 
     def keep(self, branch: Branch) -> None:
         """Keeps what `branch` sees for later prompts, until slots are needed for something else."""

@@ -9,6 +9,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from forktree.errors import InvalidInput
 
+# transformers would make an empty tokenizer where there is none
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
 
 def load_model(directory: str | Path, *, dtype: torch.dtype | None = None, base: bool = False) -> Any:
     """A model in evaluation mode. `base`: without a language-model head (a reward model's trunk).
@@ -41,6 +44,8 @@ def load_model(directory: str | Path, *, dtype: torch.dtype | None = None, base:
 
 def load_tokenizer(directory: str | Path) -> Any:
     """The tokenizer of a model directory."""
+    if not any((Path(directory) / name).is_file() for name in TOKENIZER_FILES):
+        raise InvalidInput(f"{directory}: expected a tokenizer, got none of {', '.join(TOKENIZER_FILES)}")
     try:
         return AutoTokenizer.from_pretrained(Path(directory), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

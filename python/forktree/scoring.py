@@ -366,9 +366,7 @@ class _TextReading(Reading):
         self._answers = queue.SimpleQueue()  # the thread sees that it is no longer wanted
 
 
-def load_scorer(
-    spec: str, *, activation: str = "sigmoid", time_limit: float = 60.0, device: str = "cpu"
-) -> Scorer:
+def load_scorer(spec: str, *, activation: str = "sigmoid", time_limit: float = 60.0, device: str = "cpu") -> Scorer:
     """What `--scorer` names: a head file (.safetensors), a reward-model directory, or `module:function`."""
     path = Path(spec)
     if path.is_dir():

@@ -74,9 +74,7 @@ def run(count: int, seed: int) -> None:
     with stage:
         greedy = stage.solve("greedy", Greedy())
         sampling = stage.solve("sampling", Sample(temperature=TEMPERATURE))
-        best = stage.solve(
-            f"best of {WIDTH}", BestOfN(scorer=head, num_samples=WIDTH, temperature=TEMPERATURE)
-        )
+        best = stage.solve(f"best of {WIDTH}", BestOfN(scorer=head, num_samples=WIDTH, temperature=TEMPERATURE))
         beam = stage.solve(f"beam search, {WIDTH} beams", BeamSearch(num_beams=WIDTH))
         particles = stage.solve(
             f"particle filter, {WIDTH} particles",

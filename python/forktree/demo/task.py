@@ -1,93 +1,145 @@
-"""The demo's task: work out a chain of arithmetic, one operation a line.
+"""The demo's task: combine four numbers, two at a time, to reach a target.
 
-A problem is a chain that is read strictly from left to right (no operator precedence)::
+A problem names the numbers and the target::
 
-    37+485*3-192*2\\n
+    3 5 7 2=24\\n
 
-Its one right solution has a line for every operation and a last line with the answer::
+A solution takes two of the numbers a line, larger first, puts their sum, difference or product behind those that are
+left, and goes on until the target is the only one::
 
-    37+485=522\\n522*3=1566\\n1566-192=1374\\n1374*2=2748\\n#2748\\n
+    7*3=21:5 2 21\\n21+5=26:2 26\\n26-2=24\\n
 
-Every character is a token. Each solution line, ended by a newline, is one *step*.
+Every character is a token. Each line, ended by a newline, is one *step*. A step is right if it and all before it are
+valid and the target can still be reached: whether it can is known exactly, by trying everything.
 """
 
 import random
 import re
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from typing import Literal
 
 Split = Literal["train", "held_out"]
+Numbers = tuple[int, ...]
 
-OPERATIONS = 4
-LARGEST = 9999  # no intermediate result leaves 0..LARGEST
-ALPHABET = "0123456789+-*=#\n"
+COUNT = 4  # numbers in a problem
+LARGEST_NUMBER = 12
+TARGETS = range(10, 100)
+LARGEST = 99  # no intermediate result leaves 1..LARGEST
+MISSES = 0.25  # how often the teacher's attempt ends somewhere else than at the target
+ALPHABET = "0123456789 +-*=:\n"
 
 
 def split_of(problem: str) -> Split:
-    """The split that owns a problem, read off the CRC-32 of its text: one in 16 is held out.
+    """The split that owns a problem, by the CRC-32 of its sorted numbers and its target: one in 16 is held out.
 
-    A problem belongs to exactly one split whatever the seed, so the two can never overlap.
+    A problem, in whatever order its numbers stand, belongs to exactly one split, so the two can never overlap.
     """
-    return "held_out" if zlib.crc32(problem.encode()) % 16 == 0 else "train"
+    numbers, target = parse(problem)
+    return "held_out" if zlib.crc32(f"{sorted(numbers)}={target}".encode()) % 16 == 0 else "train"
 
 
 def problems(split: Split, seed: int) -> Iterator[str]:
-    """Yield an endless, seeded stream of the split's problems."""
+    """An endless, seeded stream of the split's problems; every one has a solution."""
+    return (problem for problem, _ in demonstrations(split, seed))
+
+
+def demonstrations(split: Split, seed: int) -> Iterator[tuple[str, str]]:
+    """An endless, seeded stream of problems with a teacher's attempt. The teacher's steps are always valid, but one
+    attempt in four misses the target."""
     rng = random.Random(seed)
     while True:
-        problem = _draw(rng)
-        if split_of(problem) == split:
-            yield problem
+        numbers = tuple(rng.randint(1, LARGEST_NUMBER) for _ in range(COUNT))
+        attempt, reached = _walk(numbers, rng)
+        target = _walk(numbers, rng)[1] if rng.random() < MISSES else reached
+        problem = f"{_joined(numbers)}={target}\n"
+        if target in TARGETS and split_of(problem) == split:
+            yield problem, attempt
 
 
-def solution(problem: str) -> str:
-    """The one right solution of a problem: a line for every operation, then `#answer`."""
-    first, *rest = re.findall(r"\d+|[-+*]", problem)
-    value, lines = int(first), ""
-    for operator, operand in zip(rest[::2], rest[1::2], strict=True):
-        result = _apply(value, operator, int(operand))
-        lines += f"{value}{operator}{operand}={result}\n"
-        value = result
-    return f"{lines}#{value}\n"
+def parse(problem: str) -> tuple[Numbers, int]:
+    """The numbers of a problem, in their order, and its target."""
+    numbers, target = problem.strip().split("=")
+    return tuple(map(int, numbers.split())), int(target)
 
 
 def label_steps(problem: str, text: str) -> list[bool]:
-    """Label each complete line of a solution attempt: right if it and all lines before it are."""
-    reference = solution(problem)
-    ends = [i for i, character in enumerate(text, start=1) if character == "\n"]
-    return [reference.startswith(text[:end]) for end in ends]
-
-
-def answer(text: str) -> str | None:
-    """The number on the attempt's first complete `#` line, or None if there is no such line."""
-    match = re.search(r"^#(\d+)\n", text, re.MULTILINE)
-    return match[1] if match else None
+    """Label each complete line of an attempt: valid, as all before it, and the target still within reach."""
+    numbers, target = parse(problem)
+    left: Numbers | None = numbers
+    labels = []
+    for line in text.splitlines(keepends=True):
+        if line.endswith("\n"):
+            left = _after(left, line) if left is not None else None
+            labels.append(left is not None and reachable(tuple(sorted(left)), target))
+    return labels
 
 
 def is_correct(problem: str, text: str) -> bool:
-    """Whether the attempt's final answer is the problem's."""
-    return answer(text) == answer(solution(problem))
+    """Whether the attempt is valid from the first line to the last and ends at the target."""
+    labels = label_steps(problem, text)
+    return len(labels) == COUNT - 1 and all(labels)
 
 
-def _draw(rng: random.Random) -> str:
-    value = rng.randint(10, 99)
-    problem = str(value)
-    for _ in range(OPERATIONS):
-        while True:
-            operator = rng.choice("+-*")
-            operand = rng.randint(2, 99) if operator == "*" else rng.randint(10, 999)
-            result = _apply(value, operator, operand)
-            if 0 <= result <= LARGEST:
-                break
-        problem += f"{operator}{operand}"
-        value = result
-    return problem + "\n"
+def answer(text: str) -> str | None:
+    """The number that an attempt ends with, or None if it does not end."""
+    match = re.search(r"=(\d+)\n$", text)
+    return match[1] if match else None
 
 
-def _apply(value: int, operator: str, operand: int) -> int:
-    if operator == "+":
-        return value + operand
-    if operator == "-":
-        return value - operand
-    return value * operand
+@cache
+def reachable(numbers: Numbers, target: int) -> bool:
+    """Whether valid steps lead from `numbers` (sorted) to `target` alone."""
+    if len(numbers) == 1:
+        return numbers[0] == target
+    for i in range(len(numbers)):
+        for j in range(i):
+            rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
+            for result in _results(numbers[i], numbers[j]).values():
+                if reachable(tuple(sorted([*rest, result])), target):
+                    return True
+    return False
+
+
+def _results(large: int, small: int) -> dict[str, int]:
+    """Valid results of two numbers by operation; `large >= small`."""
+    results = {"+": large + small, "-": large - small, "*": large * small}
+    return {operation: result for operation, result in results.items() if 1 <= result <= LARGEST}
+
+
+def _walk(numbers: Numbers, rng: random.Random) -> tuple[str, int]:
+    """Random valid steps until one number is left: their lines, and that number (0 if there was no way on)."""
+    text = ""
+    while len(numbers) > 1:
+        first, second = rng.sample(range(len(numbers)), 2)
+        large, small = sorted((numbers[first], numbers[second]), reverse=True)
+        results = _results(large, small)
+        if not results:
+            return text, 0
+        operation = rng.choice(list(results))
+        left = [n for i, n in enumerate(numbers) if i not in (first, second)]
+        numbers = (*left, results[operation])
+        text += f"{large}{operation}{small}={results[operation]}" + (f":{_joined(numbers)}\n" if left else "\n")
+    return text, numbers[0]
+
+
+def _after(numbers: Numbers, line: str) -> Numbers | None:
+    """The numbers left after a line, or None if it is not a valid step."""
+    match = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)(?::([\d ]+))?\n", line)
+    if match is None or len(numbers) < 2:
+        return None
+    large, small, result = int(match[1]), int(match[3]), int(match[4])
+    left = list(numbers)
+    for number in (large, small):
+        if number not in left:
+            return None
+        left.remove(number)
+    if large < small or _results(large, small).get(match[2]) != result:
+        return None
+    after = (*left, result)
+    return after if (match[5] or "") == (_joined(after) if left else "") else None
+
+
+def _joined(numbers: Numbers) -> str:
+    return " ".join(map(str, numbers))

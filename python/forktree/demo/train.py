@@ -2,8 +2,9 @@
 
     python -m forktree.demo.train --out DIR
 
-The model first learns right solutions only. It then goes on learning them while the trunk and a
-reward head also learn to tell right from wrong steps in solutions that the model itself samples.
+The model imitates a teacher whose steps are valid but who sometimes misses the target; from the same hidden states a
+reward head learns whether each step leaves the target within reach. In the last phase the head also learns from
+solutions that the model itself samples, its right and its wrong steps.
 """
 
 import argparse
@@ -66,12 +67,6 @@ def build_head(hidden_size: int) -> nn.Module:
     return nn.Sequential(nn.Linear(hidden_size, 256), nn.ReLU(), nn.Linear(256, 1))
 
 
-def references(seed: int) -> Iterator[Example]:
-    """Training problems with their right solutions."""
-    for problem in task.problems("train", seed):
-        yield problem, task.solution(problem)
-
-
 @torch.no_grad()
 def attempts(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[str], sample: bool
@@ -79,30 +74,16 @@ def attempts(
     """The model's own solution of each problem, sampled at temperature 1 or greedy."""
     inputs = tokenizer(problems, padding=True, return_tensors="pt").to(model.device)
     options = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
-    ids = model.generate(**inputs, **options, max_new_tokens=72)
+    ids = model.generate(**inputs, **options, max_new_tokens=48)
     return tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 
-def first_error(problem: str, text: str) -> tuple[Example, Example] | None:
-    """The attempt up to its first wrong step and, of the same length, the right solution.
-
-    The two part only in their last step, so how hard the problem looks cannot tell them apart.
-    """
-    labels = task.label_steps(problem, text)
-    if all(labels):
-        return None
-    count = labels.index(False) + 1
-    wrong, right = ("".join(t.splitlines(True)[:count]) for t in (text, task.solution(problem)))
-    return (problem, wrong), (problem, right)
-
-
 def own_samples(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Example]:
-    """Solutions sampled from the model as it is when they are drawn, wrong ones beside right ones."""
+    """Solutions sampled from the model as it is when they are drawn."""
     stream = task.problems("train", seed)
     while True:
         problems = list(islice(stream, 1024))
-        for example in zip(problems, attempts(model, tokenizer, problems, sample=True), strict=True):
-            yield from first_error(*example) or [example]
+        yield from zip(problems, attempts(model, tokenizer, problems, sample=True), strict=True)
 
 
 def batches(stream: Iterator[Example], size: int, seed: int) -> Iterator[list[Example]]:
@@ -129,60 +110,49 @@ def hidden_states(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     return states.float()
 
 
-def imitation_loss(model: LlamaForCausalLM, batch: list[Example]) -> Tensor:
-    """Next-token cross-entropy on the solutions; problems are given, not learnt."""
-    ids = encode(batch)
+def imitation_loss(model: LlamaForCausalLM, batch: list[Example], ids: Tensor, states: Tensor) -> Tensor:
+    """Next-token cross-entropy on the attempts; problems are given, not learnt."""
     targets = ids.masked_fill(ids == VOCABULARY[PAD], IGNORE)
     for row, (problem, _) in zip(targets, batch, strict=True):
         row[: len(problem)] = IGNORE
-    logits = model.lm_head(hidden_states(model, ids)[:, :-1])
+    logits = model.lm_head(states[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORE)
 
 
-def step_scores(model: LlamaForCausalLM, head: nn.Module, batch: list[Example]) -> tuple[Tensor, Tensor]:
+def step_scores(head: nn.Module, batch: list[Example], ids: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
     """The head's score of every step in the batch, and whether the step is right (1.0 or 0.0)."""
-    ids = encode(batch)
     is_step = ids == VOCABULARY["\n"]
     for row, (problem, _) in zip(is_step, batch, strict=True):
         row[: len(problem)] = False
     right = [label for problem, text in batch for label in task.label_steps(problem, text)]
-    scores = head(hidden_states(model, ids)[is_step]).squeeze(-1)
-    return scores, torch.tensor(right, dtype=torch.float32)
+    return head(states[is_step]).squeeze(-1), torch.tensor(right, dtype=torch.float32)
 
 
-def reward_loss(model: LlamaForCausalLM, head: nn.Module, batch: list[Example]) -> Tensor:
-    return F.binary_cross_entropy_with_logits(*step_scores(model, head, batch))
+def reward_loss(head: nn.Module, batch: list[Example], ids: Tensor, states: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(*step_scores(head, batch, ids, states))
 
 
-def prefers_right(model: LlamaForCausalLM, head: nn.Module, samples: list[Example]) -> float:
-    """How often the head scores the right step above the first wrong step sampled in its place.
-
-    Unlike an AUC over all steps, this gives no credit for telling hard problems from easy ones.
-    """
-    pairs = [pair for pair in (first_error(*example) for example in samples) if pair]
-    wrong, right = (last_scores(model, head, list(side)) for side in zip(*pairs, strict=True))
-    return (right > wrong).float().mean().item()
-
-
-def last_scores(model: LlamaForCausalLM, head: nn.Module, batch: list[Example]) -> Tensor:
-    """The head's score of each attempt's last step."""
-    counts = torch.tensor([text.count("\n") for _, text in batch])
-    return step_scores(model, head, batch)[0][counts.cumsum(0) - 1]
+def auc(scores: Tensor, right: Tensor) -> float:
+    """How often a right step scores above a wrong one."""
+    above = scores[right > 0][:, None] > scores[right == 0][None]
+    return above.float().mean().item()
 
 
 @torch.no_grad()
-def evaluate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, head: nn.Module
-) -> dict[str, float]:
-    """Accuracy and the head's discrimination on held-out problems."""
+def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, head: nn.Module) -> dict[str, float]:
+    """Accuracy on held-out problems, and how well the head tells right from wrong, step by step."""
     problems = list(islice(task.problems("held_out", seed=0), 200))
     greedy = attempts(model, tokenizer, problems, sample=False)
     more = list(islice(task.problems("held_out", seed=1), 1000))
-    sampled = attempts(model, tokenizer, more, sample=True)
+    sampled = list(zip(more, attempts(model, tokenizer, more, sample=True), strict=True))
+    sampled = [example for example in sampled if example[1].count("\n") == task.COUNT - 1]
+    ids = encode(sampled)
+    scores, right = step_scores(head, sampled, ids, hidden_states(model, ids))
+    by_step = zip(scores.view(-1, task.COUNT - 1).T, right.view(-1, task.COUNT - 1).T, strict=True)
     return {
         "greedy_accuracy": sum(map(task.is_correct, problems, greedy)) / len(problems),
-        "sampled_accuracy": sum(map(task.is_correct, more, sampled)) / len(more),
-        "head_prefers_right": prefers_right(model, head, list(zip(more, sampled, strict=True))),
+        "sampled_accuracy": sum(task.is_correct(*example) for example in sampled) / len(more),
+        **{f"auc_step_{i}": auc(*step) for i, step in enumerate(by_step, 1)},
     }
 
 
@@ -196,47 +166,51 @@ def build_optimizers(model: nn.Module, head: nn.Module) -> list[torch.optim.Opti
     ]
 
 
-def train(out: Path, steps: int, joint_steps: int, batch_size: int, seed: int) -> None:
-    """Imitate right solutions for `steps`, then for `joint_steps` also learn the reward."""
+def train(out: Path, steps: int, own_steps: int, batch_size: int, seed: int) -> None:
+    """Imitation and reward on the teacher's attempts; in the last `own_steps` of `steps` reward on own samples too."""
     torch.manual_seed(seed)
     if torch.cuda.is_available():
         torch.set_default_device("cuda")
     tokenizer, model = build_tokenizer(), build_model()
     head = build_head(model.config.hidden_size)
     optimizers = build_optimizers(model, head)
-    total = steps + joint_steps
 
-    def rate(step: int) -> float:  # warm up, hold, and fall to zero over the joint phase
-        return min((step + 1) / 100, 1.0, (total - step) / joint_steps)
+    def rate(step: int) -> float:  # warm up, hold, and fall to zero over the last 40 %
+        return min((step + 1) / 100, 1.0, (steps - step) / (0.4 * steps))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    right = batches(references(seed), batch_size, seed)
+    taught = batches(task.demonstrations("train", seed), batch_size, seed)
     sampled = batches(own_samples(model, tokenizer, seed + 1), batch_size, seed)
     log: list[dict[str, float]] = []
     start, tokens = time.time(), 0
 
-    for step in range(1, total + 1):
-        batch = next(right)
-        tokens += sum(len(problem) + len(text) + 1 for problem, text in batch)
-        loss = imitation_loss(model, batch)
-        record = {"step": step, "tokens": tokens, "imitation_loss": loss.item()}
-        if step > steps:
-            reward = reward_loss(model, head, next(sampled))
-            record["reward_loss"] = reward.item()
-            loss = loss + 0.2 * reward
+    for step in range(1, steps + 1):
+        batch = next(taught)
+        ids = encode(batch)
+        states = hidden_states(model, ids)
+        tokens += int((ids != VOCABULARY[PAD]).sum())
+        imitation, reward = imitation_loss(model, batch, ids, states), reward_loss(head, batch, ids, states)
+        loss = imitation + 0.3 * reward
+        record = {"step": step, "tokens": tokens, "imitation": imitation.item(), "reward": reward.item()}
+        if step > steps - own_steps:
+            own = next(sampled)
+            ids = encode(own)
+            own_reward = reward_loss(head, own, ids, hidden_states(model, ids))
+            record["own_reward"] = own_reward.item()
+            loss = loss + 0.3 * own_reward
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
 
-        if step % 400 == 0 or step == total:
+        if step % 400 == 0 or step == steps:
             record |= evaluate(model, tokenizer, head)
-        if step % 50 == 0 or step == total:
+        if step % 50 == 0 or step == steps:
             record["seconds"] = time.time() - start
             log.append({name: round(value, 4) for name, value in record.items()})
             print(log[-1], flush=True)
-        if step % 400 == 0 or step == total:
+        if step % 400 == 0 or step == steps:
             save(out, model, tokenizer, head, log)
 
 
@@ -258,9 +232,9 @@ def save(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=1400, help="steps on right solutions only")
-    parser.add_argument("--joint-steps", type=int, default=1000, help="steps that also train the reward")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--own-steps", type=int, default=400, help="last steps, which also learn from own samples")
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     train(**vars(parser.parse_args()))
 

@@ -61,6 +61,11 @@ class Branch:
         return self._tree.tokens(self)
 
     @property
+    def key(self) -> int:
+        """What its random draws are keyed by, together with the position."""
+        return int(self._tree.branch_key[self._checked()])
+
+    @property
     def last_token(self) -> int:
         """Its last token id."""
         tree, id = self._tree, self._checked()
@@ -196,8 +201,8 @@ class Tree:
     def reassign(self, branches: Sequence[Branch], parents: ArrayLike) -> list[Branch]:
         """Branch `i` of the result sees what `branches[parents[i]]` sees now: fork and drop in one array call.
 
-        The first `len(parents)` handles are reused (and keep their own random draws); missing ones are made,
-        surplus ones dropped.
+        The first `len(parents)` handles are reused, missing ones made, surplus ones dropped. Their random draws stay
+        their own, and are new where the text is.
         """
         ancestors = np.asarray(parents, dtype=np.int64)
         count = len(branches)
@@ -212,6 +217,8 @@ class Tree:
         np.add.at(self.readers, new_node[: len(kept)], 1)
         np.subtract.at(self.readers, old, 1)
         self.branch_node[kept], self.branch_length[kept] = new_node[: len(kept)], new_length[: len(kept)]
+        moved = kept[ancestors[: len(kept)] != np.arange(len(kept))]
+        self.branch_key[moved] = mix(self.branch_key[moved])  # it may stand where it has drawn before
         self.drop(branches[len(ancestors) :])
         self._settle(old)
         return [*branches[: len(ancestors)], *extra]
@@ -329,8 +336,7 @@ class Tree:
         A tip also reserves room: as many slots again as it has, at most 16, while the pool has plenty. When
         the pool runs short, all reservations are reclaimed first.
         """
-        node = np.fromiter((c.node for c in chunks), np.int64, len(chunks))
-        stop = np.fromiter((c.stop for c in chunks), np.int64, len(chunks))
+        node, _, stop = _columns(chunks)
         short = self.held[node] < stop
         node, stop = node[short], stop[short]
         if not len(node):
@@ -353,14 +359,13 @@ class Tree:
 
     def mark_computed(self, chunks: Sequence[Chunk]) -> None:
         """Records that a forward pass computed `chunks` and kept the hidden state of each one's last token."""
-        node = np.fromiter((c.node for c in chunks), np.int64, len(chunks))
-        stop = np.fromiter((c.stop for c in chunks), np.int64, len(chunks))
+        node, _, stop = _columns(chunks)
         self.computed[node] = np.maximum(self.computed[node], stop)
         self.hidden_at[node] = self.start[node] + stop - 1
 
     def slots_of(self, chunks: Sequence[Chunk]) -> Ints:
         """Slot that each token of the chunks is written to, -1 where its KV is already there. int32 `[T]`."""
-        node, first, stop = (np.array(field) for field in zip(*chunks, strict=True))
+        node, first, stop = _columns(chunks)
         slots = self.slot_index[spans(self.begin[node] + first, stop - first)].copy()
         again = np.repeat(stop <= self.computed[node], stop - first)
         slots[again] = -1
@@ -368,7 +373,7 @@ class Tree:
 
     def tokens_of(self, chunks: Sequence[Chunk]) -> tuple[Ints, Ints]:
         """Token ids and positions of the chunks' tokens, int32 `[T]` each."""
-        node, first, stop = (np.array(field) for field in zip(*chunks, strict=True))
+        node, first, stop = _columns(chunks)
         ids = self.token[spans(self.begin[node] + first, stop - first)]
         return ids, spans(self.start[node] + first, stop - first).astype(np.int32)
 
@@ -413,7 +418,7 @@ class Tree:
 
     def layout(self, chunks: Sequence[Chunk]) -> TreeLayout:
         """One context a chunk, its rows the chunk's tokens, causal. `slot_index` is the arena itself."""
-        node, first, stop = (np.array(field, dtype=np.int64) for field in zip(*chunks, strict=True))
+        node, first, stop = _columns(chunks)
         used = self.nodes_seen(node)
         compact = np.full(self.num_nodes + 1, -1, np.int32)  # the last entry maps parent -1 to -1
         compact[used] = np.arange(len(used))
@@ -743,6 +748,12 @@ _NODE_FIELDS = (
     "owner",
     "hidden_at",
 )
+
+
+def _columns(chunks: Sequence[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Nodes, begins and stops, `[len(chunks)]` each."""
+    node, begin, stop = np.array(chunks, dtype=np.int64).reshape(-1, 3).T
+    return node, begin, stop
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
