@@ -1,4 +1,4 @@
-"""The demo: held-out arithmetic, solved by every search on the shipped model, with the tree as it grows."""
+"""The demo: held-out problems, solved by every search on the shipped model, with the tree as it grows."""
 
 import time
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from forktree.search.sample import vote
 MODEL = Path(__file__).parent / "model"
 WIDTH = 16  # samples, beams, particles
 TEMPERATURE = 0.8
-MAX_NEW_TOKENS = 96
+MAX_NEW_TOKENS = 48
 TREE_LINES = 18
 
 
@@ -68,9 +68,8 @@ def run(count: int, seed: int) -> None:
     decoder, head = load()
     problems = list(islice(task.problems("held_out", seed), count))
     stage = _Stage(console, decoder, problems, seed)
-    console.print(
-        f"[bold]{count} held-out problems[/], such as {problems[0].strip()!r}: read from left to right, one line a step"
-    )
+    console.print(f"[bold]{count} held-out problems[/], such as {problems[0].strip()!r}:")
+    console.print("combine the numbers by + and -, two at a time and one line a step, until only the target is left\n")
     with stage:
         greedy = stage.solve("greedy", Greedy())
         sampling = stage.solve("sampling", Sample(temperature=TEMPERATURE))

@@ -1,13 +1,13 @@
-"""The demo's task: combine four numbers, two at a time, to reach a target.
+"""The demo's task: combine four numbers by sums and differences, two at a time, to reach a target.
 
 A problem names the numbers and the target::
 
-    3 5 7 2=24\\n
+    3 15 7 12=13\\n
 
-A solution takes two of the numbers a line, larger first, puts their sum, difference or product behind those that are
-left, and goes on until the target is the only one::
+A solution takes two of the numbers a line, larger first, puts their sum or difference behind those that are left, and
+goes on until the target is the only one::
 
-    7*3=21:5 2 21\\n21+5=26:2 26\\n26-2=24\\n
+    15+7=22:3 12 22\\n12-3=9:22 9\\n22-9=13\\n
 
 Every character is a token. Each line, ended by a newline, is one *step*. A step is right if it and all before it are
 valid and the target can still be reached: whether it can is known exactly, by trying everything.
@@ -16,7 +16,7 @@ valid and the target can still be reached: whether it can is known exactly, by t
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Literal
 
@@ -24,11 +24,10 @@ Split = Literal["train", "held_out"]
 Numbers = tuple[int, ...]
 
 COUNT = 4  # numbers in a problem
-LARGEST_NUMBER = 12
-TARGETS = range(10, 100)
-LARGEST = 99  # no intermediate result leaves 1..LARGEST
-MISSES = 0.25  # how often the teacher's attempt ends somewhere else than at the target
-ALPHABET = "0123456789 +-*=:\n"
+LARGEST_NUMBER = 20
+LARGEST = 99  # no result leaves 1..LARGEST
+MISSES = 0.2  # how often the teacher's attempt ends somewhere else than at the target
+ALPHABET = "0123456789 +-=:\n"
 
 
 def split_of(problem: str) -> Split:
@@ -42,19 +41,21 @@ def split_of(problem: str) -> Split:
 
 def problems(split: Split, seed: int) -> Iterator[str]:
     """An endless, seeded stream of the split's problems; every one has a solution."""
-    return (problem for problem, _ in demonstrations(split, seed))
+    return (problem for problem, _ in demonstrations(split, seed, [COUNT]))
 
 
-def demonstrations(split: Split, seed: int) -> Iterator[tuple[str, str]]:
-    """An endless, seeded stream of problems with a teacher's attempt. The teacher's steps are always valid, but one
-    attempt in four misses the target."""
+def demonstrations(split: Split, seed: int, counts: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """An endless, seeded stream of problems, of one of `counts` numbers each, with a teacher's attempt.
+
+    The teacher's steps are always valid, but one attempt in five misses the target.
+    """
     rng = random.Random(seed)
     while True:
-        numbers = tuple(rng.randint(1, LARGEST_NUMBER) for _ in range(COUNT))
+        numbers = tuple(rng.randint(1, LARGEST_NUMBER) for _ in range(rng.choice(counts)))
         attempt, reached = _walk(numbers, rng)
         target = _walk(numbers, rng)[1] if rng.random() < MISSES else reached
         problem = f"{_joined(numbers)}={target}\n"
-        if target in TARGETS and split_of(problem) == split:
+        if reached and target and split_of(problem) == split:
             yield problem, attempt
 
 
@@ -104,7 +105,7 @@ def reachable(numbers: Numbers, target: int) -> bool:
 
 def _results(large: int, small: int) -> dict[str, int]:
     """Valid results of two numbers by operation; `large >= small`."""
-    results = {"+": large + small, "-": large - small, "*": large * small}
+    results = {"+": large + small, "-": large - small}
     return {operation: result for operation, result in results.items() if 1 <= result <= LARGEST}
 
 
@@ -126,7 +127,7 @@ def _walk(numbers: Numbers, rng: random.Random) -> tuple[str, int]:
 
 def _after(numbers: Numbers, line: str) -> Numbers | None:
     """The numbers left after a line, or None if it is not a valid step."""
-    match = re.fullmatch(r"(\d+)([-+*])(\d+)=(\d+)(?::([\d ]+))?\n", line)
+    match = re.fullmatch(r"(\d+)([-+])(\d+)=(\d+)(?::([\d ]+))?\n", line)
     if match is None or len(numbers) < 2:
         return None
     large, small, result = int(match[1]), int(match[3]), int(match[4])

@@ -179,7 +179,8 @@ def train(out: Path, steps: int, own_steps: int, batch_size: int, seed: int) -> 
         return min((step + 1) / 100, 1.0, (steps - step) / (0.4 * steps))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    taught = batches(task.demonstrations("train", seed), batch_size, seed)
+    # shorter problems are where longer ones end: they teach the last steps sooner
+    taught = batches(task.demonstrations("train", seed, [2, 3, 4, 4, 4]), batch_size, seed)
     sampled = batches(own_samples(model, tokenizer, seed + 1), batch_size, seed)
     log: list[dict[str, float]] = []
     start, tokens = time.time(), 0
@@ -232,9 +233,9 @@ def save(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--own-steps", type=int, default=400, help="last steps, which also learn from own samples")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     train(**vars(parser.parse_args()))
 
