@@ -15,6 +15,7 @@ the tip's reservation.
 """
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from forktree.kv.slots import Ints, SlotAllocator, spans
 from forktree.layout import TreeLayout
 
+_ID = attrgetter("id")
 MAX_RESERVATION = 16
 NOBODY = -1
 _FIRST_CAPACITY = 16
@@ -214,8 +216,8 @@ class Tree:
         extra = [self.fork(branches[a], 1)[0] for a in ancestors[count:]]
         kept = ids[: len(ancestors)]
         old = self.branch_node[kept]
-        np.add.at(self.readers, new_node[: len(kept)], 1)
-        np.subtract.at(self.readers, old, 1)
+        come, gone = (np.bincount(nodes, minlength=self.num_nodes) for nodes in (new_node[: len(kept)], old))
+        self.readers += (come - gone).astype(np.int32)
         self.branch_node[kept], self.branch_length[kept] = new_node[: len(kept)], new_length[: len(kept)]
         moved = kept[ancestors[: len(kept)] != np.arange(len(kept))]
         self.branch_key[moved] = mix(self.branch_key[moved])  # it may stand where it has drawn before
@@ -489,7 +491,7 @@ class Tree:
 
     @staticmethod
     def _ids(branches: Sequence[Branch]) -> NDArray[np.int64]:
-        ids = np.array([b.id for b in branches], np.int64)
+        ids = np.fromiter(map(_ID, branches), np.int64, len(branches))
         if ids.min(initial=0) < 0:
             raise ValueError(f"branch {int(np.argmin(ids))} of {len(ids)} was dropped: it can no longer be used")
         return ids
