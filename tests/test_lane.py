@@ -100,8 +100,7 @@ def test_random_histories(lane: Lane, seed: int) -> None:
         elif action == 4:
             branches = reassign(branches, rng.integers(0, len(branches), rng.integers(1, 9)))
         elif action == 5:
-            node, _ = lane.tree.positions_of([branch])
-            lane.tree.evict(lane.tree.nodes_seen(node))
+            lane.tree.evict(lane.tree.view([branch]), int(rng.integers(1, 20)))
         elif branch.length < 80:
             lane.tree.append(branches, rng.integers(0, 20, len(branches)))
         some = [b for b in branches if rng.random() < 0.6]

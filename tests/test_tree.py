@@ -192,10 +192,26 @@ class TreeMachine(RuleBasedStateMachine):
                 assert dict(zip(index, position, strict=True)) == {place[t]: t.position for t in sees}
                 row += 1
 
-    @rule(branch=branches)
-    def evict(self, branch: Branch) -> None:
-        if branch.alive:
-            self.tree.evict(self.tree.nodes_seen([self.tree.branch_node[branch.id]]))
+    @rule(data=st.data(), wanted=st.integers(1, 30))
+    def evict(self, data: st.DataObject, wanted: int) -> None:
+        """What the branches of a request see stays; of the rest, enough goes, or all there is."""
+        kept = data.draw(st.lists(st.sampled_from(list(self.naive)), unique=True)) if self.naive else []
+        view = self.tree.view(kept)
+        place, _ = self._places()
+        tokens = set().union(*(_visible(self.naive[b]) for b in kept)) if kept else set()
+        assert view.sum() == len(tokens), "a view counts every token once"
+        computed = {t for t in tokens if self._is_computed(place[t])}
+        free, held = self.tree.slots.num_free, self.tree.slots.in_use
+        freed = self.tree.evict(view, wanted)
+        assert self.tree.slots.num_free == free + freed
+        assert freed >= wanted or self.tree.slots.in_use <= len(tokens)
+        assert freed <= held
+        assert computed == {t for t in tokens if self._is_computed(place[t])}, "what is in view was taken"
+
+    def _is_computed(self, place: int) -> bool:
+        """Whether the token at this place of the arena has its KV."""
+        node = int(np.flatnonzero((self.tree.begin <= place) & (place < self.tree.begin + self.tree.length))[0])
+        return place - int(self.tree.begin[node]) < int(self.tree.computed[node])
 
     @invariant()
     def bookkeeping_holds(self) -> None:

@@ -130,7 +130,7 @@ def demo(
     problems: Annotated[int, typer.Option(help="How many held-out problems.", min=1)] = 200,
     seed: Annotated[int, typer.Option(help="Of the problems and of all draws.")] = 0,
 ) -> None:
-    """Solve held-out arithmetic with the shipped model: greedy, sampling, best-of-N, majority, beam, particles."""
+    """Solve held-out problems with the shipped model: greedy, sampling, best-of-N, majority, beam, particles."""
     from forktree.demo.run import run
 
     run(problems, seed)
@@ -346,5 +346,6 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of the command line says so by having one
             raise
-        _complain(console, f"{_one_line(error.format_message())} See forktree --help and forktree generate --help.")
+        if message := _one_line(error.format_message()):  # none: help was printed for want of arguments
+            _complain(console, f"{message} See forktree --help and forktree generate --help.")
     sys.exit(2)

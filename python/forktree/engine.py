@@ -303,7 +303,8 @@ class Engine:
             try:
                 lane.tree.reserve(chunks)
             except OutOfSlots as out:
-                if lane.prefixes.evict() or self._evict_idle(lane, branches, out.needed - out.free):
+                # kept prefixes give way first, then whatever no running request sees
+                if lane.prefixes.evict() or lane.tree.evict(lane.tree.view(branches), out.needed - out.free):
                     continue
                 youngest = running.pop()
                 if running:
@@ -337,20 +338,8 @@ class Engine:
                 late.discard(chunk.node)
         return chosen
 
-    def _evict_idle(self, lane: Lane, branches: Sequence[Branch], wanted: int) -> bool:
-        """Takes slots from nodes that no running request sees, deepest first; False if there are none."""
-        tree = lane.tree
-        node, _ = tree.positions_of(branches)
-        idle = np.ones(tree.num_nodes, bool)
-        idle[tree.nodes_seen(node)] = False
-        candidates = np.flatnonzero(idle & (tree.held > 0) & (tree.capacity > 0))
-        candidates = candidates[np.argsort(-tree.start[candidates], kind="stable")]
-        enough = int(np.searchsorted(np.cumsum(tree.held[candidates]), wanted)) + 1
-        return tree.evict(candidates[:enough]) > 0
-
     def _out_of_memory(self, lane: Lane, task: Task, branches: Sequence[Branch]) -> OutOfMemory:
-        node, _ = lane.tree.positions_of(branches)
-        needed = int(lane.tree.length[lane.tree.nodes_seen(node)].sum())
+        needed = int(lane.tree.view(branches).sum())
         total, free = lane.tree.slots.num_slots, lane.tree.slots.num_free
         return OutOfMemory(
             f"search {task.index} needs {needed} KV slots for {len(branches)} branches at once, even alone: "

@@ -310,19 +310,7 @@ class Tree:
         unseen = self.hidden_at[node] != stop - 1
         node, upto = node[unseen], (stop - self.start[node])[unseen]
         again = node[upto <= self.computed[node]]
-        needs = np.zeros(self.num_nodes, np.int32)
-        np.maximum.at(needs, node, upto)
-        frontier = node
-        while len(frontier):
-            at, stop = self.parent[frontier], self.start[frontier]
-            if self._sources:
-                joined, ends = self.positions_of([s for n in frontier.tolist() for s in self._sources.get(n, ())])
-                at, stop = np.concatenate([at, joined]), np.concatenate([stop, ends])
-            at, stop = at[at >= 0], stop[at >= 0]
-            np.maximum.at(needs, at, stop - self.start[at])
-            reached = np.zeros(self.num_nodes, bool)
-            reached[at] = True
-            frontier = np.flatnonzero(reached)
+        needs = self._view(node, upto)
         late = np.flatnonzero(needs > self.computed)
         late = late[np.argsort(self.start[late], kind="stable")]
         chunks = list(map(Chunk, late.tolist(), self.computed[late].tolist(), needs[late].tolist()))
@@ -331,6 +319,28 @@ class Tree:
             again = again[needs[again] <= self.computed[again]]
             chunks += map(Chunk, again.tolist(), (needs[again] - 1).tolist(), needs[again].tolist())
         return chunks
+
+    def view(self, branches: Sequence[Branch]) -> Ints:
+        """How many tokens of each node the branches see together, int32 `[num_nodes]`."""
+        node, stop = self.positions_of(branches)
+        return self._view(node, stop - self.start[node])
+
+    def _view(self, node: NDArray[np.integer], upto: NDArray[np.integer]) -> Ints:
+        """`view` of paths that end with the first `upto` tokens of `node`."""
+        seen = np.zeros(self.num_nodes, np.int32)
+        np.maximum.at(seen, node, upto)
+        frontier = node
+        while len(frontier):
+            at, stop = self.parent[frontier], self.start[frontier]
+            if self._sources:
+                joined, ends = self.positions_of([s for n in frontier.tolist() for s in self._sources.get(n, ())])
+                at, stop = np.concatenate([at, joined]), np.concatenate([stop, ends])
+            at, stop = at[at >= 0], stop[at >= 0]
+            np.maximum.at(seen, at, stop - self.start[at])
+            reached = np.zeros(self.num_nodes, bool)
+            reached[at] = True
+            frontier = np.flatnonzero(reached)
+        return seen
 
     def reserve(self, chunks: Sequence[Chunk]) -> None:
         """Obtains every slot that the chunks write, or raises `OutOfSlots` and changes nothing.
@@ -409,11 +419,17 @@ class Tree:
             found |= wanted[at]
         return found
 
-    def evict(self, nodes: ArrayLike) -> int:
-        """Takes the slots of `nodes`; their tokens stay, pending again. Returns the number of slots freed."""
-        node = np.asarray(nodes, dtype=np.int64)
+    def evict(self, view: Ints, wanted: int) -> int:
+        """Takes slots of tokens outside `view [num_nodes]` until `wanted` are free, furthest from the roots first.
+
+        The tokens stay, pending again. Returns the number of slots freed, 0 if all that is held is in view.
+        """
+        node = np.flatnonzero(self.held > view)
+        node = node[np.argsort(-self.start[node], kind="stable")]
+        freed = np.cumsum(self.held[node] - view[node])
+        node = node[: int(np.searchsorted(freed, wanted)) + 1]
         before = self.slots.num_free
-        self._release(node[self.held[node] > 0], np.zeros(self.num_nodes, np.int32))
+        self._release(node, view)
         return self.slots.num_free - before
 
     # ---------------------------------------------------------------- layout

@@ -89,7 +89,8 @@ class Search(ABC):
 class SamplingSearch(Search):
     """A search that draws tokens.
 
-    temperature, top_k, top_p, min_p: see `Sampling`. stop: texts that end a hypothesis (they stay part of it).
+    temperature, top_k, top_p, min_p: see `Sampling`. stop: texts that end a hypothesis (they stay part of
+    it); a search with steps looks for them within a step.
     """
 
     temperature: float = 0.8
