@@ -10,6 +10,7 @@ Prints a table and writes bench/results/decode-<device>.json.
 import argparse
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -82,7 +83,7 @@ def main() -> None:
             return_dict_in_generate=True,
             **how,
         )
-        assert out.sequences.shape[1] == args.prompt + args.new
+        assert all(len(row) == args.prompt + args.new for row in out.sequences.tolist())  # waits for the device
         return sum(t.nbytes for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
 
     def ours(search: forktree.search.Search) -> int:
@@ -123,7 +124,8 @@ def main() -> None:
     Console().print(table)
     print(f"proof of the model, once: {proof:.1f} s")
     if args.shape != "tiny":
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         about = dict(
             commit=commit,
             machine=torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
