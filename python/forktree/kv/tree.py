@@ -654,13 +654,11 @@ class Tree:
             lost = unread[self.hidden_at[unread] >= furthest[unread]]
             self.hidden_at[lost] = -1
             self.version += 1
-        self._unmerged.update(near[(self.readers[near] == 0) & (self.children[near] == 1)].tolist())
+        self._unmerged.update(near.tolist())
 
     def _free(self, dead: NDArray[np.int64]) -> None:
         self._release(dead[self.held[dead] > 0], np.zeros(self.num_nodes, np.int32))
-        for field in (self.capacity, self.length, self.computed):
-            field[dead] = 0
-        self.parent[dead] = -1
+        self.capacity[dead], self.length[dead], self.parent[dead] = 0, 0, -1
         self._free_nodes.extend(dead.tolist())
         self.version += 1
         for node in dead.tolist() if self._sources else ():
