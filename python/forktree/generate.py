@@ -21,7 +21,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from forktree.engine import Engine
 from forktree.errors import InvalidInput
-from forktree.kv import Branch
+from forktree.kv import Branch, append
 from forktree.lane import Lane
 from forktree.model import attach
 from forktree.search.beam import BeamRules, Finished, beam_search
@@ -165,7 +165,7 @@ class _Run:
                 return rows
             live = open_rows.nonzero().squeeze(1).tolist()
             alive = [branches[i] for i in live]
-            alive[0]._tree.append(alive, tokens[open_rows].cpu().numpy())
+            append(alive, tokens[open_rows].cpu().numpy())
 
     def sample_output(self, rows: Tensor) -> Tensor | GenerateDecoderOnlyOutput:
         """All rows."""

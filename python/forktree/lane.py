@@ -42,7 +42,7 @@ class Lane:
         self.tokens_computed = 0
         self.forwards = 0
         self._prefix_cache = prefix_cache
-        self._hidden = torch.empty(0, self.runner.spec.hidden_size, dtype=self.runner.dtype, device=self.runner.device)
+        self._hidden = torch.empty(0, self.runner.hidden_size, dtype=self.runner.dtype, device=self.runner.device)
         self._plans: Any = None
         self._used = np.zeros(0, np.int64)  # nodes of the last layout
         self._planned_for: tuple[int, list[int]] | None = None

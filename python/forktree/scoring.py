@@ -152,10 +152,10 @@ class ValueHead(Scorer):
         raise InvalidInput(f"{path}: no value head found: expected {expected}, got keys {got}")
 
     def check(self, lane: "Lane") -> None:
-        if lane.runner.spec.hidden_size != self.hidden_size:
+        if lane.runner.hidden_size != self.hidden_size:
             raise InvalidInput(
                 f"the value head takes hidden states of size {self.hidden_size}, "
-                f"the model gives {lane.runner.spec.hidden_size}: this head belongs to another model"
+                f"the model gives {lane.runner.hidden_size}: this head belongs to another model"
             )
 
     def rewards(self, hidden: Tensor) -> Tensor:

@@ -2,6 +2,6 @@
 
 from forktree.kv.prefix import PrefixIndex
 from forktree.kv.slots import OutOfSlots, SlotAllocator
-from forktree.kv.tree import Branch, Tree, reassign
+from forktree.kv.tree import Branch, Tree, append, reassign
 
-__all__ = ["Branch", "OutOfSlots", "PrefixIndex", "SlotAllocator", "Tree", "reassign"]
+__all__ = ["Branch", "OutOfSlots", "PrefixIndex", "SlotAllocator", "Tree", "append", "reassign"]

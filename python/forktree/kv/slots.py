@@ -29,7 +29,6 @@ class SlotAllocator:
             raise ValueError(f"num_slots must be at least 1, got {num_slots}")
         self.num_slots = num_slots
         self.num_free = num_slots
-        self.peak_in_use = 0
         self._free = np.ones(num_slots, dtype=bool)
         self._lowest = 0  # no slot below it is free
 
@@ -57,7 +56,6 @@ class SlotAllocator:
             taken = spans(begin[longest], length[longest])[:count].astype(np.int32)
         self._free[taken] = False
         self.num_free -= count
-        self.peak_in_use = max(self.peak_in_use, self.in_use)
         if count and taken[0] == self._lowest:
             self._lowest = int(taken[-1]) + 1
         return taken

@@ -67,13 +67,6 @@ class Branch:
         """What its random draws are keyed by, together with the position."""
         return int(self._tree.branch_key[self._checked()])
 
-    @property
-    def last_token(self) -> int:
-        """Its last token id."""
-        tree, id = self._tree, self._checked()
-        node = tree.branch_node[id]
-        return int(tree.token[tree.begin[node] + tree.branch_length[id] - tree.start[node] - 1])
-
     def fork(self, n: int) -> list["Branch"]:
         """`n` more branches that see the same tokens. Takes no slots and copies no tokens."""
         return self._tree.fork(self, n)
@@ -764,6 +757,12 @@ _NODE_FIELDS = (
     "owner",
     "hidden_at",
 )
+
+
+def append(branches: Sequence[Branch], tokens: ArrayLike) -> None:
+    """See `Tree.append`: one more token for each branch."""
+    if len(branches):
+        branches[0]._tree.append(branches, tokens)
 
 
 def _columns(chunks: Sequence[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forktree.errors import InvalidInput
-from forktree.kv import Branch, reassign
+from forktree.kv import Branch, append, reassign
 from forktree.search.base import Hypothesis, Job, Search, at_least_one
 from forktree.search.request import next_logits
 
@@ -171,7 +171,7 @@ async def beam_search(
         if not finished.open.any() or all_full or bool(stopped.all()):
             break
         beams = reassign(beams, (candidates.beam.gather(1, chosen) + offset).flatten().cpu().numpy())
-        beams[0]._tree.append(beams, running[:, :, length].flatten().cpu().numpy())
+        append(beams, running[:, :, length].flatten().cpu().numpy())
     return finished
 
 

@@ -31,8 +31,3 @@ def softmax(log_weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Normalised weights; -inf is weight 0. At least one must be finite."""
     weights = np.exp(log_weights - log_weights.max())
     return weights / weights.sum()
-
-
-def effective_sample_size(weights: NDArray[np.float64]) -> float:
-    """1 / sum w² of normalised weights: between 1 and N (Kong, Liu and Wong 1994)."""
-    return float(1 / np.square(weights).sum())
