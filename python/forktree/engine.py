@@ -204,9 +204,10 @@ class Engine:
         """Whether a prompt of this length is better started now than later: work for the next pass is short, no
         search has been preempted, and its slots are at hand."""
         rows = sum(len(t.work.waiting()) for t in self._tasks if t.work is not None)
-        kept = sum(b.length for b in self.lane.prefixes.branches())
-        spare = self.lane.tree.slots.num_free + kept
-        return rows < self.max_batch_tokens and not any(t.preempted for t in self._tasks) and spare > num_tokens
+        if rows >= self.max_batch_tokens or any(t.preempted for t in self._tasks):
+            return False
+        free = self.lane.tree.slots.num_free
+        return free > num_tokens or free + sum(b.length for b in self.lane.prefixes.branches()) > num_tokens
 
     @property
     def active(self) -> list[Task]:
