@@ -50,7 +50,7 @@ class NinjaBuild(build_ext):
         isas = {isa: flags for isa, flags in ISAS.items() if self.accepts(command, flags)}
 
         include = {sysconfig.get_path("include"), sysconfig.get_path("platinclude"), pybind11.get_include()}
-        flags = f"-O3 -g0 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi {openmp}"
+        flags = f"-O3 -g0 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized {openmp}"
         built = " ".join(f"-DFORKTREE_BUILT_{isa.upper()}" for isa in isas)
         link = "-shared" if platform.system() != "Darwin" else "-bundle -undefined dynamic_lookup"
         # The portable objects come first: where the linker may choose between copies of an inline function, it takes

@@ -1,0 +1,522 @@
+// Tree attention on a CPU, compiled once for each instruction set.
+//
+// Lanes of a vector are query rows: lane = row * G + query head, so the rows of a branch's whole group, and of all
+// branches that see a token, share every vector. A token's K and V are then never rearranged for their own sake: each
+// element is broadcast against a vector of rows, straight from where it lies, and softmax works down the lanes.
+//
+//     scores [token, lane]  = sum over d      of K[token, d] * Qt[d, lane]
+//     Ot     [d, lane]     += sum over tokens of V[token, d] * P[token, lane]
+//
+// Both are the same small product (`product`). Two element types: fp32, into which narrower K and V are widened a tile
+// at a time; and pairs of bf16, which AVX-512-BF16 multiplies and adds two at a time, for which the V of two tokens
+// is interleaved. A lane's result depends on the tokens it sees and how segments cut them, on nothing else in its
+// item: not on its neighbours, nor on how many heads or rows share the task.
+#include "simd.hpp"
+#include "tree_attention.hpp"
+
+namespace forktree::FORKTREE_ISA {
+namespace {
+
+constexpr int64_t TILE = 64;    // tokens whose scores are held at a time
+constexpr int64_t CHUNK = 256;  // tokens whose K and V are prepared at a time, for all rows: near the L2 cache
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f, INF = __builtin_inff();
+
+#if defined(__AVX512F__)
+constexpr int MAX_VECTORS = 4;  // of a block of lanes: 24 accumulators and their operands fit 32 registers
+#else
+constexpr int MAX_VECTORS = 2;  // 12 fit 16
+#endif
+constexpr int64_t BLOCK = MAX_VECTORS * VL;  // lanes
+
+// Elements of the products. `Term` is what one multiply-add consumes.
+struct Single {
+    typedef float Term;
+    static constexpr int TERMS = 1;  // elements in a term
+    static vf multiply_add(vf sum, float a, const float* b) { return splat(a) * load(b) + sum; }
+};
+
+#if defined(__AVX512BF16__)
+struct Pair {
+    typedef uint32_t Term;  // two bf16, the first one in the low half
+    static constexpr int TERMS = 2;
+    static vf multiply_add(vf sum, uint32_t a, const uint32_t* b) {
+        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)),
+                                    (__m512bh)_mm512_loadu_si512(b));
+    }
+};
+#endif
+
+// ------------------------------------------------------------------ product
+
+// c[m, lane] = c[m, lane] * factor[lane] + sum over k of a[m * a_m + k * a_k] * b[k, lane] for M values of m and V
+// vectors of lanes. b and c have BLOCK and c_stride lanes a row. No factor: c is only written. keep: lanes of the last
+// vector that are ours; the others stay as they are, whatever the sum.
+template <class Element, int V, int M>
+inline void product_block(const typename Element::Term* a, int64_t a_m, int64_t a_k, const typename Element::Term* b,
+                          float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep) {
+    vf sum[M][V];
+    for (int m = 0; m < M; ++m)
+        for (int v = 0; v < V; ++v) sum[m][v] = factor ? load(c + m * c_stride + v * VL) * factor[v] : vf{};
+    for (int64_t k = 0; k < terms; ++k)
+        for (int m = 0; m < M; ++m)
+            for (int v = 0; v < V; ++v)
+                sum[m][v] = Element::multiply_add(sum[m][v], a[m * a_m + k * a_k], b + k * BLOCK + v * VL);
+    for (int m = 0; m < M; ++m)
+        for (int v = 0; v < V; ++v) {
+            float* to = c + m * c_stride + v * VL;
+            store(to, factor && v == V - 1 ? (keep ? sum[m][v] : load(to)) : sum[m][v]);
+        }
+}
+
+template <class Element, int V>
+void product_vectors(int64_t rows, const typename Element::Term* a, int64_t a_m, int64_t a_k,
+                     const typename Element::Term* b, float* c, int64_t c_stride, int64_t terms, const vf* factor,
+                     vi keep) {
+#if defined(__AVX512F__)
+    constexpr int M = V == 4 ? 6 : V == 1 ? 12 : 8;
+#else
+    constexpr int M = V == 1 ? 12 : 6;
+#endif
+    int64_t m = 0;
+    for (; m + M <= rows; m += M)
+        product_block<Element, V, M>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep);
+    for (; m + 4 <= rows; m += 4)
+        product_block<Element, V, 4>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep);
+    for (; m < rows; ++m)
+        product_block<Element, V, 1>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep);
+}
+
+// As product_block, for any number of rows and 1 to MAX_VECTORS vectors.
+template <class Element>
+void product(int vectors, int64_t rows, const typename Element::Term* a, int64_t a_m, int64_t a_k,
+             const typename Element::Term* b, float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep) {
+    switch (vectors) {
+        case 1: return product_vectors<Element, 1>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep);
+        case 2: return product_vectors<Element, 2>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep);
+#if defined(__AVX512F__)
+        case 3: return product_vectors<Element, 3>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep);
+        case 4: return product_vectors<Element, 4>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep);
+#endif
+    }
+}
+
+// ------------------------------------------------------------------ results
+
+inline void put(const Attention& call, int64_t at, float x) {
+    switch (call.dtype) {
+        case Dtype::fp32: static_cast<float*>(call.out)[at] = x; break;
+        case Dtype::bf16: static_cast<Bf16*>(call.out)[at] = from_float<Bf16>(x); break;
+        case Dtype::fp16: static_cast<Fp16*>(call.out)[at] = from_float<Fp16>(x); break;
+    }
+}
+
+// Takes in the sink of a head and writes the log-sum-exp at index `to`. By what the sum of weighted values is then to
+// be multiplied; 0 if there was none.
+float close(const Attention& call, int64_t qo_head, float top, float mass, int64_t to) {
+    float shift = 1.0f;
+    if (call.sinks) {
+        const float sink = call.sinks[qo_head] * LOG2_E, old_top = top;
+        top = sink > top ? sink : top;
+        shift = top == -INF ? 1.0f : __builtin_exp2f(old_top - top);
+        mass = mass * shift + (top == -INF ? 0.0f : __builtin_exp2f(sink - top));
+    }
+    call.lse[to] = mass == 0.0f ? -INF : (top + __builtin_log2f(mass)) * LN_2;
+    return mass == 0.0f ? 0.0f : shift / mass;
+}
+
+// ------------------------------------------------------------------ a task
+
+// K or V of some tokens of one head: term (token, d) lies at data[token * token_stride + d * dim_stride].
+template <class Element>
+struct Tile {
+    const typename Element::Term* data;
+    int64_t token_stride;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Lanes a row of the transposed queries and outputs takes: an odd number of cache lines, so that the rows of a block
+// of lanes do not all fall into the same sets of the cache; and room for a block that begins at the last lane.
+inline int64_t lane_stride(int64_t rows, int64_t group) { return (round_up(rows * group + BLOCK, 16) / 16 | 1) * 16; }
+
+template <class Element>
+class Task {
+    typedef typename Element::Term Term;
+
+    const Attention& call;
+    const Item item;
+    const Row* rows;  // those of the item
+    const int64_t head_begin, heads, group, lanes, stride, key_terms, value_dim;
+    bool even = true;  // whether rows see whole segments
+    // Scratch
+    Term* queries;   // [heads, key_terms, stride]
+    float* outputs;  // [heads, Dv, stride]
+    float* tops;     // [heads, stride] highest score so far, base 2
+    float* masses;   // [heads, stride] sum of 2^(score - top)
+    Term* keys;      // [CHUNK, key_terms]
+    Term* values;    // [CHUNK / TERMS, Dv]
+    Term* block_q;   // [key_terms, BLOCK]
+    float* scores;   // [TILE, BLOCK]
+    Term* weights;   // [TILE / TERMS, BLOCK]
+    int32_t* first;  // [BLOCK] offsets of the segment's node that a lane sees: first .. last
+    int32_t* last;   // [BLOCK]
+
+public:
+    static int64_t scratch(const Attention& call, int64_t rows, int64_t heads) {
+        const int64_t stride = lane_stride(rows, call.group), key_terms = call.key_dim / Element::TERMS;
+        return 4 * (heads * stride * (key_terms + call.value_dim + 2) + CHUNK * key_terms +
+                    CHUNK / Element::TERMS * call.value_dim + key_terms * BLOCK + TILE * BLOCK +
+                    TILE / Element::TERMS * BLOCK + 2 * BLOCK) + 16 * 64;
+    }
+
+    Task(const Attention& call, AttentionTask task, char* scratch)
+        : call(call),
+          item(call.plan.item[task.item]),
+          rows(call.plan.row + item.row_begin),
+          head_begin(task.head_begin),
+          heads(task.head_end - task.head_begin),
+          group(call.group),
+          lanes((item.row_end - item.row_begin) * group),
+          stride(lane_stride(item.row_end - item.row_begin, group)),
+          key_terms(call.key_dim / Element::TERMS),
+          value_dim(call.value_dim) {
+        const auto take = [&](auto*& pointer, int64_t count) {
+            pointer = reinterpret_cast<decltype(pointer + 0)>(scratch);
+            scratch += round_up(4 * count, 64);
+        };
+        take(queries, heads * key_terms * stride);
+        take(outputs, heads * value_dim * stride);
+        take(tops, heads * stride);
+        take(masses, heads * stride);
+        take(keys, CHUNK * key_terms);
+        take(values, CHUNK / Element::TERMS * value_dim);
+        take(block_q, key_terms * BLOCK);
+        take(scores, TILE * BLOCK);
+        take(weights, TILE / Element::TERMS * BLOCK);
+        take(first, BLOCK);
+        take(last, BLOCK);
+    }
+
+    void run() {
+        begin();
+        for (int32_t s = item.seg_begin; s < item.seg_end; ++s) {
+            const Seg& seg = call.plan.seg[s];
+            const int32_t length = call.plan.node_len[seg.node];
+            const int32_t stop = seg.stop < length ? seg.stop : length;
+            for (int64_t at = seg.start; at < stop; at += CHUNK)
+                for (int64_t head = 0; head < heads; ++head)
+                    attend(seg, at, stop - at < CHUNK ? stop - at : CHUNK, head);
+        }
+        for (int64_t head = 0; head < heads; ++head) finish(head);
+    }
+
+private:
+    void begin() {
+        even = call.plan.header->window == 0;
+        for (int64_t r = 0; r < item.row_end - item.row_begin; ++r) even = even && rows[r].tip < 0;
+        const int64_t item_size = call.dtype == Dtype::fp32 ? 4 : 2;
+        for (int64_t head = 0; head < heads; ++head) {
+            Term* to = queries + head * key_terms * stride;
+            for (int64_t lane = 0; lane < lanes; ++lane) {
+                const int64_t qo_head = (head_begin + head) * group + lane % group;
+                const int64_t at = rows[lane / group].row * call.q_row_stride + qo_head * call.q_head_stride;
+                gather_query(static_cast<const char*>(call.q) + at * item_size, to + lane);
+            }
+            for (int64_t k = 0; k < key_terms; ++k)
+                for (int64_t lane = lanes; lane < stride; ++lane) to[k * stride + lane] = 0;
+        }
+        __builtin_memset(outputs, 0, 4 * heads * value_dim * stride);
+        __builtin_memset(masses, 0, 4 * heads * stride);
+        for (int64_t i = 0; i < heads * stride; ++i) tops[i] = -INF;
+    }
+
+    void gather_query(const void* from, float* to) {
+        for (int64_t d = 0; d < key_terms; ++d) {
+            float x;
+            if (call.dtype == Dtype::fp32) x = static_cast<const float*>(from)[d];
+            else if (call.dtype == Dtype::bf16) x = to_float(static_cast<const Bf16*>(from)[d]);
+            else x = to_float(static_cast<const Fp16*>(from)[d]);
+            to[d * stride] = x;
+        }
+    }
+
+    void gather_query(const void* from, uint32_t* to) {
+        for (int64_t k = 0; k < key_terms; ++k) __builtin_memcpy(to + k * stride, static_cast<const char*>(from) + 4 * k, 4);
+    }
+
+    // Tokens [at, at + count) of the segment's node, one KV head, all rows of the segment.
+    void attend(const Seg& seg, int64_t at, int64_t count, int64_t head) {
+        const int32_t* slots = call.slot_index + seg.index_begin + at;
+        const Tile<Element> k = key_tile(slots, count, head_begin + head);
+        const Tile<Element> v = value_tile(slots, count, head_begin + head);
+        const int64_t lane_begin = (seg.row_lo - item.row_begin) * group;
+        const int64_t lane_end = (seg.row_hi - item.row_begin) * group;
+        for (int64_t lane = lane_begin; lane < lane_end; lane += BLOCK) {
+            const int64_t n = lane_end - lane < BLOCK ? lane_end - lane : BLOCK;
+            int64_t begin = 0, end = count;  // of the tokens any lane of the block sees
+            const bool whole = even || see(seg, lane, n, at, begin, end);
+            if (begin >= end) continue;
+            const int vectors = int(ceil_div(n, VL));
+            const Term* q = queries + head * key_terms * stride + lane;
+            for (int64_t t = 0; t < key_terms; ++t)
+                for (int i = 0; i < vectors; ++i) __builtin_memcpy(block_q + t * BLOCK + i * VL, q + t * stride + i * VL, 4 * VL);
+            for (int64_t tile = begin; tile < end; tile += TILE) {
+                const int64_t tokens = end - tile < TILE ? end - tile : TILE;
+                product<Element>(vectors, tokens, k.data + tile * k.token_stride, k.token_stride, 1, block_q, scores,
+                                 BLOCK, key_terms, nullptr, vi{});
+                vf factor[MAX_VECTORS];
+                weigh(seg, lane, n, at + tile, tokens, head, whole, factor);
+                product<Element>(vectors, value_dim, v.data + tile / Element::TERMS * v.token_stride, 1, v.token_stride,
+                                 weights, outputs + head * value_dim * stride + lane, stride,
+                                 ceil_div(tokens, Element::TERMS), factor,
+                                 FORKTREE_ISA::lanes() < int32_t(n - (vectors - 1) * VL));
+            }
+        }
+    }
+
+    // Fills first and last for n lanes; narrows [begin, end), offsets from `at`, which may end up empty. Whether all
+    // lanes see all of it.
+    bool see(const Seg& seg, int64_t lane, int64_t n, int64_t at, int64_t& begin, int64_t& end) {
+        const int64_t window = call.plan.header->window;
+        int64_t lowest = INT32_MAX, highest = -1, inner_first = 0, inner_last = INT32_MAX;
+        bool whole = true;
+        for (int64_t i = 0; i < n; ++i) {
+            const Row& row = rows[(lane + i) / group];
+            const int64_t distance = int64_t(call.plan.row_pos[row.row]) - seg.pos;
+            int64_t from = 0, to = INT32_MAX;
+            if (window) {
+                from = distance - window + 1 > 0 ? distance - window + 1 : 0;
+                to = distance < INT32_MAX ? distance : INT32_MAX;
+            }
+            if (row.tip == seg.node) {
+                to = to < row.last ? to : row.last;
+                whole = whole && row.mask < 0;
+            }
+            first[i] = int32_t(from);
+            last[i] = int32_t(to < -1 ? -1 : to);
+            lowest = from < lowest ? from : lowest;
+            highest = to > highest ? to : highest;
+            inner_first = from > inner_first ? from : inner_first;
+            inner_last = to < inner_last ? to : inner_last;
+        }
+        for (int64_t i = n; i < round_up(n, VL); ++i) first[i] = INT32_MAX, last[i] = -1;
+        if (lowest > at) begin = (lowest - at) / TILE * TILE;  // tiles lie where they would without a window
+        if (highest < at + end - 1) end = highest - at + 1;
+        return whole && inner_first <= at + begin && inner_last >= at + end - 1;
+    }
+
+    // Turns scores into weights and moves tops and masses on. factor: by what the outputs so far are to be multiplied.
+    void weigh(const Seg& seg, int64_t lane, int64_t n, int64_t at, int64_t tokens, int64_t head, bool whole,
+               vf* factor) {
+        const int vectors = int(ceil_div(n, VL));
+        const bool plain = whole && !call.softcap && !call.alibi_slopes && call.scale > 0;
+        if (!plain) reshape_scores(seg, lane, n, at, tokens, head, whole);
+        const float unit = plain ? call.scale * LOG2_E : 1.0f;
+        for (int v = 0; v < vectors; ++v) {
+            float* top = tops + head * stride + lane + v * VL;
+            float* mass = masses + head * stride + lane + v * VL;
+            const vi ours = FORKTREE_ISA::lanes() + v * VL < int32_t(n);
+            float* column = scores + v * VL;
+            vf highest = splat(-INF);
+            for (int64_t t = 0; t < tokens; ++t) highest = max(highest, load(column + t * BLOCK));
+            const vf old_top = load(top), new_top = max(old_top, highest * unit);
+            const vf base = new_top == -INF ? vf{} : new_top;
+            factor[v] = exp2(old_top - base);
+            const vf sum = exp_column(column, weights + v * VL, tokens, unit, base);
+            store(top, ours ? new_top : old_top);
+            store(mass, ours ? load(mass) * factor[v] + sum : load(mass));
+        }
+    }
+
+    vf exp_column(const float* column, float* to, int64_t tokens, float unit, vf base) {
+        vf sum{};
+        for (int64_t t = 0; t < tokens; ++t) {
+            const vf p = exp2(load(column + t * BLOCK) * unit - base);
+            sum += p;
+            store(to + t * BLOCK, p);
+        }
+        return sum;
+    }
+
+#if defined(__AVX512BF16__)
+    vf exp_column(const float* column, uint32_t* to, int64_t tokens, float unit, vf base) {
+        vf sum{};
+        for (int64_t t = 0; t < tokens; t += 2) {
+            const vf p = exp2(load(column + t * BLOCK) * unit - base);
+            vf next{};
+            if (t + 1 < tokens) next = exp2(load(column + (t + 1) * BLOCK) * unit - base);
+            sum += p;
+            sum += next;
+            const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)p));
+            const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)next));
+            _mm512_storeu_si512(to + t / 2 * BLOCK, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+        return sum;
+    }
+#endif
+
+    // Scale, soft-cap, ALiBi and masks, in base 2, for what is not plain.
+    void reshape_scores(const Seg& seg, int64_t lane, int64_t n, int64_t at, int64_t tokens, int64_t head, bool whole) {
+        for (int64_t begin = 0; begin < n; begin += VL) {
+            float slope[VL] = {}, distance[VL] = {};  // distance: from the row to offset 0 of the node
+            if (call.alibi_slopes)
+                for (int64_t i = begin; i < n && i < begin + VL; ++i) {
+                    slope[i - begin] = call.alibi_slopes[(head_begin + head) * group + (lane + i) % group] * LOG2_E;
+                    const Row& row = rows[(lane + i) / group];
+                    distance[i - begin] = float(int64_t(seg.pos) - call.plan.row_pos[row.row]);
+                }
+            const vf slopes = load(slope), distances = load(distance);
+            for (int64_t t = 0; t < tokens; ++t) {
+                float* at_score = scores + t * BLOCK + begin;
+                vf s = load(at_score) * call.scale;
+                if (call.softcap) s = FORKTREE_ISA::tanh(s / call.softcap) * call.softcap;
+                s = s * LOG2_E;
+                if (call.alibi_slopes) s += slopes * (distances + float(at + t));
+                if (!whole) {
+                    const vi offset = splat(int32_t(at + t));
+                    s = (offset >= load(first + begin)) & (offset <= load(last + begin)) ? s : splat(-INF);
+                }
+                store(at_score, s);
+            }
+        }
+        if (!whole) hide_masked(seg, lane, n, at, tokens);
+    }
+
+    void hide_masked(const Seg& seg, int64_t lane, int64_t n, int64_t at, int64_t tokens) {
+        for (int64_t i = 0; i < n; ++i) {
+            const Row& row = rows[(lane + i) / group];
+            if (row.tip != seg.node || row.mask < 0) continue;
+            for (int64_t t = row.tail > at ? row.tail - at : 0; t < tokens; ++t) {
+                const int64_t bit = at + t - row.tail;
+                if (!(call.plan.mask[row.mask + bit / 32] >> bit % 32 & 1)) scores[t * BLOCK + i] = -INF;
+            }
+        }
+    }
+
+    // ---------------------------------------------------------------- tiles
+
+    static bool contiguous(const int32_t* slots, int64_t count) {
+        int32_t gaps = 0;
+        for (int64_t t = 1; t < count; ++t) gaps |= slots[t] - slots[t - 1] - 1;
+        return gaps == 0;
+    }
+
+    const char* at_slot(const void* pool, int64_t slot, int64_t head, int64_t dim) const {
+        return static_cast<const char*>(pool) + (slot * call.num_kv_heads + head) * dim * (call.dtype == Dtype::fp32 ? 4 : 2);
+    }
+
+    // fp32: read in place if it is fp32 and contiguous, else widened into `to`.
+    Tile<Single> tile(const void* pool, const int32_t* slots, int64_t count, int64_t head, int64_t dim, float* to) {
+        if (call.dtype == Dtype::fp32 && contiguous(slots, count))
+            return {reinterpret_cast<const float*>(at_slot(pool, slots[0], head, dim)), call.num_kv_heads * dim};
+        for (int64_t t = 0; t < count; ++t) {
+            const char* from = at_slot(pool, slots[t], head, dim);
+            if (call.dtype == Dtype::fp32) __builtin_memcpy(to + t * dim, from, 4 * dim);
+            else widen(reinterpret_cast<const uint16_t*>(from), to + t * dim, dim, call.dtype);
+        }
+        return {to, dim};
+    }
+
+    Tile<Element> key_tile(const int32_t* slots, int64_t count, int64_t head) {
+        if constexpr (Element::TERMS == 1) {
+            return tile(call.k, slots, count, head, call.key_dim, keys);
+        } else {
+            if (contiguous(slots, count)) {
+                const char* from = at_slot(call.k, slots[0], head, call.key_dim);
+                return {reinterpret_cast<const Term*>(from), call.num_kv_heads * key_terms};
+            }
+            for (int64_t t = 0; t < count; ++t)
+                __builtin_memcpy(keys + t * key_terms, at_slot(call.k, slots[t], head, call.key_dim), 4 * key_terms);
+            return {keys, key_terms};
+        }
+    }
+
+    Tile<Element> value_tile(const int32_t* slots, int64_t count, int64_t head) {
+        if constexpr (Element::TERMS == 1) {
+            return tile(call.v, slots, count, head, value_dim, values);
+        } else {
+            const auto row = [&](int64_t t) {
+                return reinterpret_cast<const uint16_t*>(at_slot(call.v, slots[t], head, value_dim));
+            };
+            int64_t t = 0;
+            for (; t + 1 < count; t += 2) interleave(row(t), row(t + 1), values + t / 2 * value_dim);
+            if (t < count) {
+                const uint16_t* from = row(t);
+                for (int64_t d = 0; d < value_dim; ++d) values[t / 2 * value_dim + d] = from[d];
+            }
+            return {values, value_dim};
+        }
+    }
+
+    // to[d] = low[d] | high[d] << 16
+    void interleave(const uint16_t* low, const uint16_t* high, Term* to) const {
+        for (int64_t d = 0; d < value_dim; ++d) to[d] = uint32_t(low[d]) | uint32_t(high[d]) << 16;
+    }
+
+    void finish(int64_t head) {
+        const int64_t num_heads = call.num_qo_heads;
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+            const int64_t row = lane / group, qo_head = (head_begin + head) * group + lane % group;
+            const float* column = outputs + head * value_dim * stride + lane;
+            const float top = tops[head * stride + lane], mass = masses[head * stride + lane];
+            if (item.partial < 0) {
+                const int64_t to = rows[row].token * num_heads + qo_head;
+                const float weight = close(call, qo_head, top, mass, to);
+                for (int64_t d = 0; d < value_dim; ++d) put(call, to * value_dim + d, column[d * stride] * weight);
+            } else {
+                const int64_t to = (item.partial + row) * num_heads + qo_head;
+                call.partial_max[to] = top;
+                call.partial_mass[to] = mass;
+                for (int64_t d = 0; d < value_dim; ++d) call.partial_out[to * value_dim + d] = column[d * stride];
+            }
+        }
+    }
+};
+
+void merge(const Attention& call, int64_t token) {
+    const int64_t heads = call.num_qo_heads, dim = call.value_dim;
+    const int32_t* begin = call.plan.merge_partial + call.plan.merge_indptr[token];
+    const int32_t* end = call.plan.merge_partial + call.plan.merge_indptr[token + 1];
+    for (int64_t head = 0; head < heads; ++head) {
+        float top = -INF, mass = 0.0f;
+        for (const int32_t* p = begin; p < end; ++p) {
+            const float x = call.partial_max[*p * heads + head];
+            top = x > top ? x : top;
+        }
+        const float base = top == -INF ? 0.0f : top;
+        for (const int32_t* p = begin; p < end; ++p)
+            mass += call.partial_mass[*p * heads + head] * __builtin_exp2f(call.partial_max[*p * heads + head] - base);
+        const int64_t to = token * heads + head;
+        const float weight = close(call, head, top, mass, to);
+        for (int64_t d = 0; d < dim; d += VL) {
+            const int64_t n = dim - d < VL ? dim - d : VL;
+            float sum[VL] = {};
+            for (const int32_t* p = begin; p < end; ++p) {
+                const float* from = call.partial_out + (*p * heads + head) * dim + d;
+                const float factor = __builtin_exp2f(call.partial_max[*p * heads + head] - base);
+                for (int64_t i = 0; i < n; ++i) sum[i] += from[i] * factor;
+            }
+            for (int64_t i = 0; i < n; ++i) put(call, to * dim + d + i, sum[i] * weight);
+        }
+    }
+}
+
+template <class Element>
+AttentionKernel kernel_of() {
+    return {Task<Element>::scratch,
+            [](const Attention& call, AttentionTask task, char* scratch) { Task<Element>(call, task, scratch).run(); },
+            merge};
+}
+
+}  // namespace
+
+AttentionKernel attention_kernel(const Attention& call) {
+#if defined(__AVX512BF16__)
+    if (call.dtype == Dtype::bf16 && call.key_dim % 2 == 0) return kernel_of<Pair>();
+#endif
+    (void)call;
+    return kernel_of<Single>();
+}
+
+}  // namespace forktree::FORKTREE_ISA
