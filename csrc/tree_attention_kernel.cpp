@@ -13,12 +13,16 @@
 // item: not on its neighbours, nor on how many heads or rows share the task.
 #include "simd.hpp"
 #include "tree_attention.hpp"
+#if defined(FORKTREE_TILES)
+#include "amx.hpp"
+#endif
 
 namespace forktree::FORKTREE_ISA {
 namespace {
 
 constexpr int64_t TILE = 64;    // tokens whose scores are held at a time
-constexpr int64_t CHUNK = 256;  // tokens whose K and V are prepared at a time, for all rows: near the L2 cache
+constexpr int64_t CHUNK = 256;  // tokens whose K and V are prepared at a time, for all rows, at most
+constexpr int64_t CACHED = 1 << 18;  // bytes of K and V of a chunk, all heads of the task: a quarter of an L2 cache
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f, INF = __builtin_inff();
 
 #if defined(__AVX512F__)
@@ -27,6 +31,9 @@ constexpr int MAX_VECTORS = 4;  // of a block of lanes: 24 accumulators and thei
 constexpr int MAX_VECTORS = 2;  // 12 fit 16
 #endif
 constexpr int64_t BLOCK = MAX_VECTORS * VL;  // lanes
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Elements of the products. `Term` is what one multiply-add consumes.
 struct Single {
@@ -45,6 +52,72 @@ struct Pair {
     }
 };
 #endif
+
+#if defined(__AVX512BF16__)
+// Element i of two vectors taken in turn: i / 2 of the first, i / 2 of the second (32 + i / 2).
+struct Interleave {
+    uint16_t at[64];
+    constexpr Interleave() : at() {
+        for (int i = 0; i < 64; ++i) at[i] = uint16_t(i / 2 + i % 2 * 32);
+    }
+};
+constexpr Interleave interleave_indices;
+#endif
+
+// Asks for the K and V of the chunk that comes next, a few cache lines at a time, in the order in which they lie in
+// memory. The heads of a chunk are worked through one after the other, in pieces of a row of the pool: reading memory
+// in that order would take twice the time.
+class Prefetch {
+    static constexpr int64_t LINE = 64;
+    const char* pools[2] = {};
+    int64_t pitch[2] = {}, row_bytes[2] = {};  // from slot to slot; those of the task's heads
+    const int32_t* slots = nullptr;
+    const char* at = nullptr;
+    int64_t tokens = 0, token = 0, left = 0;  // left: bytes of this row
+    int pool = 0;
+
+public:
+    int64_t lines = 0;  // to ask for in each step of a product
+
+    Prefetch(const Attention& call, int64_t head_begin, int64_t heads) {
+        const int64_t item_size = call.dtype == Dtype::fp32 ? 4 : 2;
+        const int64_t dims[2] = {call.key_dim * item_size, call.value_dim * item_size};
+        const void* bases[2] = {call.k, call.v};
+        for (int i = 0; i < 2; ++i) {
+            pools[i] = static_cast<const char*>(bases[i]) + head_begin * dims[i];
+            pitch[i] = call.num_kv_heads * dims[i];
+            row_bytes[i] = heads * dims[i];
+        }
+    }
+
+    // steps: of products while this chunk is fetched.
+    void begin(const int32_t* next_slots, int64_t count, int64_t steps) {
+        slots = next_slots;
+        tokens = count;
+        token = 0;
+        left = 0;
+        pool = 1;
+        lines = count ? (count * (row_bytes[0] + row_bytes[1]) / LINE + steps - 1) / steps : 0;
+    }
+
+    void step() {
+        for (int64_t i = 0; i < lines; ++i) {
+            if (left <= 0) {
+                pool = 1 - pool;  // K of a token, then its V
+                if (pool == 0 && token == tokens) {
+                    lines = 0;
+                    return;
+                }
+                at = pools[pool] + slots[token] * pitch[pool];
+                left = row_bytes[pool];
+                token += pool;
+            }
+            __builtin_prefetch(at, 0, 2);
+            at += LINE;
+            left -= LINE;
+        }
+    }
+};
 
 // ------------------------------------------------------------------ product
 
@@ -68,18 +141,64 @@ inline void product_block(const typename Element::Term* a, int64_t a_m, int64_t 
         }
 }
 
+#if defined(FORKTREE_TILES)
+// The same for 16 values of m at a time, with a_k = 1 and a multiple of 16 terms. How many values of m it took.
+template <int V>
+int64_t product_tiles(int64_t rows, const uint32_t* a, int64_t a_m, const uint32_t* b, float* c, int64_t c_stride,
+                      int64_t terms, const vf* factor, vi keep, Prefetch& prefetch) {
+    alignas(64) float sums[TILE_ROWS * BLOCK];
+    int64_t m = 0;
+    for (; m + TILE_ROWS <= rows; m += TILE_ROWS) {
+        prefetch.step();
+        tile_zero<0>();
+        if constexpr (V > 1) tile_zero<1>();
+        if constexpr (V > 2) tile_zero<2>();
+        if constexpr (V > 3) tile_zero<3>();
+        for (int64_t k = 0; k < terms; k += 16) {
+            tile_load<4>(a + m * a_m + k, 4 * a_m);
+            const uint32_t* right = b + k * BLOCK;
+            tile_load<5>(right, 4 * BLOCK), tile_multiply_add<0, 4, 5>();
+            if constexpr (V > 1) tile_load<5>(right + VL, 4 * BLOCK), tile_multiply_add<1, 4, 5>();
+            if constexpr (V > 2) tile_load<5>(right + 2 * VL, 4 * BLOCK), tile_multiply_add<2, 4, 5>();
+            if constexpr (V > 3) tile_load<5>(right + 3 * VL, 4 * BLOCK), tile_multiply_add<3, 4, 5>();
+        }
+        float* to = factor ? sums : c + m * c_stride;
+        const int64_t pitch = 4 * (factor ? BLOCK : c_stride);
+        tile_store<0>(to, pitch);
+        if constexpr (V > 1) tile_store<1>(to + VL, pitch);
+        if constexpr (V > 2) tile_store<2>(to + 2 * VL, pitch);
+        if constexpr (V > 3) tile_store<3>(to + 3 * VL, pitch);
+        if (!factor) continue;
+        for (int i = 0; i < TILE_ROWS; ++i)
+            for (int v = 0; v < V; ++v) {
+                float* at = c + (m + i) * c_stride + v * VL;
+                const vf old = load(at), sum = old * factor[v] + load(sums + i * BLOCK + v * VL);
+                store(at, v == V - 1 ? (keep ? sum : old) : sum);
+            }
+    }
+    return m;
+}
+#endif
+
 template <class Element, int V>
-void product_vectors(int64_t rows, const typename Element::Term* a, int64_t a_m, int64_t a_k,
+__attribute__((noinline)) void product_vectors(int64_t rows, const typename Element::Term* a, int64_t a_m, int64_t a_k,
                      const typename Element::Term* b, float* c, int64_t c_stride, int64_t terms, const vf* factor,
-                     vi keep) {
+                     vi keep, Prefetch& prefetch) {
 #if defined(__AVX512F__)
     constexpr int M = V == 4 ? 6 : V == 1 ? 12 : 8;
 #else
     constexpr int M = V == 1 ? 12 : 6;
 #endif
     int64_t m = 0;
-    for (; m + M <= rows; m += M)
+#if defined(FORKTREE_TILES)
+    if constexpr (Element::TERMS == 2)
+        if (a_k == 1 && terms % 16 == 0)
+            m = product_tiles<V>(rows, a, a_m, b, c, c_stride, terms, factor, keep, prefetch);
+#endif
+    for (; m + M <= rows; m += M) {
+        prefetch.step();
         product_block<Element, V, M>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep);
+    }
     for (; m + 4 <= rows; m += 4)
         product_block<Element, V, 4>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep);
     for (; m < rows; ++m)
@@ -89,13 +208,14 @@ void product_vectors(int64_t rows, const typename Element::Term* a, int64_t a_m,
 // As product_block, for any number of rows and 1 to MAX_VECTORS vectors.
 template <class Element>
 void product(int vectors, int64_t rows, const typename Element::Term* a, int64_t a_m, int64_t a_k,
-             const typename Element::Term* b, float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep) {
+             const typename Element::Term* b, float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep,
+             Prefetch& prefetch) {
     switch (vectors) {
-        case 1: return product_vectors<Element, 1>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep);
-        case 2: return product_vectors<Element, 2>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep);
+        case 1: return product_vectors<Element, 1>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch);
+        case 2: return product_vectors<Element, 2>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch);
 #if defined(__AVX512F__)
-        case 3: return product_vectors<Element, 3>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep);
-        case 4: return product_vectors<Element, 4>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep);
+        case 3: return product_vectors<Element, 3>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch);
+        case 4: return product_vectors<Element, 4>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch);
 #endif
     }
 }
@@ -126,15 +246,20 @@ float close(const Attention& call, int64_t qo_head, float top, float mass, int64
 
 // ------------------------------------------------------------------ a task
 
-// K or V of some tokens of one head: term (token, d) lies at data[token * token_stride + d * dim_stride].
+// K or V of some tokens of one head: the term of a token (of V: of TERMS tokens) and an element (of K: of TERMS
+// elements) lies at data[token * token_stride + element * dim_stride].
 template <class Element>
 struct Tile {
     const typename Element::Term* data;
-    int64_t token_stride;
+    int64_t token_stride, dim_stride;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// What the terms of a product are padded to, with zeros.
+#if defined(FORKTREE_TILES)
+constexpr int64_t PAD = 16;
+#else
+constexpr int64_t PAD = 1;
+#endif
 
 // Lanes a row of the transposed queries and outputs takes: an odd number of cache lines, so that the rows of a block
 // of lanes do not all fall into the same sets of the cache; and room for a block that begins at the last lane.
@@ -149,6 +274,7 @@ class Task {
     const Row* rows;  // those of the item
     const int64_t head_begin, heads, group, lanes, stride, key_terms, value_dim;
     bool even = true;  // whether rows see whole segments
+    Prefetch prefetch;
     // Scratch
     Term* queries;   // [heads, key_terms, stride]
     float* outputs;  // [heads, Dv, stride]
@@ -156,6 +282,7 @@ class Task {
     float* masses;   // [heads, stride] sum of 2^(score - top)
     Term* keys;      // [CHUNK, key_terms]
     Term* values;    // [CHUNK / TERMS, Dv]
+    Term* values_row;  // [Dv]
     Term* block_q;   // [key_terms, BLOCK]
     float* scores;   // [TILE, BLOCK]
     Term* weights;   // [TILE / TERMS, BLOCK]
@@ -166,7 +293,7 @@ public:
     static int64_t scratch(const Attention& call, int64_t rows, int64_t heads) {
         const int64_t stride = lane_stride(rows, call.group), key_terms = call.key_dim / Element::TERMS;
         return 4 * (heads * stride * (key_terms + call.value_dim + 2) + CHUNK * key_terms +
-                    CHUNK / Element::TERMS * call.value_dim + key_terms * BLOCK + TILE * BLOCK +
+                    (CHUNK / Element::TERMS + 1) * call.value_dim + key_terms * BLOCK + TILE * BLOCK +
                     TILE / Element::TERMS * BLOCK + 2 * BLOCK) + 16 * 64;
     }
 
@@ -180,7 +307,8 @@ public:
           lanes((item.row_end - item.row_begin) * group),
           stride(lane_stride(item.row_end - item.row_begin, group)),
           key_terms(call.key_dim / Element::TERMS),
-          value_dim(call.value_dim) {
+          value_dim(call.value_dim),
+          prefetch(call, task.head_begin, task.head_end - task.head_begin) {
         const auto take = [&](auto*& pointer, int64_t count) {
             pointer = reinterpret_cast<decltype(pointer + 0)>(scratch);
             scratch += round_up(4 * count, 64);
@@ -191,6 +319,7 @@ public:
         take(masses, heads * stride);
         take(keys, CHUNK * key_terms);
         take(values, CHUNK / Element::TERMS * value_dim);
+        take(values_row, value_dim);
         take(block_q, key_terms * BLOCK);
         take(scores, TILE * BLOCK);
         take(weights, TILE / Element::TERMS * BLOCK);
@@ -200,18 +329,49 @@ public:
 
     void run() {
         begin();
-        for (int32_t s = item.seg_begin; s < item.seg_end; ++s) {
-            const Seg& seg = call.plan.seg[s];
-            const int32_t length = call.plan.node_len[seg.node];
-            const int32_t stop = seg.stop < length ? seg.stop : length;
-            for (int64_t at = seg.start; at < stop; at += CHUNK)
-                for (int64_t head = 0; head < heads; ++head)
-                    attend(seg, at, stop - at < CHUNK ? stop - at : CHUNK, head);
+        Chunk chunk{item.seg_begin, 0, 0};
+        advance(chunk);
+        while (chunk.count) {
+            Chunk next = chunk;
+            advance(next);
+            // Steps of the products with the first rows of the chunk, about: 12 tokens, then 12 of the output's elements.
+            const int64_t steps = heads * ceil_div(chunk.count, TILE) * (TILE + value_dim) / 12;
+            prefetch.begin(slots_of(next), next.count, steps);
+            for (int64_t head = 0; head < heads; ++head) attend(chunk, head);
+            chunk = next;
         }
         for (int64_t head = 0; head < heads; ++head) finish(head);
     }
 
 private:
+    // Tokens [at, at + count) of a segment's node; count 0: the end.
+    struct Chunk {
+        int32_t seg;
+        int64_t at, count;
+    };
+
+    void advance(Chunk& chunk) const {
+        const int64_t token_bytes = heads * (call.key_dim + value_dim) * (call.dtype == Dtype::fp32 ? 4 : 2);
+        int64_t most = CACHED / token_bytes / TILE * TILE;
+        most = most < TILE ? TILE : most > CHUNK ? CHUNK : most;
+        chunk.at += chunk.count;
+        for (bool fresh = chunk.count == 0;; ++chunk.seg, fresh = true) {
+            chunk.count = 0;
+            if (chunk.seg == item.seg_end) return;
+            const Seg& seg = call.plan.seg[chunk.seg];
+            const int32_t length = call.plan.node_len[seg.node], stop = seg.stop < length ? seg.stop : length;
+            if (fresh) chunk.at = seg.start;
+            if (chunk.at < stop) {
+                chunk.count = stop - chunk.at < most ? stop - chunk.at : most;
+                return;
+            }
+        }
+    }
+
+    const int32_t* slots_of(const Chunk& chunk) const {
+        return chunk.count ? call.slot_index + call.plan.seg[chunk.seg].index_begin + chunk.at : nullptr;
+    }
+
     void begin() {
         even = call.plan.header->window == 0;
         for (int64_t r = 0; r < item.row_end - item.row_begin; ++r) even = even && rows[r].tip < 0;
@@ -245,9 +405,11 @@ private:
         for (int64_t k = 0; k < key_terms; ++k) __builtin_memcpy(to + k * stride, static_cast<const char*>(from) + 4 * k, 4);
     }
 
-    // Tokens [at, at + count) of the segment's node, one KV head, all rows of the segment.
-    void attend(const Seg& seg, int64_t at, int64_t count, int64_t head) {
-        const int32_t* slots = call.slot_index + seg.index_begin + at;
+    // One KV head, all rows of the segment.
+    void attend(const Chunk& chunk, int64_t head) {
+        const Seg& seg = call.plan.seg[chunk.seg];
+        const int64_t at = chunk.at, count = chunk.count;
+        const int32_t* slots = slots_of(chunk);
         const Tile<Element> k = key_tile(slots, count, head_begin + head);
         const Tile<Element> v = value_tile(slots, count, head_begin + head);
         const int64_t lane_begin = (seg.row_lo - item.row_begin) * group;
@@ -263,14 +425,15 @@ private:
                 for (int i = 0; i < vectors; ++i) __builtin_memcpy(block_q + t * BLOCK + i * VL, q + t * stride + i * VL, 4 * VL);
             for (int64_t tile = begin; tile < end; tile += TILE) {
                 const int64_t tokens = end - tile < TILE ? end - tile : TILE;
-                product<Element>(vectors, tokens, k.data + tile * k.token_stride, k.token_stride, 1, block_q, scores,
-                                 BLOCK, key_terms, nullptr, vi{});
+                product<Element>(vectors, tokens, k.data + tile * k.token_stride, k.token_stride, k.dim_stride, block_q, scores,
+                                 BLOCK, key_terms, nullptr, vi{}, prefetch);
                 vf factor[MAX_VECTORS];
                 weigh(seg, lane, n, at + tile, tokens, head, whole, factor);
-                product<Element>(vectors, value_dim, v.data + tile / Element::TERMS * v.token_stride, 1, v.token_stride,
-                                 weights, outputs + head * value_dim * stride + lane, stride,
-                                 ceil_div(tokens, Element::TERMS), factor,
-                                 FORKTREE_ISA::lanes() < int32_t(n - (vectors - 1) * VL));
+                const int64_t terms = ceil_div(tokens, Element::TERMS), padded = round_up(terms, PAD);
+                if (padded > terms) __builtin_memset(weights + terms * BLOCK, 0, 4 * (padded - terms) * BLOCK);
+                product<Element>(vectors, value_dim, v.data + tile / Element::TERMS * v.token_stride, v.dim_stride,
+                                 v.token_stride, weights, outputs + head * value_dim * stride + lane, stride, padded, factor,
+                                 FORKTREE_ISA::lanes() < int32_t(n - (vectors - 1) * VL), prefetch);
             }
         }
     }
@@ -307,7 +470,7 @@ private:
     }
 
     // Turns scores into weights and moves tops and masses on. factor: by what the outputs so far are to be multiplied.
-    void weigh(const Seg& seg, int64_t lane, int64_t n, int64_t at, int64_t tokens, int64_t head, bool whole,
+    __attribute__((noinline)) void weigh(const Seg& seg, int64_t lane, int64_t n, int64_t at, int64_t tokens, int64_t head, bool whole,
                vf* factor) {
         const int vectors = int(ceil_div(n, VL));
         const bool plain = whole && !call.softcap && !call.alibi_slopes && call.scale > 0;
@@ -409,13 +572,13 @@ private:
     // fp32: read in place if it is fp32 and contiguous, else widened into `to`.
     Tile<Single> tile(const void* pool, const int32_t* slots, int64_t count, int64_t head, int64_t dim, float* to) {
         if (call.dtype == Dtype::fp32 && contiguous(slots, count))
-            return {reinterpret_cast<const float*>(at_slot(pool, slots[0], head, dim)), call.num_kv_heads * dim};
+            return {reinterpret_cast<const float*>(at_slot(pool, slots[0], head, dim)), call.num_kv_heads * dim, 1};
         for (int64_t t = 0; t < count; ++t) {
             const char* from = at_slot(pool, slots[t], head, dim);
             if (call.dtype == Dtype::fp32) __builtin_memcpy(to + t * dim, from, 4 * dim);
             else widen(reinterpret_cast<const uint16_t*>(from), to + t * dim, dim, call.dtype);
         }
-        return {to, dim};
+        return {to, dim, 1};
     }
 
     Tile<Element> key_tile(const int32_t* slots, int64_t count, int64_t head) {
@@ -424,37 +587,55 @@ private:
         } else {
             if (contiguous(slots, count)) {
                 const char* from = at_slot(call.k, slots[0], head, call.key_dim);
-                return {reinterpret_cast<const Term*>(from), call.num_kv_heads * key_terms};
+                return {reinterpret_cast<const Term*>(from), call.num_kv_heads * key_terms, 1};
             }
             for (int64_t t = 0; t < count; ++t)
                 __builtin_memcpy(keys + t * key_terms, at_slot(call.k, slots[t], head, call.key_dim), 4 * key_terms);
-            return {keys, key_terms};
+            return {keys, key_terms, 1};
         }
     }
 
-    Tile<Element> value_tile(const int32_t* slots, int64_t count, int64_t head) {
+    __attribute__((noinline)) Tile<Element> value_tile(const int32_t* slots, int64_t count, int64_t head) {
         if constexpr (Element::TERMS == 1) {
             return tile(call.v, slots, count, head, value_dim, values);
         } else {
             const auto row = [&](int64_t t) {
                 return reinterpret_cast<const uint16_t*>(at_slot(call.v, slots[t], head, value_dim));
             };
-            int64_t t = 0;
-            for (; t + 1 < count; t += 2) interleave(row(t), row(t + 1), values + t / 2 * value_dim);
-            if (t < count) {
-                const uint16_t* from = row(t);
-                for (int64_t d = 0; d < value_dim; ++d) values[t / 2 * value_dim + d] = from[d];
+            const int64_t pairs = ceil_div(count, 2);
+            for (int64_t p = 0; p < pairs; ++p) {
+                Term* to = PAD > 1 ? values_row : values + p * value_dim;
+                if (2 * p + 1 < count) {
+                    interleave(row(2 * p), row(2 * p + 1), to);
+                } else {
+                    for (int64_t d = 0; d < value_dim; ++d) to[d] = row(2 * p)[d];
+                }
+                if constexpr (PAD > 1)
+                    for (int64_t d = 0; d < value_dim; ++d) values[d * (CHUNK / 2) + p] = to[d];
             }
-            return {values, value_dim};
+            if constexpr (PAD == 1) return {values, value_dim, 1};
+            const int64_t padded = round_up(pairs, PAD);
+            for (int64_t d = 0; d < value_dim; ++d)
+                __builtin_memset(values + d * (CHUNK / 2) + pairs, 0, 4 * (padded - pairs));
+            return {values, 1, CHUNK / 2};
         }
     }
 
     // to[d] = low[d] | high[d] << 16
     void interleave(const uint16_t* low, const uint16_t* high, Term* to) const {
-        for (int64_t d = 0; d < value_dim; ++d) to[d] = uint32_t(low[d]) | uint32_t(high[d]) << 16;
+        int64_t d = 0;
+#if defined(__AVX512BF16__)
+        const __m512i first = _mm512_loadu_si512(interleave_indices.at), second = _mm512_loadu_si512(interleave_indices.at + 32);
+        for (; d + 32 <= value_dim; d += 32) {
+            const __m512i a = _mm512_loadu_si512(low + d), b = _mm512_loadu_si512(high + d);
+            _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(a, first, b));
+            _mm512_storeu_si512(to + d + 16, _mm512_permutex2var_epi16(a, second, b));
+        }
+#endif
+        for (; d < value_dim; ++d) to[d] = uint32_t(low[d]) | uint32_t(high[d]) << 16;
     }
 
-    void finish(int64_t head) {
+    __attribute__((noinline)) void finish(int64_t head) {
         const int64_t num_heads = call.num_qo_heads;
         for (int64_t lane = 0; lane < lanes; ++lane) {
             const int64_t row = lane / group, qo_head = (head_begin + head) * group + lane % group;
@@ -503,9 +684,20 @@ void merge(const Attention& call, int64_t token) {
 }
 
 template <class Element>
+void run(const Attention& call, AttentionTask task, char* scratch) {
+#if defined(FORKTREE_TILES)
+    tiles_begin();
+#endif
+    Task<Element>(call, task, scratch).run();
+#if defined(FORKTREE_TILES)
+    tiles_end();
+#endif
+}
+
+template <class Element>
 AttentionKernel kernel_of() {
     return {Task<Element>::scratch,
-            [](const Attention& call, AttentionTask task, char* scratch) { Task<Element>(call, task, scratch).run(); },
+            run<Element>,
             merge};
 }
 
