@@ -6,6 +6,9 @@
 #include <stdexcept>
 #include <string>
 
+// Never a symbol of its own: a copy compiled for AVX-512 must not become the one that all others are linked to.
+#define FORKTREE_INLINE inline __attribute__((always_inline))
+
 namespace forktree {
 
 enum class Dtype { fp32 = 0, bf16 = 1, fp16 = 2 };
@@ -18,23 +21,23 @@ struct Fp16 {
     uint16_t bits;
 };
 
-inline uint32_t float_bits(float x) {
+FORKTREE_INLINE uint32_t float_bits(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     return bits;
 }
 
-inline float bits_float(uint32_t bits) {
+FORKTREE_INLINE float bits_float(uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, sizeof x);
     return x;
 }
 
-inline float to_float(float x) { return x; }
+FORKTREE_INLINE float to_float(float x) { return x; }
 
-inline float to_float(Bf16 x) { return bits_float(uint32_t(x.bits) << 16); }
+FORKTREE_INLINE float to_float(Bf16 x) { return bits_float(uint32_t(x.bits) << 16); }
 
-inline float to_float(Fp16 x) {
+FORKTREE_INLINE float to_float(Fp16 x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
     const uint32_t magnitude = uint32_t(x.bits & 0x7fff);
     // Exponent field moved up by 224 instead of 112, so that inf and NaN stay what they are; the factor takes the rest.
@@ -48,12 +51,12 @@ template <class T>
 T from_float(float x);
 
 template <>
-inline float from_float<float>(float x) {
+FORKTREE_INLINE float from_float<float>(float x) {
     return x;
 }
 
 template <>
-inline Bf16 from_float<Bf16>(float x) {
+FORKTREE_INLINE Bf16 from_float<Bf16>(float x) {
     const uint32_t bits = float_bits(x);
     const bool nan = (bits & 0x7fffffff) > 0x7f800000;  // rounding could carry it into an infinity
     const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
@@ -61,7 +64,7 @@ inline Bf16 from_float<Bf16>(float x) {
 }
 
 template <>
-inline Fp16 from_float<Fp16>(float x) {
+FORKTREE_INLINE Fp16 from_float<Fp16>(float x) {
     const uint32_t bits = float_bits(x), twice = bits + bits;
     // Adding 2^15 times the power of two below x (at least 2^-14) leaves room for 10 mantissa bits: the addition
     // rounds. The two factors make too large values overflow.

@@ -4,7 +4,7 @@ import torch
 from forktree import ops
 
 
-@pytest.fixture(params=["reference", "torch"], autouse=True)
+@pytest.fixture(params=["reference", "torch", "cpu"], autouse=True)
 def backend(request, monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", request.param)
 

@@ -4,9 +4,10 @@ import torch
 from forktree import ops
 
 
-@pytest.fixture(params=["reference", "torch"], autouse=True)
+@pytest.fixture(params=["reference", "torch", "cpu"], autouse=True)
 def backend(request, monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", request.param)
+    return request.param
 
 
 def state(scores, values):
@@ -41,8 +42,8 @@ def test_equals_one_softmax_over_everything():
     torch.testing.assert_close((out[4], total[4]), state(scores[3:], values[3:]))
 
 
-def test_is_associative():
-    _, _, o, lse = states([2, 3, 4], dtype=torch.float64)
+def test_is_associative(backend):
+    _, _, o, lse = states([2, 3, 4], dtype=torch.float32 if backend == "cpu" else torch.float64)
     whole = merge(o, lse, [[0, 1, 2]])
     for pair, rest in (([0, 1], 2), ([1, 2], 0)):
         half = merge(o, lse, [pair])
