@@ -19,14 +19,12 @@ from torch import Tensor
 
 from forktree.ops import library as library
 from forktree.ops.checks import (
-    FLOATS,
     check_append_kv,
     check_lists,
     check_merge_states,
-    check_pools,
     check_rotate_rows,
     check_slots,
-    check_tensor,
+    check_tree_attention,
 )
 from forktree.ops.cpu.dtypes import DTYPES
 from forktree.plan import AttentionPlan
@@ -75,17 +73,15 @@ def tree_attention(
     Math is done in fp32, for fp64 inputs in fp64. Raises ValueError on any mismatch before computing
     anything.
     """
-    _check_attention(q, k_slots, v_slots, plan)
-    heads = q.shape[1]
-    if sinks is not None:
-        check_tensor("sinks", sinks, (heads,), q.device)
-    if alibi_slopes is not None:
-        check_tensor("alibi_slopes", alibi_slopes, (heads,), q.device)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, got {softcap}")
     backend = _backend(q)
     if backend == "cpu" and not os.environ.get("FORKTREE_BACKEND"):
         backend = "torch"  # UNTIL csrc/tree_attention.cpp is there: then these two lines go
+    if backend != "cpu":
+        check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
+    if not torch.compiler.is_compiling():
+        _check_plan(q, k_slots, plan)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0, got {softcap}")
     out, lse = _load(backend).tree_attention(
         q,
         k_slots,
@@ -184,22 +180,22 @@ def _load(name: str) -> ModuleType:
     raise ValueError(f"FORKTREE_BACKEND={name}: {why}; available: {', '.join(BACKENDS)}")
 
 
-def _check_attention(q: Tensor, k_slots: Tensor, v_slots: Tensor, plan: AttentionPlan) -> None:
-    check_pools(k_slots, v_slots)
-    if q.dtype not in FLOATS:
-        raise ValueError(f"q must be fp32, bf16, fp16 or fp64, got {q.dtype}")
+def _check_plan(q: Tensor, k_slots: Tensor, plan: AttentionPlan) -> None:
+    """That plan is one for these shapes: remembered with the plan, as it serves many layers."""
+    shapes = q.shape, k_slots.shape
+    if plan.cache.get("fits") == shapes:
+        return
     rows = (plan.layout.num_rows, plan.num_qo_heads, plan.head_dim)
     if q.shape != rows:
         raise ValueError(
             f"q must be {list(rows)} (rows of the layout, heads and head_dim of the plan), got {list(q.shape)}"
         )
-    if k_slots.shape[1] != plan.num_kv_heads or k_slots.shape[2] != plan.head_dim:
+    if k_slots.shape[1:] != (plan.num_kv_heads, plan.head_dim):
         raise ValueError(
             f"k_slots must be [slots, {plan.num_kv_heads}, {plan.head_dim}] (heads and head_dim of the "
             f"plan), got {list(k_slots.shape)}"
         )
-    if k_slots.dtype != q.dtype or k_slots.device != q.device:
-        raise ValueError(f"k_slots must be {q.dtype} on {q.device} as q is, got {k_slots.dtype} on {k_slots.device}")
     lowest, highest = plan.layout.slot_bounds
     if lowest < 0 or highest >= k_slots.shape[0]:
         raise ValueError(f"slot_index must be in [0, {k_slots.shape[0]}), the pool, got {lowest} to {highest}")
+    plan.cache["fits"] = shapes

@@ -1,4 +1,7 @@
-"""Argument checks of the operations: every message names the argument, what it must be, and what it is."""
+"""Argument checks of the operations: every message names the argument, what it must be, and what it is.
+
+They run at every call, so what is read of a tensor is read once: each attribute costs 0.1 us.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def check_pools(k_slots: Tensor, v_slots: Tensor) -> None:
-    if k_slots.ndim != 3 or v_slots.ndim != 3 or k_slots.shape[:2] != v_slots.shape[:2]:
+    k_shape, v_shape = k_slots.shape, v_slots.shape
+    if len(k_shape) != 3 or len(v_shape) != 3 or k_shape[0] != v_shape[0] or k_shape[1] != v_shape[1]:
         raise ValueError(
-            f"k_slots and v_slots must be [slots, Hk, Dk] and [slots, Hk, Dv], got "
-            f"{list(k_slots.shape)} and {list(v_slots.shape)}"
+            f"k_slots and v_slots must be [slots, Hk, Dk] and [slots, Hk, Dv], got {list(k_shape)} and {list(v_shape)}"
         )
     if v_slots.dtype != k_slots.dtype or v_slots.device != k_slots.device:
         raise ValueError(
@@ -27,36 +30,30 @@ def check_pools(k_slots: Tensor, v_slots: Tensor) -> None:
 
 
 def check_tree_attention(
-    q: Tensor,
-    k_slots: Tensor,
-    v_slots: Tensor,
-    plan: Tensor,
-    slot_index: Tensor,
-    num_tokens: int,
-    softcap: float,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
+    q: Tensor, k_slots: Tensor, v_slots: Tensor, sinks: Tensor | None, alibi_slopes: Tensor | None
 ) -> None:
-    """All but the contents of plan and slot_index."""
+    """All but the plan."""
     check_pools(k_slots, v_slots)
-    dtype, device = k_slots.dtype, k_slots.device
+    shape, dtype, device = q.shape, q.dtype, q.device
+    if dtype not in FLOATS:
+        raise ValueError(f"q must be fp32, bf16, fp16 or fp64, got {dtype}")
+    if k_slots.dtype != dtype or k_slots.device != device:
+        raise ValueError(f"k_slots must be {dtype} on {device} as q is, got {k_slots.dtype} on {k_slots.device}")
     _, kv_heads, dim = k_slots.shape
-    if q.ndim != 3 or q.shape[2] != dim or q.dtype != dtype or q.device != device:
-        raise ValueError(f"q must be {dtype} [R, Hq, {dim}] on {device}, got {q.dtype} {list(q.shape)} on {q.device}")
-    heads = q.shape[1]
-    if not kv_heads or heads % kv_heads:
-        raise ValueError(f"q must have a multiple of the {kv_heads} heads in k_slots, got {heads}")
-    for name, x in (("plan", plan), ("slot_index", slot_index)):
-        if x.ndim != 1 or x.dtype != torch.int32 or x.device != device:
-            raise ValueError(f"{name} must be int32 [size] on {device}, got {x.dtype} {list(x.shape)} on {x.device}")
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
-    if not softcap >= 0:
-        raise ValueError(f"softcap must be above 0, or 0 for none, got {softcap}")
+    if len(shape) != 3 or shape[2] != dim or not kv_heads or shape[1] % kv_heads:
+        raise ValueError(
+            f"q must be [R, Hq, {dim}] with Hq a multiple of the {kv_heads} heads of k_slots, got {list(shape)}"
+        )
     if sinks is not None:
-        check_tensor("sinks", sinks, (heads,), device)
+        check_tensor("sinks", sinks, (shape[1],), device)
     if alibi_slopes is not None:
-        check_tensor("alibi_slopes", alibi_slopes, (heads,), device)
+        check_tensor("alibi_slopes", alibi_slopes, (shape[1],), device)
+
+
+def check_plan_tensors(plan: Tensor, slot_index: Tensor, device: torch.device) -> None:
+    for name, x in (("plan", plan), ("slot_index", slot_index)):
+        if x.dtype != torch.int32 or x.ndim != 1 or x.device != device:
+            raise ValueError(f"{name} must be int32 [size] on {device}, got {x.dtype} {list(x.shape)} on {x.device}")
 
 
 def check_append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:

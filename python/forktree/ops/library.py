@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from forktree.ops.checks import check_append_kv, check_merge_states, check_rotate_rows, check_tree_attention
+from forktree.ops.checks import (
+    check_append_kv,
+    check_merge_states,
+    check_plan_tensors,
+    check_rotate_rows,
+    check_tree_attention,
+)
 from forktree.ops.cpu.append_kv import launch as append_kv
 from forktree.ops.cpu.merge_states import launch as merge_states
 from forktree.ops.cpu.rotate_rows import launch as rotate_rows
@@ -59,6 +65,7 @@ def _(
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    check_tree_attention(q, k_slots, v_slots, plan, slot_index, num_tokens, softcap, sinks, alibi_slopes)
+    check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
+    check_plan_tensors(plan, slot_index, q.device)
     shape = (num_tokens, q.shape[1], v_slots.shape[2])
     return q.new_empty(shape), q.new_empty(shape[:2], dtype=torch.float32)
