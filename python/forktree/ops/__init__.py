@@ -17,7 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from forktree.ops import library as library
+from forktree.ops import cpu
+from forktree.ops import library as library  # registers torch.ops.forktree
 from forktree.ops.checks import (
     check_append_kv,
     check_lists,
@@ -172,8 +173,12 @@ def _backend(x: Tensor) -> str:
     return name
 
 
-@lru_cache
 def _load(name: str) -> ModuleType:
+    return cpu if name == "cpu" else _import(name)  # torch.compile does not trace imports
+
+
+@lru_cache
+def _import(name: str) -> ModuleType:
     if name in BACKENDS:
         return importlib.import_module(BACKENDS[name])
     why = ABSENT.get(name, "there is no such backend")
