@@ -2,23 +2,51 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "append_kv.hpp"
 #include "isa.hpp"
+#include "merge_states.hpp"
+#include "rotate_rows.hpp"
 #include "tree_attention.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
+using Address = uintptr_t;
+
 template <class T>
-T* at(uintptr_t address) {
+T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-void tree_attention(int dtype, uintptr_t q, int64_t q_row_stride, int64_t q_head_stride, int64_t rows,
-                    int32_t num_qo_heads, int32_t key_dim, uintptr_t k, uintptr_t v, int64_t num_slots,
-                    int32_t num_kv_heads, int32_t value_dim, uintptr_t plan, int64_t plan_size, uintptr_t slot_index,
-                    int64_t slot_index_size, float scale, float softcap, uintptr_t sinks, uintptr_t alibi_slopes,
-                    uintptr_t out, uintptr_t lse, int64_t num_tokens, int threads) {
+void append_kv(int dtype, int64_t tokens, int64_t heads, int64_t num_slots, Address slots, bool wide, Address k,
+               int64_t k_row_stride, int64_t k_head_stride, int64_t k_dim, Address k_slots, Address v,
+               int64_t v_row_stride, int64_t v_head_stride, int64_t v_dim, Address v_slots, int threads) {
+    forktree::append_kv(dtype, heads, num_slots, {at<void>(slots), wide, tokens},
+                        {at<void>(k), k_row_stride, k_head_stride, k_dim, at<void>(k_slots)},
+                        {at<void>(v), v_row_stride, v_head_stride, v_dim, at<void>(v_slots)}, threads);
+}
+
+void rotate_rows(int dtype, Address q, int64_t row_stride, int64_t head_stride, int64_t rows, int64_t heads,
+                 int64_t dim, Address shift, bool wide, Address inv_freq, int64_t pairs, bool interleaved, Address out,
+                 int threads) {
+    forktree::rotate_rows(dtype, at<void>(q), row_stride, head_stride, heads, dim, {at<void>(shift), wide, rows},
+                          {at<double>(inv_freq), pairs, interleaved}, at<void>(out), threads);
+}
+
+void merge_states(int dtype, Address o, Address lse, int64_t states, int64_t heads, int64_t dim, Address indptr,
+                  bool indptr_wide, int64_t indptr_size, Address index, bool index_wide, int64_t index_size,
+                  Address out, Address total, int threads) {
+    forktree::merge_states(dtype, at<void>(o), at<float>(lse), states, heads, dim,
+                           {at<void>(indptr), indptr_wide, indptr_size}, {at<void>(index), index_wide, index_size},
+                           at<void>(out), at<float>(total), threads);
+}
+
+void tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_stride, int64_t rows,
+                    int32_t num_qo_heads, int32_t key_dim, Address k, Address v, int64_t num_slots,
+                    int32_t num_kv_heads, int32_t value_dim, Address plan, int64_t plan_size, Address slot_index,
+                    int64_t slot_index_size, float scale, float softcap, Address sinks, Address alibi_slopes,
+                    Address out, Address lse, int64_t num_tokens, int threads) {
     forktree::Attention call{};
     call.dtype = forktree::Dtype(dtype);
     call.q = at<void>(q);
@@ -49,5 +77,10 @@ PYBIND11_MODULE(_core, m) {
     m.def("isas", &forktree::isas);
     m.def("isa", &forktree::isa_name);
     m.def("use_isa", &forktree::use_isa, py::arg("name"));
-    m.def("tree_attention", &tree_attention, py::call_guard<py::gil_scoped_release>());
+
+    using Unlocked = py::call_guard<py::gil_scoped_release>;
+    m.def("append_kv", &append_kv, Unlocked());
+    m.def("rotate_rows", &rotate_rows, Unlocked());
+    m.def("merge_states", &merge_states, Unlocked());
+    m.def("tree_attention", &tree_attention, Unlocked());
 }

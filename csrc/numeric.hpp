@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-// Kernels compiled for several instruction sets use these: no copy may be left for the linker to choose.
+// Never a symbol of its own: a copy compiled for AVX-512 must not become the one that all others are linked to.
 #define FORKTREE_INLINE inline __attribute__((always_inline))
 
 namespace forktree {
