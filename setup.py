@@ -44,7 +44,7 @@ ISAS = {
     "amx": ([*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"], "_tile_dpbf16ps(0, 1, 2);"),
 }
 
-NEEDS = "forktree needs a C++17 compiler, g++ 9 or clang++ 10 or newer"
+NEEDS = "forktree needs a C++17 compiler (g++ 9 or clang++ 10, or newer)"
 INSTALL = "`apt-get install g++`, `dnf install gcc-c++` or `xcode-select --install` gets one"
 
 
@@ -79,9 +79,11 @@ class Compiler:
             self.version = shown.partition("\n")[0] or shlex.join(self.command)
             why = self.complaint("#include <string_view>\nint main() { return int(std::string_view().size()); }")
         except OSError as error:
-            raise CompileError(f"{NEEDS}, {shlex.join(self.command)} does not run: {error}; {INSTALL}") from None
+            raise CompileError(
+                f"{NEEDS}; {shlex.join(self.command)} does not run: {error.strerror}; {INSTALL}"
+            ) from None
         if why:
-            raise CompileError(f"{NEEDS}, {self.version} does not build a program: {why}; {INSTALL}")
+            raise CompileError(f"{NEEDS}; {self.version} does not build a program: {why}; {INSTALL}")
 
         # Each once, and only what is there: this Python's headers may be spread over two folders.
         headers = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
@@ -121,7 +123,7 @@ def find_compiler() -> list[str]:
     for name in ((sysconfig.get_config_var("CXX") or "c++").split()[0], "c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]
-    raise CompileError(f"{NEEDS}, found none; {INSTALL}")
+    raise CompileError(f"{NEEDS} and found none; {INSTALL}")
 
 
 def mac_architecture() -> list[str]:

@@ -46,10 +46,9 @@ def show(environment: dict[str, Any], console: Console) -> None:
     for isa in environment["isas"]:
         isas.add_row(isa["name"], *("yes" if isa[key] else "no" for key in ("built", "runs", "chosen")), isa["why"])
     console.print(isas, highlight=False)
-    backends = Table("backend", "available", "used on", "why")
+    backends = Table("backend", "available", "why")
     for backend in environment["backends"]:
-        available = "yes" if backend["available"] else "no"
-        backends.add_row(backend["name"], available, ", ".join(backend["used_on"]), backend["why"])
+        backends.add_row(backend["name"], "yes" if backend["available"] else "no", backend["why"])
     console.print(backends, highlight=False)
 
 
@@ -81,12 +80,7 @@ def _backends() -> list[dict[str, Any]]:
     if forced and forced not in ops.BACKENDS:
         why = ops.ABSENT.get(forced, "there is no such backend")
         raise InvalidInput(f"FORKTREE_BACKEND must be one of {', '.join(ops.BACKENDS)}, got {forced!r}: {why}")
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    rows: list[dict[str, Any]] = []
-    for name in ops.BACKENDS:
-        used_on = [device for device in devices if name == (forced or ops._default(device))]
-        why = "FORKTREE_BACKEND names it" if name == forced else "the default there" if used_on else ""
-        rows.append({"name": name, "available": True, "used_on": used_on, "why": why})
-    for name, why in ops.ABSENT.items():
-        rows.append({"name": name, "available": False, "used_on": [], "why": why})
-    return rows
+    present = [
+        {"name": n, "available": True, "why": "FORKTREE_BACKEND names it" if n == forced else ""} for n in ops.BACKENDS
+    ]
+    return present + [{"name": name, "available": False, "why": why} for name, why in ops.ABSENT.items()]
