@@ -55,7 +55,9 @@ class NinjaBuild(build_ext):
         if sys.platform == "win32":
             raise CompileError("forktree builds on Linux and macOS; on Windows use it under WSL")
         compiler = Compiler()
-        build = Path(self.build_temp).resolve()
+        # Not build_temp: an editable install has a new one each time and would compile everything again.
+        base = self.get_finalized_command("build").build_base
+        build = Path(base, f"ninja.{sysconfig.get_platform()}-{sys.implementation.cache_tag}").resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ class Compiler:
         if why:
             raise CompileError(f"{NEEDS}; {self.version} does not build a program: {why}; {INSTALL}")
 
-        # Each once, and only what is there: this Python's headers may be spread over two folders.
+        # Often one folder, so each is named once.
         headers = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
         self.python = [f"-isystem{folder}" for folder in headers]
         if self.complaint("#include <Python.h>", *self.python, "-c"):
