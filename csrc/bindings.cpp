@@ -74,6 +74,18 @@ void tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_s
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
+    // What setup.py compiled it with.
+    py::dict build;
+    build["compiler"] = FORKTREE_COMPILER;
+    build["flags"] = FORKTREE_FLAGS;
+    build["isas"] = FORKTREE_ISAS;
+#ifdef _OPENMP
+    build["openmp"] = true;
+#else
+    build["openmp"] = false;
+#endif
+    m.attr("build") = build;
+
     m.def("isas", &forktree::isas);
     m.def("isa", &forktree::isa_name);
     m.def("use_isa", &forktree::use_isa, py::arg("name"));

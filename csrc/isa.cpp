@@ -1,6 +1,7 @@
 #include "isa.hpp"
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -43,12 +44,20 @@ constexpr bool BUILT[COUNT] = {
 };
 
 #if defined(__x86_64__)
+#ifdef FORKTREE_EMULATE_AMX  // the tiles are plain C++, so that tests and sanitizers see that variant anywhere
+constexpr bool EMULATE_AMX = true;
+#else
+constexpr bool EMULATE_AMX = false;
+#endif
+
 struct Cpu {
-    uint32_t leaf7_0[4] = {}, leaf7_1[4] = {};
+    uint32_t leaf1[4] = {}, leaf7_0[4] = {}, leaf7_1[4] = {};  // eax, ebx, ecx, edx
     Cpu() {
+        __get_cpuid_count(1, 0, &leaf1[0], &leaf1[1], &leaf1[2], &leaf1[3]);
         __get_cpuid_count(7, 0, &leaf7_0[0], &leaf7_0[1], &leaf7_0[2], &leaf7_0[3]);
         __get_cpuid_count(7, 1, &leaf7_1[0], &leaf7_1[1], &leaf7_1[2], &leaf7_1[3]);
     }
+    bool f16c() const { return leaf1[2] >> 29 & 1; }
     bool avx512bf16() const { return leaf7_1[0] >> 5 & 1; }
     bool amx() const { return (leaf7_0[3] >> 22 & 1) && (leaf7_0[3] >> 24 & 1); }
 };
@@ -69,12 +78,13 @@ std::string missing(Isa wanted) {
 #if defined(__x86_64__)
     const Cpu cpu;
     const char* lacks = "this processor does not have it";
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu.f16c();
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     switch (wanted) {
         case Isa::portable: break;
         case Isa::avx2:
-            if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return lacks;
+            if (!avx2) return lacks;
             break;
         case Isa::avx512:
             if (!avx512) return lacks;
@@ -83,8 +93,8 @@ std::string missing(Isa wanted) {
             if (!avx512 || !cpu.avx512bf16()) return lacks;
             break;
         case Isa::amx:
-            if (!avx512 || !cpu.avx512bf16() || !cpu.amx()) return lacks;
-            if (!tiles_granted()) return "the operating system does not grant the tile registers";
+            if (!avx512 || !cpu.avx512bf16() || !(EMULATE_AMX || cpu.amx())) return lacks;
+            if (!(EMULATE_AMX || tiles_granted())) return "the operating system does not grant the tile registers";
             break;
     }
 #endif

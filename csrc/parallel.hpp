@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #ifndef _OPENMP
+#include <system_error>
 #include <thread>
 #include <vector>
 #endif
@@ -28,7 +29,10 @@ void parallel(int64_t tasks, int threads, const Task& task) {
     work();
 #else
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i) others.emplace_back(work);
+    try {
+        for (int i = 1; i < threads; ++i) others.emplace_back(work);
+    } catch (const std::system_error&) {  // no more threads to be had: those there are do all of it
+    }
     work();
     for (std::thread& other : others) other.join();
 #endif

@@ -1,4 +1,15 @@
-"""The compiled kernels: addresses, sizes, and strides in elements. ValueError names what is wrong with values."""
+"""The compiled core, `csrc/bindings.cpp`: addresses, sizes, and strides in elements. ValueError names what is wrong
+with values."""
+
+from typing import TypedDict
+
+class Build(TypedDict):
+    compiler: str
+    flags: str
+    isas: str
+    openmp: bool
+
+build: Build
 
 def isas() -> list[tuple[str, str]]: ...
 def isa() -> str: ...
