@@ -56,10 +56,8 @@ void tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_s
     call.v = at<void>(v);
     call.num_qo_heads = num_qo_heads;
     call.num_kv_heads = num_kv_heads;
-    call.group = num_qo_heads / num_kv_heads;
     call.key_dim = key_dim;
     call.value_dim = value_dim;
-    call.plan = forktree::plan_view(at<int32_t>(plan), plan_size);
     call.slot_index = at<int32_t>(slot_index);
     call.scale = scale;
     call.softcap = softcap;
@@ -67,8 +65,7 @@ void tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_s
     call.alibi_slopes = at<float>(alibi_slopes);
     call.out = at<void>(out);
     call.lse = at<float>(lse);
-    (void)rows; (void)num_tokens;
-    forktree::tree_attention(call, num_slots, slot_index_size, threads);
+    forktree::tree_attention(call, {at<int32_t>(plan), plan_size, rows, num_tokens, num_slots, slot_index_size}, threads);
 }
 
 }  // namespace

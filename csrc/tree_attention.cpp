@@ -51,6 +51,12 @@ int64_t seg_tokens(const PlanView& plan, const Seg& seg) {
     return std::max<int64_t>(0, int64_t(std::min(seg.stop, plan.node_len[seg.node])) - seg.start);
 }
 
+void expect(const char* what, int64_t planned, int64_t given) {
+    if (planned != given)
+        throw std::invalid_argument(std::string(what) + " must be " + std::to_string(planned) + " as in the plan, got " +
+                                    std::to_string(given));
+}
+
 void check_slots(const Attention& call, int64_t num_slots, int64_t slot_index_size) {
     const Header& header = *call.plan.header;
     for (int32_t s = 0; s < header.segs; ++s) {
@@ -113,10 +119,16 @@ void clear_unseen(const Attention& call, const std::vector<bool>& written) {
 
 }  // namespace
 
-void tree_attention(const Attention& given, int64_t num_slots, int64_t slot_index_size, int threads) {
-    Attention call = given;
-    check_slots(call, num_slots, slot_index_size);
+void tree_attention(Attention call, const AttentionSizes& sizes, int threads) {
+    call.plan = plan_view(sizes.plan, sizes.plan_size);
     const PlanView& plan = call.plan;
+    expect("rows of q", plan.header->rows, sizes.rows);
+    expect("num_tokens", plan.header->tokens, sizes.tokens);
+    expect("query heads", plan.header->num_qo_heads, call.num_qo_heads);
+    expect("KV heads", plan.header->num_kv_heads, call.num_kv_heads);
+    expect("head_dim", plan.header->head_dim, call.key_dim);
+    call.group = call.num_qo_heads / call.num_kv_heads;
+    check_slots(call, sizes.num_slots, sizes.slot_index_size);
     const AttentionKernel run = kernel(call);
 
     static thread_local Scratch scratch, partials;

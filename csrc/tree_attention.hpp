@@ -15,7 +15,8 @@ struct Attention {
     int64_t q_row_stride, q_head_stride;
     const void* k;  // [slots, Hk, Dk]
     const void* v;  // [slots, Hk, Dv]
-    int32_t num_qo_heads, num_kv_heads, group, key_dim, value_dim;
+    int32_t num_qo_heads, num_kv_heads, key_dim, value_dim;
+    int32_t group;  // num_qo_heads / num_kv_heads
     PlanView plan;
     const int32_t* slot_index;
     float scale;
@@ -60,7 +61,14 @@ namespace amx {
 AttentionKernel attention_kernel(const Attention& call);
 }
 
-// The whole operation. Throws std::invalid_argument before anything is written.
-void tree_attention(const Attention& call, int64_t num_slots, int64_t slot_index_size, int threads);
+// What the arguments were made for, to be compared with the plan.
+struct AttentionSizes {
+    const int32_t* plan;
+    int64_t plan_size, rows, tokens, num_slots, slot_index_size;
+};
+
+// The whole operation; `group`, `plan` and the partials are filled in here. Throws std::invalid_argument, naming what
+// does not fit, before anything is written.
+void tree_attention(Attention call, const AttentionSizes& sizes, int threads);
 
 }  // namespace forktree
