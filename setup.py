@@ -19,7 +19,18 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path(__file__).parent.resolve() / "csrc"
-COMMON = ["bindings", "isa", "plan", "append_kv", "rotate_rows", "merge_states", "tree_attention"]
+COMMON = [
+    "bindings",
+    "isa",
+    "plan",
+    "plan_count",
+    "plan_view",
+    "stretches",
+    "append_kv",
+    "rotate_rows",
+    "merge_states",
+    "tree_attention",
+]
 KERNELS = ["tree_attention_kernel"]  # compiled for each instruction set
 
 AVX2 = "-mavx2 -mfma -mf16c"
