@@ -26,7 +26,18 @@ except ImportError as error:  # pip sees to them, unless it is told --no-build-i
     sys.exit(f"building forktree needs the Python package {error.name}: pip install ninja 'pybind11>=2.13'")
 
 CSRC = Path(__file__).parent.resolve() / "csrc"
-COMMON = ["bindings", "isa", "plan", "append_kv", "rotate_rows", "merge_states", "tree_attention"]
+COMMON = [
+    "bindings",
+    "isa",
+    "plan",
+    "plan_count",
+    "plan_view",
+    "stretches",
+    "append_kv",
+    "rotate_rows",
+    "merge_states",
+    "tree_attention",
+]
 KERNELS = ["tree_attention_kernel"]  # compiled for each instruction set
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wno-psabi"]

@@ -41,7 +41,7 @@ struct Row {
     int32_t token;  // output it belongs to
     int32_t tip;    // node whose tokens from offset `tail` on the rows of its context see differently, or -1
     int32_t tail;
-    int32_t last;   // last offset of the tip this row sees, if causal; else INT32_MAX
+    int32_t last;   // last offset of the tip this row sees: its own if causal, that of its last bit if masked, else LIVE
     int32_t mask;   // word of `mask` where the row's bits begin (bit j: may it see offset tail + j), or -1
 };
 
@@ -56,6 +56,7 @@ struct PlanView {
     const int32_t* node_len;
     const int32_t* row_pos;
     const uint32_t* mask;
+    int64_t index_end;  // entries of slot_index the plan may read
 };
 
 PlanView plan_view(const int32_t* buffer, int64_t size);

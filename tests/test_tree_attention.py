@@ -1,4 +1,5 @@
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,10 +7,9 @@ import torch
 
 from forktree import ops
 from forktree.layout import TreeLayout
-from forktree.plan import plan
+from forktree.plan import CPU, plan
 from layouts import KINDS, naive_attention, random_layout, shared_prompt
 
-planner = importlib.import_module("forktree.plan")
 executor = importlib.import_module("forktree.ops.torch_backend.tree_attention")
 BACKENDS = ("reference", "torch")
 
@@ -33,13 +33,20 @@ def tensors(case, heads=4, kv_heads=2, dim=8, value_dim=None, dtype=torch.float3
     return q, k, v
 
 
-def attend(case, q, k, v, window=None, **options):
-    made = plan(case.layout, num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2], window=window)
+def attend(case, q, k, v, window=None, target=None, **options):
+    made = plan(
+        case.layout,
+        num_qo_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        window=window,
+        target=target,
+    )
     return ops.tree_attention(q, k, v, made, return_lse=True, **options)
 
 
-def compare(case, q, k, v, *, rtol=2e-5, **options):
-    out, lse = attend(case, q, k, v, **options)
+def compare(case, q, k, v, *, rtol=2e-5, target=None, **options):
+    out, lse = attend(case, q, k, v, target=target, **options)
     expected, expected_lse = naive_attention(case, q, k, v, **options)
     assert out.dtype == q.dtype and lse.dtype == torch.float32 and out.shape == expected.shape
     np.testing.assert_allclose(out.double().numpy(), expected, rtol=rtol, atol=rtol)
@@ -104,12 +111,11 @@ def test_cut_and_folded_work(kind, monkeypatch):
         ("MAX_ELEMENTS", 99),
     ):
         monkeypatch.setattr(executor, name, value)
-    monkeypatch.setattr(planner, "LONG", 6)
-    monkeypatch.setattr(planner, "THIN", 2)
+    target = replace(CPU, units=64, lanes=2, max_lanes=8, item=100, segment=1, grain=1)
     for seed in range(8):
         case = random_layout(seed, kind, max_len=20)
-        compare(case, *tensors(case))
-        compare(case, *tensors(case), window=9)
+        compare(case, *tensors(case), target=target)
+        compare(case, *tensors(case), window=9, target=target)
 
 
 def test_large_chunk_over_a_long_prompt(monkeypatch):

@@ -75,8 +75,6 @@ def tree_attention(
     anything.
     """
     backend = _backend(q)
-    if backend == "cpu" and not os.environ.get("FORKTREE_BACKEND"):
-        backend = "torch"  # UNTIL csrc/tree_attention.cpp is there: then these two lines go
     if backend != "cpu":
         check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
     if not torch.compiler.is_compiling():
