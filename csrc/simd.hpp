@@ -98,4 +98,28 @@ static inline void widen(const uint16_t* from, float* to, int64_t n, Dtype dtype
     }
 }
 
+// And back, to nearest, ties to even.
+static inline void narrow(const float* from, uint16_t* to, int64_t n, Dtype dtype) {
+    int64_t i = 0;
+    if (dtype == Dtype::bf16) {
+        typedef uint16_t half __attribute__((vector_size(2 * VL)));
+        typedef uint32_t vu __attribute__((vector_size(4 * VL)));
+        for (; i + VL <= n; i += VL) {
+            const vf x = load(from + i);
+            const vu bits = reinterpret_cast<vu>(x);
+            const vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+            const half y = __builtin_convertvector(x == x ? rounded : bits >> 16 | 0x40, half);  // NaN stays NaN
+            __builtin_memcpy(to + i, &y, sizeof y);
+        }
+        for (; i < n; ++i) to[i] = from_float<Bf16>(from[i]).bits;
+        return;
+    }
+#if defined(__AVX2__)
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    for (; i < n; ++i) to[i] = from_float<Fp16>(from[i]).bits;
+}
+
 }  // namespace forktree::FORKTREE_ISA

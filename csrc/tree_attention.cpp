@@ -151,7 +151,8 @@ void tree_attention(Attention call, const AttentionSizes& sizes, int threads) {
     });
     if (plan.header->partials)
         parallel(plan.header->tokens, threads, [&](int64_t token) {
-            if (plan.merge_indptr[token] < plan.merge_indptr[token + 1]) run.merge(call, token);
+            if (plan.merge_indptr[token] < plan.merge_indptr[token + 1]) 
+                run.merge(call, token, reinterpret_cast<float*>(scratch.get(4 * call.value_dim)));
         });
 }
 

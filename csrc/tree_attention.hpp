@@ -41,8 +41,8 @@ struct AttentionKernel {
     int64_t (*scratch)(const Attention&, int64_t rows, int64_t heads);
     // scratch: 64-byte aligned. Writes outputs, or partials.
     void (*run)(const Attention&, AttentionTask, char* scratch);
-    // Output of a token whose rows are in partials.
-    void (*merge)(const Attention&, int64_t token);
+    // Output of a token whose rows are in partials. scratch: [Dv].
+    void (*merge)(const Attention&, int64_t token, float* scratch);
 };
 
 namespace portable {

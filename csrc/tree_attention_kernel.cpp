@@ -77,7 +77,9 @@ class Prefetch {
     int pool = 0;
 
 public:
-    int64_t lines = 0;  // to ask for in each step of a product
+    static constexpr int64_t TERMS = 16;  // of a product, between two steps
+
+    int64_t lines = 0;  // to ask for in each step
 
     Prefetch(const Attention& call, int64_t head_begin, int64_t heads) {
         const int64_t item_size = call.dtype == Dtype::fp32 ? 4 : 2;
@@ -90,7 +92,7 @@ public:
         }
     }
 
-    // steps: of products while this chunk is fetched.
+    // steps: how many there will be while this chunk is fetched, about.
     void begin(const int32_t* next_slots, int64_t count, int64_t steps) {
         slots = next_slots;
         tokens = count;
@@ -126,14 +128,18 @@ public:
 // vector that are ours; the others stay as they are, whatever the sum.
 template <class Element, int V, int M>
 inline void product_block(const typename Element::Term* a, int64_t a_m, int64_t a_k, const typename Element::Term* b,
-                          float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep) {
+                          float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep, Prefetch& prefetch) {
     vf sum[M][V];
     for (int m = 0; m < M; ++m)
         for (int v = 0; v < V; ++v) sum[m][v] = factor ? load(c + m * c_stride + v * VL) * factor[v] : vf{};
-    for (int64_t k = 0; k < terms; ++k)
-        for (int m = 0; m < M; ++m)
-            for (int v = 0; v < V; ++v)
-                sum[m][v] = Element::multiply_add(sum[m][v], a[m * a_m + k * a_k], b + k * BLOCK + v * VL);
+    for (int64_t begin = 0; begin < terms; begin += Prefetch::TERMS) {
+        prefetch.step();
+        const int64_t end = terms - begin < Prefetch::TERMS ? terms : begin + Prefetch::TERMS;
+        for (int64_t k = begin; k < end; ++k)
+            for (int m = 0; m < M; ++m)
+                for (int v = 0; v < V; ++v)
+                    sum[m][v] = Element::multiply_add(sum[m][v], a[m * a_m + k * a_k], b + k * BLOCK + v * VL);
+    }
     for (int m = 0; m < M; ++m)
         for (int v = 0; v < V; ++v) {
             float* to = c + m * c_stride + v * VL;
@@ -195,14 +201,12 @@ __attribute__((noinline)) void product_vectors(int64_t rows, const typename Elem
         if (a_k == 1 && terms % 16 == 0)
             m = product_tiles<V>(rows, a, a_m, b, c, c_stride, terms, factor, keep, prefetch);
 #endif
-    for (; m + M <= rows; m += M) {
-        prefetch.step();
-        product_block<Element, V, M>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep);
-    }
+    for (; m + M <= rows; m += M)
+        product_block<Element, V, M>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep, prefetch);
     for (; m + 4 <= rows; m += 4)
-        product_block<Element, V, 4>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep);
+        product_block<Element, V, 4>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep, prefetch);
     for (; m < rows; ++m)
-        product_block<Element, V, 1>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep);
+        product_block<Element, V, 1>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep, prefetch);
 }
 
 // As product_block, for any number of rows and 1 to MAX_VECTORS vectors.
@@ -222,12 +226,11 @@ void product(int vectors, int64_t rows, const typename Element::Term* a, int64_t
 
 // ------------------------------------------------------------------ results
 
-inline void put(const Attention& call, int64_t at, float x) {
-    switch (call.dtype) {
-        case Dtype::fp32: static_cast<float*>(call.out)[at] = x; break;
-        case Dtype::bf16: static_cast<Bf16*>(call.out)[at] = from_float<Bf16>(x); break;
-        case Dtype::fp16: static_cast<Fp16*>(call.out)[at] = from_float<Fp16>(x); break;
-    }
+// An output, [Dv].
+inline void put(const Attention& call, int64_t to, const float* from) {
+    const int64_t dim = call.value_dim;
+    if (call.dtype == Dtype::fp32) __builtin_memcpy(static_cast<float*>(call.out) + to * dim, from, 4 * dim);
+    else narrow(from, static_cast<uint16_t*>(call.out) + to * dim, dim, call.dtype);
 }
 
 // Takes in the sink of a head and writes the log-sum-exp at index `to`. By what the sum of weighted values is then to
@@ -334,9 +337,9 @@ public:
         while (chunk.count) {
             Chunk next = chunk;
             advance(next);
-            // Steps of the products with the first rows of the chunk, about: 12 tokens, then 12 of the output's elements.
-            const int64_t steps = heads * ceil_div(chunk.count, TILE) * (TILE + value_dim) / 12;
-            prefetch.begin(slots_of(next), next.count, steps);
+            // Those of the first block of lanes: every 12 tokens with all of K, every 12 elements of V with all tokens.
+            const int64_t steps = heads * chunk.count * (key_terms + value_dim / Element::TERMS) / (12 * Prefetch::TERMS);
+            prefetch.begin(slots_of(next), next.count, steps + 1);
             for (int64_t head = 0; head < heads; ++head) attend(chunk, head);
             chunk = next;
         }
@@ -644,7 +647,8 @@ private:
             if (item.partial < 0) {
                 const int64_t to = rows[row].token * num_heads + qo_head;
                 const float weight = close(call, qo_head, top, mass, to);
-                for (int64_t d = 0; d < value_dim; ++d) put(call, to * value_dim + d, column[d * stride] * weight);
+                for (int64_t d = 0; d < value_dim; ++d) scores[d] = column[d * stride] * weight;
+                put(call, to, scores);
             } else {
                 const int64_t to = (item.partial + row) * num_heads + qo_head;
                 call.partial_max[to] = top;
@@ -655,7 +659,7 @@ private:
     }
 };
 
-void merge(const Attention& call, int64_t token) {
+void merge(const Attention& call, int64_t token, float* sum) {
     const int64_t heads = call.num_qo_heads, dim = call.value_dim;
     const int32_t* begin = call.plan.merge_partial + call.plan.merge_indptr[token];
     const int32_t* end = call.plan.merge_partial + call.plan.merge_indptr[token + 1];
@@ -666,20 +670,18 @@ void merge(const Attention& call, int64_t token) {
             top = x > top ? x : top;
         }
         const float base = top == -INF ? 0.0f : top;
-        for (const int32_t* p = begin; p < end; ++p)
-            mass += call.partial_mass[*p * heads + head] * __builtin_exp2f(call.partial_max[*p * heads + head] - base);
+        __builtin_memset(sum, 0, 4 * dim);
+        for (const int32_t* p = begin; p < end; ++p) {
+            const int64_t state = *p * heads + head;
+            const float factor = __builtin_exp2f(call.partial_max[state] - base);
+            mass += call.partial_mass[state] * factor;
+            const float* from = call.partial_out + state * dim;
+            for (int64_t d = 0; d < dim; ++d) sum[d] += from[d] * factor;
+        }
         const int64_t to = token * heads + head;
         const float weight = close(call, head, top, mass, to);
-        for (int64_t d = 0; d < dim; d += VL) {
-            const int64_t n = dim - d < VL ? dim - d : VL;
-            float sum[VL] = {};
-            for (const int32_t* p = begin; p < end; ++p) {
-                const float* from = call.partial_out + (*p * heads + head) * dim + d;
-                const float factor = __builtin_exp2f(call.partial_max[*p * heads + head] - base);
-                for (int64_t i = 0; i < n; ++i) sum[i] += from[i] * factor;
-            }
-            for (int64_t i = 0; i < n; ++i) put(call, to * dim + d + i, sum[i] * weight);
-        }
+        for (int64_t d = 0; d < dim; ++d) sum[d] *= weight;
+        put(call, to, sum);
     }
 }
 
