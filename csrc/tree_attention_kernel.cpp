@@ -38,7 +38,8 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // Elements of the products. `Term` is what one multiply-add consumes.
 struct Single {
     typedef float Term;
-    static constexpr int TERMS = 1;  // elements in a term
+    static constexpr int TERMS = 1;     // elements in a term
+    static constexpr int64_t PAD = 1;   // what a sum over tokens is filled up to, with zeros
     static vf multiply_add(vf sum, float a, const float* b) { return splat(a) * load(b) + sum; }
 };
 
@@ -46,6 +47,11 @@ struct Single {
 struct Pair {
     typedef uint32_t Term;  // two bf16, the first one in the low half
     static constexpr int TERMS = 2;
+#if defined(FORKTREE_TILES)
+    static constexpr int64_t PAD = 16;
+#else
+    static constexpr int64_t PAD = 1;
+#endif
     static vf multiply_add(vf sum, uint32_t a, const uint32_t* b) {
         return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)),
                                     (__m512bh)_mm512_loadu_si512(b));
@@ -257,12 +263,6 @@ struct Tile {
     int64_t token_stride, dim_stride;
 };
 
-// What the terms of a product are padded to, with zeros.
-#if defined(FORKTREE_TILES)
-constexpr int64_t PAD = 16;
-#else
-constexpr int64_t PAD = 1;
-#endif
 
 // Lanes a row of the transposed queries and outputs takes: an odd number of cache lines, so that the rows of a block
 // of lanes do not all fall into the same sets of the cache; and room for a block that begins at the last lane.
@@ -432,7 +432,7 @@ private:
                                  BLOCK, key_terms, nullptr, vi{}, prefetch);
                 vf factor[MAX_VECTORS];
                 weigh(seg, lane, n, at + tile, tokens, head, whole, factor);
-                const int64_t terms = ceil_div(tokens, Element::TERMS), padded = round_up(terms, PAD);
+                const int64_t terms = ceil_div(tokens, Element::TERMS), padded = round_up(terms, Element::PAD);
                 if (padded > terms) __builtin_memset(weights + terms * BLOCK, 0, 4 * (padded - terms) * BLOCK);
                 product<Element>(vectors, value_dim, v.data + tile / Element::TERMS * v.token_stride, v.dim_stride,
                                  v.token_stride, weights, outputs + head * value_dim * stride + lane, stride, padded, factor,
@@ -607,17 +607,17 @@ private:
             };
             const int64_t pairs = ceil_div(count, 2);
             for (int64_t p = 0; p < pairs; ++p) {
-                Term* to = PAD > 1 ? values_row : values + p * value_dim;
+                Term* to = Element::PAD > 1 ? values_row : values + p * value_dim;
                 if (2 * p + 1 < count) {
                     interleave(row(2 * p), row(2 * p + 1), to);
                 } else {
                     for (int64_t d = 0; d < value_dim; ++d) to[d] = row(2 * p)[d];
                 }
-                if constexpr (PAD > 1)
+                if constexpr (Element::PAD > 1)
                     for (int64_t d = 0; d < value_dim; ++d) values[d * (CHUNK / 2) + p] = to[d];
             }
-            if constexpr (PAD == 1) return {values, value_dim, 1};
-            const int64_t padded = round_up(pairs, PAD);
+            if constexpr (Element::PAD == 1) return {values, value_dim, 1};
+            const int64_t padded = round_up(pairs, Element::PAD);
             for (int64_t d = 0; d < value_dim; ++d)
                 __builtin_memset(values + d * (CHUNK / 2) + pairs, 0, 4 * (padded - pairs));
             return {values, 1, CHUNK / 2};
