@@ -22,9 +22,10 @@ bench: $(STAMP)
 # The core again under sanitizers, each build with a copy of the package, and the tests of what the core does. What a
 # sanitizer finds ends the run. ThreadSanitizer cannot see OpenMP's locks, and older ones want addresses that are not
 # random (setarch).
-SANITIZED := $(wildcard $(patsubst %,tests/test_%.py,append_kv rotate_rows merge_states tree_attention plan threads fuzz))
-CHECKED   := -O1 -g -fno-sanitize-recover=all -DFORKTREE_EMULATE_AMX
-RUNTIME    = $$($${CXX:-g++} -print-file-name=$(1))
+OPERATIONS := append_kv rotate_rows merge_states tree_attention plan threads fuzz
+SANITIZED  := $(wildcard $(OPERATIONS:%=tests/test_%.py))
+CHECKED    := -O1 -g -fno-sanitize-recover=all -DFORKTREE_EMULATE_AMX
+RUNTIME     = $$($${CXX:-g++} -print-file-name=$(1))
 
 sanitize: $(STAMP)
 	CXXFLAGS="-fsanitize=address,undefined $(CHECKED)" \
