@@ -68,12 +68,6 @@ def test_bits_are_copied_not_numbers():
         assert torch.equal(pool.view(torch.int16), bits)
 
 
-def test_tokens_may_come_from_the_pool():
-    pool = torch.arange(8.0)[:, None, None].repeat(1, 2, 3)
-    ops.append_kv(pool[1:3], pool[1:3], torch.tensor([6, 2]), pool, pool.clone())
-    assert pool[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 1, 7]
-
-
 def test_a_slot_named_twice_holds_one_of_both():
     k, pool = torch.arange(1000.0)[:, None, None].expand(1000, 2, 64), torch.zeros(2, 2, 64)
     ops.append_kv(k, k, torch.arange(1000) % 2, pool, pool.clone())
