@@ -42,7 +42,6 @@ void append_kv(int dtype, int64_t heads, int64_t num_slots, Indices slots, const
     if (highest >= num_slots)
         throw std::invalid_argument("slots must be below the pool's " + std::to_string(num_slots) + ", got " +
                                     std::to_string(highest));
-
     if (highest < 0) return;
 
     const Copy copy_k(k, heads, item), copy_v(v, heads, item);

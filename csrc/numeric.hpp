@@ -33,6 +33,12 @@ FORKTREE_INLINE float bits_float(uint32_t bits) {
     return x;
 }
 
+// condition ? yes : no, by mask and not by branch: loops over it become vector code.
+FORKTREE_INLINE uint32_t select(bool condition, uint32_t yes, uint32_t no) {
+    const uint32_t mask = 0u - uint32_t(condition);
+    return (yes & mask) | (no & ~mask);
+}
+
 FORKTREE_INLINE float to_float(float x) { return x; }
 
 FORKTREE_INLINE float to_float(Bf16 x) { return bits_float(uint32_t(x.bits) << 16); }
@@ -44,7 +50,7 @@ FORKTREE_INLINE float to_float(Fp16 x) {
     const float normal = bits_float((magnitude << 13) + (224u << 23)) * 0x1p-112f;
     // 0.5 + magnitude * 2^-24: exact, and without a subnormal float, which may be flushed to 0.
     const float subnormal = bits_float(magnitude | (126u << 23)) - 0.5f;
-    return bits_float(sign | float_bits(magnitude < 0x400 ? subnormal : normal));
+    return bits_float(sign | select(magnitude < 0x400, float_bits(subnormal), float_bits(normal)));
 }
 
 template <class T>
@@ -60,7 +66,7 @@ FORKTREE_INLINE Bf16 from_float<Bf16>(float x) {
     const uint32_t bits = float_bits(x);
     const bool nan = (bits & 0x7fffffff) > 0x7f800000;  // rounding could carry it into an infinity
     const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-    return {uint16_t((nan ? bits | 0x400000 : rounded) >> 16)};
+    return {uint16_t(select(nan, bits | 0x400000, rounded) >> 16)};
 }
 
 template <>
@@ -69,10 +75,10 @@ FORKTREE_INLINE Fp16 from_float<Fp16>(float x) {
     // Adding 2^15 times the power of two below x (at least 2^-14) leaves room for 10 mantissa bits: the addition
     // rounds. The two factors make too large values overflow.
     const float magnitude = bits_float(bits & 0x7fffffff) * 0x1p112f * 0x1p-110f;
-    const uint32_t exponent = (twice & 0xff000000) < 0x71000000 ? 0x71000000 : twice & 0xff000000;
+    const uint32_t exponent = select(twice < 0x71000000, 0x71000000, twice & 0xff000000);
     const uint32_t sum = float_bits(bits_float((exponent >> 1) + 0x07800000) + magnitude);
     const uint32_t rounded = (sum >> 13 & 0x7c00) + (sum & 0x0fff);
-    return {uint16_t((bits >> 16 & 0x8000) | (twice > 0xff000000 ? 0x7e00 : rounded))};
+    return {uint16_t((bits >> 16 & 0x8000) | select(twice > 0xff000000, 0x7e00, rounded))};
 }
 
 // call(T{}) with the element type of a dtype, which is a number from Python. Throws std::invalid_argument.

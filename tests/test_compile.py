@@ -1,4 +1,4 @@
-"""The operations under torch.compile: one graph, the same results, and pools that are written in place."""
+"""The registered operations, and torch.compile: one graph, the same results, pools that are written in place."""
 
 import math
 import re
@@ -90,6 +90,12 @@ def test_registrations_are_sound(dtype):
     opcheck(registered.rotate_rows.default, (q, torch.arange(3), torch.rand(3), True, 6))
     o, lse = torch.randn(5, HEADS, DIM).to(dtype), torch.randn(5, HEADS)
     opcheck(registered.merge_states.default, (o, lse, torch.tensor([0, 2, 2]), torch.tensor([4, 1])))
+
+
+def test_tokens_may_come_from_the_pool():
+    pool = torch.arange(8.0)[:, None, None].repeat(1, 2, 3)
+    torch.ops.forktree.append_kv.default(pool[1:3], pool[1:3], torch.tensor([6, -1]), pool, pool.clone())
+    assert pool[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 1, 7]
 
 
 def test_backends_must_be_able_to(monkeypatch):
