@@ -154,9 +154,8 @@ def write_rules(out: ninja_syntax.Writer, compiler: Compiler, target: Path) -> N
     bindings += [f"-DFORKTREE_{name}={json.dumps(value)}" for name, value in info.items()]
     # The portable objects come first: where the linker may choose between copies of an inline function, it takes one
     # that runs everywhere.
-    objects = {
-        f"{name}.o": (name, bindings if name == "bindings" else built if name in ("isa", "tree_attention") else []) for name in COMMON
-    }
+    special = {"bindings": bindings, "isa": built, "tree_attention": built}
+    objects = {f"{name}.o": (name, special.get(name, [])) for name in COMMON}
     for isa, flags in compiler.isas.items():
         objects |= {f"{name}.{isa}.o": (name, [f"-DFORKTREE_ISA={isa}", *flags]) for name in KERNELS}
     if sys.platform == "darwin":

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
 
 from forktree import ops
+from forktree.plan import plan
+from layouts import chunk
 
 SLOTS, HEADS, DIM = 509, 2, 16
 POOL = SLOTS * HEADS * DIM
@@ -23,12 +26,12 @@ class Layer(torch.nn.Module):
         self.register_buffer("k_slots", torch.zeros(SLOTS, HEADS, DIM))
         self.register_buffer("v_slots", torch.zeros(SLOTS, HEADS, DIM))
 
-    def forward(self, x, slots, shift, inv_freq, indptr, index):
+    def forward(self, x, slots, shift, inv_freq, indptr, index, plan):
         q, k, v = self.project(x).view(-1, 3 * HEADS, DIM).split(HEADS, 1)
         ops.append_kv(k, v, slots, self.k_slots, self.v_slots)
         q = ops.rotate_rows(q, shift, inv_freq)
-        scores = (q * self.k_slots[slots]).sum(-1)
-        out, lse = ops.merge_states(self.v_slots[slots], scores, indptr, index)
+        out, lse = ops.tree_attention(q, self.k_slots, self.v_slots, plan, return_lse=True)
+        out, lse = ops.merge_states(out, lse, indptr, index)
         return out * 2, lse
 
 
@@ -40,7 +43,13 @@ def inputs():
         10000.0 ** (-torch.arange(0, DIM, 2) / DIM),
         torch.tensor([0, 1, 4]),
         torch.tensor([2, 0, 1, 3]),
+        plan(layout(), num_qo_heads=HEADS, num_kv_heads=HEADS, head_dim=DIM),
     )
+
+
+def layout():
+    """A chunk of the four tokens, in the slots they are appended to."""
+    return replace(chunk(4), slot_index=[300, 1, 508, 2])
 
 
 def largest_buffer(code):
@@ -64,7 +73,7 @@ def test_pools_are_written_in_place():
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close([layer.k_slots, layer.v_slots], pools)
     assert (layer.k_slots.data_ptr(), layer.v_slots.data_ptr()) == addresses
-    for name in ("append_kv", "rotate_rows", "merge_states"):
+    for name in ("append_kv", "rotate_rows", "tree_attention", "merge_states"):
         assert f"torch.ops.forktree.{name}.default(" in code
     assert largest_buffer(code) < POOL and "copy_" not in code
 
@@ -90,6 +99,11 @@ def test_registrations_are_sound(dtype):
     opcheck(registered.rotate_rows.default, (q, torch.arange(3), torch.rand(3), True, 6))
     o, lse = torch.randn(5, HEADS, DIM).to(dtype), torch.randn(5, HEADS)
     opcheck(registered.merge_states.default, (o, lse, torch.tensor([0, 2, 2]), torch.tensor([4, 1])))
+    made = plan(layout(), num_qo_heads=2 * HEADS, num_kv_heads=HEADS, head_dim=DIM)
+    q, pool = torch.randn(4, 2 * HEADS, DIM).to(dtype), torch.randn(SLOTS, HEADS, DIM).to(dtype)
+    for per_head in (None, torch.rand(2 * HEADS)):
+        arguments = (q, pool, pool, made.tensor, made.slots, 4, 0.3, 0.0, per_head, per_head)
+        opcheck(registered.tree_attention.default, arguments)
 
 
 def test_tokens_may_come_from_the_pool():

@@ -4,12 +4,15 @@ Each piece of work is large enough for several of them, so that `make sanitize` 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from forktree import ops
+from forktree.plan import CPU, plan
+from layouts import shared_prompt
 
 
 @pytest.fixture
@@ -40,8 +43,19 @@ def merged() -> Tensor:
     return torch.cat([out, lse[..., None]], -1)
 
 
+def attended() -> Tensor:
+    """Several items, and partials to be merged."""
+    layout = shared_prompt(2, 40, 900, 70)
+    made = plan(layout, num_qo_heads=8, num_kv_heads=4, head_dim=64, target=replace(CPU, grain=10**7))
+    assert len(made.item) > 4 and made.num_partials
+    k, v = torch.randn(2, layout.slot_index.size, 4, 64).bfloat16()
+    out = ops.tree_attention(torch.randn(80, 8, 64).bfloat16(), k, v, made)
+    assert isinstance(out, Tensor)
+    return out
+
+
 @pytest.mark.usefixtures("restore_threads")
-@pytest.mark.parametrize("work", [rotated, appended, merged])
+@pytest.mark.parametrize("work", [rotated, appended, merged, attended])
 def test_same_bits_on_any_number_of_threads(work: Callable[[], Tensor]) -> None:
     results = []
     for threads in (1, 4, 3):
