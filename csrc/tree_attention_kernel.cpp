@@ -553,7 +553,8 @@ private:
         for (int64_t i = 0; i < n; ++i) {
             const Row& row = rows[(lane + i) / group];
             if (row.tip != seg.node || row.mask < 0) continue;
-            for (int64_t t = row.tail > at ? row.tail - at : 0; t < tokens; ++t) {
+            const int64_t end = row.last - at < tokens ? row.last - at + 1 : tokens;  // beyond, nothing is seen anyway
+            for (int64_t t = row.tail > at ? row.tail - at : 0; t < end; ++t) {
                 const int64_t bit = at + t - row.tail;
                 if (!(call.plan.mask[row.mask + bit / 32] >> bit % 32 & 1)) scores[t * BLOCK + i] = -INF;
             }

@@ -2,6 +2,9 @@
 nothing. Both the public functions and the registered operations, which have no one else to check for them.
 """
 
+from contextlib import suppress
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +12,8 @@ from hypothesis import strategies as st
 
 from forktree import ops
 from forktree.ops import reference
+from forktree.plan import CPU, plan
+from layouts import KINDS, random_layout
 
 fuzz = settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -155,3 +160,74 @@ def test_merge_states(call, data):
         "index": integers(data, entries, states, data.draw(INTEGER)),
     }
     check(call, reference.merge_states, tampered(data, arguments))
+
+
+@fuzz
+@given(st.data())
+def test_tree_attention(data):
+    """The public function: tensors that may not fit the plan, slots outside the pool."""
+    arguments, case = attention_arguments(data)
+    made = arguments.pop("made")
+    if data.draw(st.integers(0, 3)) == 0:
+        slots = case.layout.slot_index.copy()
+        slots[data.draw(st.integers(0, slots.size - 1))] = data.draw(st.sampled_from([-1, 2**31 - 1, -(2**31)]))
+        made = plan(replace(case.layout, slot_index=slots), **heads_of(made))
+    arguments = tampered(data, arguments)
+    try:
+        got = ops.tree_attention(plan=made, **arguments)
+    except REFUSED:
+        return
+    if not on_meta(arguments):
+        scale = arguments["q"].shape[2] ** -0.5
+        expected, _ = reference.tree_attention(plan=made, scale=scale, softcap=None, **arguments)
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@settings(fuzz, max_examples=1500)
+@given(st.data())
+def test_a_plan_that_was_tampered_with(data):
+    """The registered operation reads any plan buffer: what it cannot trust is refused, nothing else is touched."""
+    arguments, case = attention_arguments(data)
+    made = arguments.pop("made")
+    buffer, slots = made.tensor.clone(), made.slots.clone()
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, 15) | st.integers(0, buffer.numel() - 1))
+        buffer[at] = data.draw(st.integers(-3, 40) | st.sampled_from([2**31 - 1, -(2**31), 2**30, int(buffer[at]) ^ 1]))
+    buffer = buffer[: data.draw(st.sampled_from([None] * 9 + [0, 5, 16, -1]))]
+    slots = slots[: data.draw(st.sampled_from([None] * 9 + [0, 1, -1]))]
+    arguments = tampered(data, {**arguments, "plan": buffer, "slot_index": slots})
+    tokens = data.draw(st.sampled_from([case.layout.num_tokens] * 9 + [0, -1, 2**40]))
+    before = {name: x.clone() for name, x in arguments.items() if name.endswith("_slots") and x.numel() < 2**20}
+    with suppress(REFUSED):
+        torch.ops.forktree.tree_attention.default(num_tokens=tokens, scale=0.3, softcap=0.0, **arguments)
+    for name, x in before.items():
+        if x.layout == torch.strided and not x.is_meta:
+            assert torch.equal(arguments[name].nan_to_num(), x.nan_to_num())
+
+
+def attention_arguments(data):
+    """Arguments of tree_attention, with `made`, a plan that cuts finely."""
+    kv_heads, group, dim, value_dim = (data.draw(st.sampled_from([1, 2, 3, 8])) for _ in range(4))
+    case = random_layout(data.draw(st.integers(0, 10**4)), data.draw(st.sampled_from(KINDS)), room=1)
+    dtype, heads = data.draw(NARROW), kv_heads * group
+    sinks = data.draw(st.none() | st.just(torch.linspace(-1, 1, heads)))
+    made = plan(
+        case.layout,
+        num_qo_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        window=data.draw(st.none() | st.integers(1, 9)),
+        target=replace(CPU, grain=1, units=data.draw(st.sampled_from([1, 1000]))),
+    )
+    arguments = {
+        "q": values(case.layout.num_rows, heads, dim, dtype=dtype),
+        "k_slots": values(case.num_slots, kv_heads, dim, dtype=dtype),
+        "v_slots": values(case.num_slots, kv_heads, value_dim, dtype=dtype),
+        "sinks": sinks,
+        "alibi_slopes": sinks,
+    }
+    return {**arguments, "made": made}, case
+
+
+def heads_of(made):
+    return {name: getattr(made, name) for name in ("num_qo_heads", "num_kv_heads", "head_dim", "window")}
