@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: tests, then attention beside PyTorch and decoding beside transformers. Ten minutes at most, no network needed
-# where torch, transformers and the test tools are installed.
+# On a machine with an NVIDIA GPU: tests, then attention beside PyTorch and decoding beside transformers. Ten minutes
+# at most, no network needed where torch, transformers and the test tools are installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/python:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
