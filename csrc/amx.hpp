@@ -28,7 +28,8 @@ void tile_zero() {
 
 template <int T>
 void tile_load(const void* from, int64_t stride) {
-    for (int r = 0; r < 16; ++r) __builtin_memcpy(emulated_tiles[T][r], static_cast<const char*>(from) + r * stride, 64);
+    for (int r = 0; r < 16; ++r)
+        __builtin_memcpy(emulated_tiles[T][r], static_cast<const char*>(from) + r * stride, 64);
 }
 
 template <int T>

@@ -105,7 +105,8 @@ Isa find(const std::string& name) {
     for (int i = 0; i < COUNT; ++i) {
         if (name != NAMES[i]) continue;
         const std::string why = missing(Isa(i));
-        if (!why.empty()) throw std::invalid_argument("FORKTREE_ISA must be one this machine runs, got " + name + ": " + why);
+        if (!why.empty())
+            throw std::invalid_argument("FORKTREE_ISA must be one this machine runs, got " + name + ": " + why);
         return Isa(i);
     }
     throw std::invalid_argument("FORKTREE_ISA must be portable, avx2, avx512, avx512bf16 or amx, got '" + name + "'");

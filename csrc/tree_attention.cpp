@@ -53,8 +53,8 @@ int64_t seg_tokens(const PlanView& plan, const Seg& seg) {
 
 void expect(const char* what, int64_t planned, int64_t given) {
     if (planned != given)
-        throw std::invalid_argument(std::string(what) + " must be " + std::to_string(planned) + " as in the plan, got " +
-                                    std::to_string(given));
+        throw std::invalid_argument(std::string(what) + " must be " + std::to_string(planned) +
+                                    " as in the plan, got " + std::to_string(given));
 }
 
 void check_slots(const Attention& call, int64_t num_slots, int64_t slot_index_size) {
@@ -95,13 +95,13 @@ std::vector<AttentionTask> tasks(const Attention& call, int threads) {
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return work[a] > work[b]; });
     std::vector<AttentionTask> result;
     for (const int32_t i : order) {
-        // Several heads at a time read memory in order; but a task should be no more than an eighth of a thread's share.
+        // Several heads at a time read memory in order; but a task should be no more than an eighth of a thread's
+        // share.
         const int64_t rows = plan.item[i].row_end - plan.item[i].row_begin;
         const int64_t share = threads > 1 ? all * heads / (8 * threads) / std::max<int64_t>(work[i], 1) : heads;
         const int64_t fits = 1024 / std::max<int64_t>(rows * call.group, 1);
         const int32_t step = int32_t(std::clamp<int64_t>(std::min(share, fits), 1, heads));
-        for (int32_t head = 0; head < heads; head += step)
-            result.push_back({i, head, std::min(head + step, heads)});
+        for (int32_t head = 0; head < heads; head += step) result.push_back({i, head, std::min(head + step, heads)});
     }
     return result;
 }
@@ -151,7 +151,7 @@ void tree_attention(Attention call, const AttentionSizes& sizes, int threads) {
     });
     if (plan.header->partials)
         parallel(plan.header->tokens, threads, [&](int64_t token) {
-            if (plan.merge_indptr[token] < plan.merge_indptr[token + 1]) 
+            if (plan.merge_indptr[token] < plan.merge_indptr[token + 1])
                 run.merge(call, token, reinterpret_cast<float*>(scratch.get(4 * call.value_dim)));
         });
 }

@@ -9,55 +9,21 @@
 //
 // Both are the same small product (`product`). Two element types: fp32, into which narrower K and V are widened a tile
 // at a time; and pairs of bf16, which AVX-512-BF16 multiplies and adds two at a time, for which the V of two tokens
-// is interleaved. A lane's result depends on the tokens it sees and how segments cut them, on nothing else in its
-// item: not on its neighbours, nor on how many heads or rows share the task.
-#include "simd.hpp"
+// is interleaved. A lane's result depends on the tokens it sees and how segments cut them, not on its neighbours, nor
+// on how many heads or rows share the task.
+#include "product.hpp"
 #include "tree_attention.hpp"
-#if defined(FORKTREE_TILES)
-#include "amx.hpp"
-#endif
 
 namespace forktree::FORKTREE_ISA {
 namespace {
 
-constexpr int64_t TILE = 64;    // tokens whose scores are held at a time
-constexpr int64_t CHUNK = 256;  // tokens whose K and V are prepared at a time, for all rows, at most
+constexpr int64_t TILE = 64;         // tokens whose scores are held at a time
+constexpr int64_t CHUNK = 256;       // tokens whose K and V are prepared at a time, for all rows, at most
 constexpr int64_t CACHED = 1 << 18;  // bytes of K and V of a chunk, all heads of the task: a quarter of an L2 cache
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f, INF = __builtin_inff();
 
-#if defined(__AVX512F__)
-constexpr int MAX_VECTORS = 4;  // of a block of lanes: 24 accumulators and their operands fit 32 registers
-#else
-constexpr int MAX_VECTORS = 2;  // 12 fit 16
-#endif
-constexpr int64_t BLOCK = MAX_VECTORS * VL;  // lanes
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Elements of the products. `Term` is what one multiply-add consumes.
-struct Single {
-    typedef float Term;
-    static constexpr int TERMS = 1;     // elements in a term
-    static constexpr int64_t PAD = 1;   // what a sum over tokens is filled up to, with zeros
-    static vf multiply_add(vf sum, float a, const float* b) { return splat(a) * load(b) + sum; }
-};
-
-#if defined(__AVX512BF16__)
-struct Pair {
-    typedef uint32_t Term;  // two bf16, the first one in the low half
-    static constexpr int TERMS = 2;
-#if defined(FORKTREE_TILES)
-    static constexpr int64_t PAD = 16;
-#else
-    static constexpr int64_t PAD = 1;
-#endif
-    static vf multiply_add(vf sum, uint32_t a, const uint32_t* b) {
-        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)),
-                                    (__m512bh)_mm512_loadu_si512(b));
-    }
-};
-#endif
 
 #if defined(__AVX512BF16__)
 // Element i of two vectors taken in turn: i / 2 of the first, i / 2 of the second (32 + i / 2).
@@ -69,166 +35,6 @@ struct Interleave {
 };
 constexpr Interleave interleave_indices;
 #endif
-
-// Asks for the K and V of the chunk that comes next, a few cache lines at a time, in the order in which they lie in
-// memory. The heads of a chunk are worked through one after the other, in pieces of a row of the pool: reading memory
-// in that order would take twice the time.
-class Prefetch {
-    static constexpr int64_t LINE = 64;
-    const char* pools[2] = {};
-    int64_t pitch[2] = {}, row_bytes[2] = {};  // from slot to slot; those of the task's heads
-    const int32_t* slots = nullptr;
-    const char* at = nullptr;
-    int64_t tokens = 0, token = 0, left = 0;  // left: bytes of this row
-    int pool = 0;
-
-public:
-    static constexpr int64_t TERMS = 16;  // of a product, between two steps
-
-    int64_t lines = 0;  // to ask for in each step
-
-    Prefetch(const Attention& call, int64_t head_begin, int64_t heads) {
-        const int64_t item_size = call.dtype == Dtype::fp32 ? 4 : 2;
-        const int64_t dims[2] = {call.key_dim * item_size, call.value_dim * item_size};
-        const void* bases[2] = {call.k, call.v};
-        for (int i = 0; i < 2; ++i) {
-            pools[i] = static_cast<const char*>(bases[i]) + head_begin * dims[i];
-            pitch[i] = call.num_kv_heads * dims[i];
-            row_bytes[i] = heads * dims[i];
-        }
-    }
-
-    // steps: how many there will be while this chunk is fetched, about.
-    void begin(const int32_t* next_slots, int64_t count, int64_t steps) {
-        slots = next_slots;
-        tokens = count;
-        token = 0;
-        left = 0;
-        pool = 1;
-        lines = count ? (count * (row_bytes[0] + row_bytes[1]) / LINE + steps - 1) / steps : 0;
-    }
-
-    void step() {
-        for (int64_t i = 0; i < lines; ++i) {
-            if (left <= 0) {
-                pool = 1 - pool;  // K of a token, then its V
-                if (pool == 0 && token == tokens) {
-                    lines = 0;
-                    return;
-                }
-                at = pools[pool] + slots[token] * pitch[pool];
-                left = row_bytes[pool];
-                token += pool;
-            }
-            __builtin_prefetch(at, 0, 2);
-            at += LINE;
-            left -= LINE;
-        }
-    }
-};
-
-// ------------------------------------------------------------------ product
-
-// c[m, lane] = c[m, lane] * factor[lane] + sum over k of a[m * a_m + k * a_k] * b[k, lane] for M values of m and V
-// vectors of lanes. b and c have BLOCK and c_stride lanes a row. No factor: c is only written. keep: lanes of the last
-// vector that are ours; the others stay as they are, whatever the sum.
-template <class Element, int V, int M>
-inline void product_block(const typename Element::Term* a, int64_t a_m, int64_t a_k, const typename Element::Term* b,
-                          float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep, Prefetch& prefetch) {
-    vf sum[M][V];
-    for (int m = 0; m < M; ++m)
-        for (int v = 0; v < V; ++v) sum[m][v] = factor ? load(c + m * c_stride + v * VL) * factor[v] : vf{};
-    for (int64_t begin = 0; begin < terms; begin += Prefetch::TERMS) {
-        prefetch.step();
-        const int64_t end = terms - begin < Prefetch::TERMS ? terms : begin + Prefetch::TERMS;
-        for (int64_t k = begin; k < end; ++k)
-            for (int m = 0; m < M; ++m)
-                for (int v = 0; v < V; ++v)
-                    sum[m][v] = Element::multiply_add(sum[m][v], a[m * a_m + k * a_k], b + k * BLOCK + v * VL);
-    }
-    for (int m = 0; m < M; ++m)
-        for (int v = 0; v < V; ++v) {
-            float* to = c + m * c_stride + v * VL;
-            store(to, factor && v == V - 1 ? (keep ? sum[m][v] : load(to)) : sum[m][v]);
-        }
-}
-
-#if defined(FORKTREE_TILES)
-// The same for 16 values of m at a time, with a_k = 1 and a multiple of 16 terms. How many values of m it took.
-template <int V>
-int64_t product_tiles(int64_t rows, const uint32_t* a, int64_t a_m, const uint32_t* b, float* c, int64_t c_stride,
-                      int64_t terms, const vf* factor, vi keep, Prefetch& prefetch) {
-    alignas(64) float sums[TILE_ROWS * BLOCK];
-    int64_t m = 0;
-    for (; m + TILE_ROWS <= rows; m += TILE_ROWS) {
-        prefetch.step();
-        tile_zero<0>();
-        if constexpr (V > 1) tile_zero<1>();
-        if constexpr (V > 2) tile_zero<2>();
-        if constexpr (V > 3) tile_zero<3>();
-        for (int64_t k = 0; k < terms; k += 16) {
-            tile_load<4>(a + m * a_m + k, 4 * a_m);
-            const uint32_t* right = b + k * BLOCK;
-            tile_load<5>(right, 4 * BLOCK), tile_multiply_add<0, 4, 5>();
-            if constexpr (V > 1) tile_load<5>(right + VL, 4 * BLOCK), tile_multiply_add<1, 4, 5>();
-            if constexpr (V > 2) tile_load<5>(right + 2 * VL, 4 * BLOCK), tile_multiply_add<2, 4, 5>();
-            if constexpr (V > 3) tile_load<5>(right + 3 * VL, 4 * BLOCK), tile_multiply_add<3, 4, 5>();
-        }
-        float* to = factor ? sums : c + m * c_stride;
-        const int64_t pitch = 4 * (factor ? BLOCK : c_stride);
-        tile_store<0>(to, pitch);
-        if constexpr (V > 1) tile_store<1>(to + VL, pitch);
-        if constexpr (V > 2) tile_store<2>(to + 2 * VL, pitch);
-        if constexpr (V > 3) tile_store<3>(to + 3 * VL, pitch);
-        if (!factor) continue;
-        for (int i = 0; i < TILE_ROWS; ++i)
-            for (int v = 0; v < V; ++v) {
-                float* at = c + (m + i) * c_stride + v * VL;
-                const vf old = load(at), sum = old * factor[v] + load(sums + i * BLOCK + v * VL);
-                store(at, v == V - 1 ? (keep ? sum : old) : sum);
-            }
-    }
-    return m;
-}
-#endif
-
-template <class Element, int V>
-__attribute__((noinline)) void product_vectors(int64_t rows, const typename Element::Term* a, int64_t a_m, int64_t a_k,
-                     const typename Element::Term* b, float* c, int64_t c_stride, int64_t terms, const vf* factor,
-                     vi keep, Prefetch& prefetch) {
-#if defined(__AVX512F__)
-    constexpr int M = V == 4 ? 6 : V == 1 ? 12 : 8;
-#else
-    constexpr int M = V == 1 ? 12 : 6;
-#endif
-    int64_t m = 0;
-#if defined(FORKTREE_TILES)
-    if constexpr (Element::TERMS == 2)
-        if (a_k == 1 && terms % 16 == 0)
-            m = product_tiles<V>(rows, a, a_m, b, c, c_stride, terms, factor, keep, prefetch);
-#endif
-    for (; m + M <= rows; m += M)
-        product_block<Element, V, M>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep, prefetch);
-    for (; m + 4 <= rows; m += 4)
-        product_block<Element, V, 4>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep, prefetch);
-    for (; m < rows; ++m)
-        product_block<Element, V, 1>(a + m * a_m, a_m, a_k, b, c + m * c_stride, c_stride, terms, factor, keep, prefetch);
-}
-
-// As product_block, for any number of rows and 1 to MAX_VECTORS vectors.
-template <class Element>
-void product(int vectors, int64_t rows, const typename Element::Term* a, int64_t a_m, int64_t a_k,
-             const typename Element::Term* b, float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep,
-             Prefetch& prefetch) {
-    switch (vectors) {
-        case 1: return product_vectors<Element, 1>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch);
-        case 2: return product_vectors<Element, 2>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch);
-#if defined(__AVX512F__)
-        case 3: return product_vectors<Element, 3>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch);
-        case 4: return product_vectors<Element, 4>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch);
-#endif
-    }
-}
 
 // ------------------------------------------------------------------ results
 
@@ -263,7 +69,6 @@ struct Tile {
     int64_t token_stride, dim_stride;
 };
 
-
 // Lanes a row of the transposed queries and outputs takes: an odd number of cache lines, so that the rows of a block
 // of lanes do not all fall into the same sets of the cache; and room for a block that begins at the last lane.
 inline int64_t lane_stride(int64_t rows, int64_t group) { return (round_up(rows * group + BLOCK, 16) / 16 | 1) * 16; }
@@ -279,25 +84,26 @@ class Task {
     bool even = true;  // whether rows see whole segments
     Prefetch prefetch;
     // Scratch
-    Term* queries;   // [heads, key_terms, stride]
-    float* outputs;  // [heads, Dv, stride]
-    float* tops;     // [heads, stride] highest score so far, base 2
-    float* masses;   // [heads, stride] sum of 2^(score - top)
-    Term* keys;      // [CHUNK, key_terms]
-    Term* values;    // [CHUNK / TERMS, Dv]
+    Term* queries;     // [heads, key_terms, stride]
+    float* outputs;    // [heads, Dv, stride]
+    float* tops;       // [heads, stride] highest score so far, base 2
+    float* masses;     // [heads, stride] sum of 2^(score - top)
+    Term* keys;        // [CHUNK, key_terms]
+    Term* values;      // [CHUNK / TERMS, Dv]
     Term* values_row;  // [Dv]
-    Term* block_q;   // [key_terms, BLOCK]
-    float* scores;   // [TILE, BLOCK]
-    Term* weights;   // [TILE / TERMS, BLOCK]
-    int32_t* first;  // [BLOCK] offsets of the segment's node that a lane sees: first .. last
-    int32_t* last;   // [BLOCK]
+    Term* block_q;     // [key_terms, BLOCK]
+    float* scores;     // [TILE, BLOCK]
+    Term* weights;     // [TILE / TERMS, BLOCK]
+    int32_t* first;    // [BLOCK] offsets of the segment's node that a lane sees: first .. last
+    int32_t* last;     // [BLOCK]
 
 public:
     static int64_t scratch(const Attention& call, int64_t rows, int64_t heads) {
         const int64_t stride = lane_stride(rows, call.group), key_terms = call.key_dim / Element::TERMS;
         return 4 * (heads * stride * (key_terms + call.value_dim + 2) + CHUNK * key_terms +
                     (CHUNK / Element::TERMS + 1) * call.value_dim + key_terms * BLOCK + TILE * BLOCK +
-                    TILE / Element::TERMS * BLOCK + 2 * BLOCK) + 16 * 64;
+                    TILE / Element::TERMS * BLOCK + 2 * BLOCK) +
+               16 * 64;
     }
 
     Task(const Attention& call, AttentionTask task, char* scratch)
@@ -338,7 +144,8 @@ public:
             Chunk next = chunk;
             advance(next);
             // Those of the first block of lanes: every 12 tokens with all of K, every 12 elements of V with all tokens.
-            const int64_t steps = heads * chunk.count * (key_terms + value_dim / Element::TERMS) / (12 * Prefetch::TERMS);
+            const int64_t steps =
+                heads * chunk.count * (key_terms + value_dim / Element::TERMS) / (12 * Prefetch::TERMS);
             prefetch.begin(slots_of(next), next.count, steps + 1);
             for (int64_t head = 0; head < heads; ++head) attend(chunk, head);
             chunk = next;
@@ -405,7 +212,8 @@ private:
     }
 
     void gather_query(const void* from, uint32_t* to) {
-        for (int64_t k = 0; k < key_terms; ++k) __builtin_memcpy(to + k * stride, static_cast<const char*>(from) + 4 * k, 4);
+        for (int64_t k = 0; k < key_terms; ++k)
+            __builtin_memcpy(to + k * stride, static_cast<const char*>(from) + 4 * k, 4);
     }
 
     // One KV head, all rows of the segment.
@@ -425,18 +233,19 @@ private:
             const int vectors = int(ceil_div(n, VL));
             const Term* q = queries + head * key_terms * stride + lane;
             for (int64_t t = 0; t < key_terms; ++t)
-                for (int i = 0; i < vectors; ++i) __builtin_memcpy(block_q + t * BLOCK + i * VL, q + t * stride + i * VL, 4 * VL);
+                for (int i = 0; i < vectors; ++i)
+                    __builtin_memcpy(block_q + t * BLOCK + i * VL, q + t * stride + i * VL, 4 * VL);
             for (int64_t tile = begin; tile < end; tile += TILE) {
                 const int64_t tokens = end - tile < TILE ? end - tile : TILE;
-                product<Element>(vectors, tokens, k.data + tile * k.token_stride, k.token_stride, k.dim_stride, block_q, scores,
-                                 BLOCK, key_terms, nullptr, vi{}, prefetch);
+                product<Element>(vectors, tokens, k.data + tile * k.token_stride, k.token_stride, k.dim_stride, block_q,
+                                 scores, BLOCK, key_terms, nullptr, vi{}, prefetch);
                 vf factor[MAX_VECTORS];
                 weigh(seg, lane, n, at + tile, tokens, head, whole, factor);
                 const int64_t terms = ceil_div(tokens, Element::TERMS), padded = round_up(terms, Element::PAD);
                 if (padded > terms) __builtin_memset(weights + terms * BLOCK, 0, 4 * (padded - terms) * BLOCK);
                 product<Element>(vectors, value_dim, v.data + tile / Element::TERMS * v.token_stride, v.dim_stride,
-                                 v.token_stride, weights, outputs + head * value_dim * stride + lane, stride, padded, factor,
-                                 FORKTREE_ISA::lanes() < int32_t(n - (vectors - 1) * VL), prefetch);
+                                 v.token_stride, weights, outputs + head * value_dim * stride + lane, stride, padded,
+                                 factor, FORKTREE_ISA::lanes() < int32_t(n - (vectors - 1) * VL), prefetch);
             }
         }
     }
@@ -473,12 +282,14 @@ private:
     }
 
     // Turns scores into weights and moves tops and masses on. factor: by what the outputs so far are to be multiplied.
-    __attribute__((noinline)) void weigh(const Seg& seg, int64_t lane, int64_t n, int64_t at, int64_t tokens, int64_t head, bool whole,
+    void weigh(const Seg& seg, int64_t lane, int64_t n, int64_t at, int64_t tokens, int64_t head, bool whole,
                vf* factor) {
         const int vectors = int(ceil_div(n, VL));
-        const bool plain = whole && !call.softcap && !call.alibi_slopes && call.scale > 0;
-        if (!plain) reshape_scores(seg, lane, n, at, tokens, head, whole);
-        const float unit = plain ? call.scale * LOG2_E : 1.0f;
+        // What is scaled only is scaled within the exponential.
+        const bool scaled_only = !call.softcap && !call.alibi_slopes && call.scale > 0;
+        if (!scaled_only) reshape_scores(seg, lane, n, at, tokens, head);
+        if (!whole) hide(seg, lane, n, at, tokens);
+        const float unit = scaled_only ? call.scale * LOG2_E : 1.0f;
         for (int v = 0; v < vectors; ++v) {
             float* top = tops + head * stride + lane + v * VL;
             float* mass = masses + head * stride + lane + v * VL;
@@ -522,8 +333,8 @@ private:
     }
 #endif
 
-    // Scale, soft-cap, ALiBi and masks, in base 2, for what is not plain.
-    void reshape_scores(const Seg& seg, int64_t lane, int64_t n, int64_t at, int64_t tokens, int64_t head, bool whole) {
+    // Scale, soft-cap and ALiBi, in base 2.
+    void reshape_scores(const Seg& seg, int64_t lane, int64_t n, int64_t at, int64_t tokens, int64_t head) {
         for (int64_t begin = 0; begin < n; begin += VL) {
             float slope[VL] = {}, distance[VL] = {};  // distance: from the row to offset 0 of the node
             if (call.alibi_slopes)
@@ -534,26 +345,28 @@ private:
                 }
             const vf slopes = load(slope), distances = load(distance);
             for (int64_t t = 0; t < tokens; ++t) {
-                float* at_score = scores + t * BLOCK + begin;
-                vf s = load(at_score) * call.scale;
+                float* score = scores + t * BLOCK + begin;
+                vf s = load(score) * call.scale;
                 if (call.softcap) s = FORKTREE_ISA::tanh(s / call.softcap) * call.softcap;
-                s = s * LOG2_E;
-                if (call.alibi_slopes) s += slopes * (distances + float(at + t));
-                if (!whole) {
-                    const vi offset = splat(int32_t(at + t));
-                    s = (offset >= load(first + begin)) & (offset <= load(last + begin)) ? s : splat(-INF);
-                }
-                store(at_score, s);
+                store(score, s * LOG2_E + slopes * (distances + float(at + t)));
             }
         }
-        if (!whole) hide_masked(seg, lane, n, at, tokens);
     }
 
-    void hide_masked(const Seg& seg, int64_t lane, int64_t n, int64_t at, int64_t tokens) {
+    // Scores of what lanes do not see become -inf.
+    void hide(const Seg& seg, int64_t lane, int64_t n, int64_t at, int64_t tokens) {
+        for (int64_t begin = 0; begin < n; begin += VL) {
+            const vi from = load(first + begin), to = load(last + begin);
+            for (int64_t t = 0; t < tokens; ++t) {
+                float* score = scores + t * BLOCK + begin;
+                const vi offset = splat(int32_t(at + t));
+                store(score, (offset >= from) & (offset <= to) ? load(score) : splat(-INF));
+            }
+        }
         for (int64_t i = 0; i < n; ++i) {
             const Row& row = rows[(lane + i) / group];
             if (row.tip != seg.node || row.mask < 0) continue;
-            const int64_t end = row.last - at < tokens ? row.last - at + 1 : tokens;  // beyond, nothing is seen anyway
+            const int64_t end = row.last - at < tokens ? row.last - at + 1 : tokens;  // beyond, all is hidden already
             for (int64_t t = row.tail > at ? row.tail - at : 0; t < end; ++t) {
                 const int64_t bit = at + t - row.tail;
                 if (!(call.plan.mask[row.mask + bit / 32] >> bit % 32 & 1)) scores[t * BLOCK + i] = -INF;
@@ -570,7 +383,8 @@ private:
     }
 
     const char* at_slot(const void* pool, int64_t slot, int64_t head, int64_t dim) const {
-        return static_cast<const char*>(pool) + (slot * call.num_kv_heads + head) * dim * (call.dtype == Dtype::fp32 ? 4 : 2);
+        return static_cast<const char*>(pool) +
+               (slot * call.num_kv_heads + head) * dim * (call.dtype == Dtype::fp32 ? 4 : 2);
     }
 
     // fp32: read in place if it is fp32 and contiguous, else widened into `to`.
@@ -599,7 +413,7 @@ private:
         }
     }
 
-    __attribute__((noinline)) Tile<Element> value_tile(const int32_t* slots, int64_t count, int64_t head) {
+    Tile<Element> value_tile(const int32_t* slots, int64_t count, int64_t head) {
         if constexpr (Element::TERMS == 1) {
             return tile(call.v, slots, count, head, value_dim, values);
         } else {
@@ -629,7 +443,8 @@ private:
     void interleave(const uint16_t* low, const uint16_t* high, Term* to) const {
         int64_t d = 0;
 #if defined(__AVX512BF16__)
-        const __m512i first = _mm512_loadu_si512(interleave_indices.at), second = _mm512_loadu_si512(interleave_indices.at + 32);
+        const __m512i first = _mm512_loadu_si512(interleave_indices.at),
+                      second = _mm512_loadu_si512(interleave_indices.at + 32);
         for (; d + 32 <= value_dim; d += 32) {
             const __m512i a = _mm512_loadu_si512(low + d), b = _mm512_loadu_si512(high + d);
             _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(a, first, b));
@@ -639,7 +454,7 @@ private:
         for (; d < value_dim; ++d) to[d] = uint32_t(low[d]) | uint32_t(high[d]) << 16;
     }
 
-    __attribute__((noinline)) void finish(int64_t head) {
+    void finish(int64_t head) {
         const int64_t num_heads = call.num_qo_heads;
         for (int64_t lane = 0; lane < lanes; ++lane) {
             const int64_t row = lane / group, qo_head = (head_begin + head) * group + lane % group;
@@ -699,9 +514,7 @@ void run(const Attention& call, AttentionTask task, char* scratch) {
 
 template <class Element>
 AttentionKernel kernel_of() {
-    return {Task<Element>::scratch,
-            run<Element>,
-            merge};
+    return {Task<Element>::scratch, run<Element>, merge};
 }
 
 }  // namespace
