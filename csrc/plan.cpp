@@ -171,15 +171,20 @@ private:
 
     void whole_trees() {
         std::vector<Piece> pieces;
+        long double most = 0;  // what it all costs, cut as finely as can be
         for (size_t i = 0, tree = 0; tree < s.tree_end.size(); ++tree) {
             for (; i < size_t(s.tree_end[tree]); ++i) {
                 const Stretch& from = s.stretch[i];
                 Piece p{int32_t(i), from.start, from.stop, from.lo, from.hi, false, 0};
-                if (clip(p, p.lo, p.hi)) pieces.push_back(p);
+                if (!clip(p, p.lo, p.hi)) continue;
+                pieces.push_back(p);
+                most += price.finest(p.hi - p.lo, tokens(p));
             }
             add(std::move(pieces));
             pieces.clear();
         }
+        if (most * price.heads > (long double)(INT64_MAX / 4))
+            throw std::invalid_argument("target must price this step below 2**61 ps, got prices that do not");
         for (size_t i = 0; i < work.size(); ++i) settle(i);
     }
 
@@ -262,7 +267,7 @@ private:
             if (looked_at) restore();
             Outcome got = cut_all(trial, INT32_MAX);
             if (got.time < best_time) {
-                if (got.cuts < got.all_cuts) {
+                if (got.last_time - got.time > got.time / NEAR) {
                     restore();
                     cut_all(trial, got.cuts);
                 }
@@ -278,8 +283,8 @@ private:
     }
 
     struct Outcome {
-        int64_t time = INT64_MAX;  // the least on the way
-        int32_t cuts = 0, all_cuts = 0;  // how many led there, how many were made
+        int64_t time = INT64_MAX, last_time = 0;  // the least on the way, and in the end
+        int32_t cuts = 0, all_cuts = 0;           // how many led there, how many were made
     };
 
     // Cuts at most so many times, beyond the cuts that must be.
@@ -296,9 +301,9 @@ private:
         while (!wide.empty() || !queue.empty()) {
             const bool forced = !wide.empty();
             if (!forced) {
-                const int64_t time = std::max(price.spread(sum), price.alone(queue.top().first));
-                if (time < got.time) {
-                    got.time = time;
+                got.last_time = std::max(price.spread(sum), price.alone(queue.top().first));
+                if (got.last_time < got.time) {
+                    got.time = got.last_time;
                     got.cuts = got.all_cuts;
                 }
                 if (got.all_cuts == most) break;
@@ -456,7 +461,7 @@ private:
                 for (const int64_t part : {parts / 2, parts - parts / 2}) {
                     const int64_t share = (total + part * a + (parts - part) * b) / parts;
                     const int64_t want = std::clamp<int64_t>(part * (share - a) - left, 0, p.cost);
-                    const int64_t even = length * want / std::max<int64_t>(1, p.cost);
+                    const int64_t even = int64_t(__int128(length) * want / std::max<int64_t>(1, p.cost));
                     const int64_t at = std::max<int64_t>(0, even - first) / grid * grid + first;
                     for (const int64_t offset : {at, at + grid}) {
                         if (offset >= length) continue;
