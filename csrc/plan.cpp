@@ -17,6 +17,16 @@ constexpr int64_t ANCHOR = 1024;   // invariant plans cut nodes at multiples of 
 constexpr int32_t FEW_ROWS = 8;    // up to here every boundary between rows is tried
 constexpr int32_t CANDIDATES = 4;  // boundaries tried otherwise: those that promise most
 
+// Cutting one item after the other does not always end well, so small plans are made in several ways.
+struct Trial {
+    int64_t percent;  // of an even share that an item may cost
+    bool rows, tokens;  // ways to cut
+};
+constexpr Trial TRIALS[] = {{100, true, true},  {110, true, true},  {100, false, true}, {100, true, false}, {125, true, true},
+                            {85, true, true},   {110, false, true}, {70, true, true},   {125, false, true}, {150, true, true}};
+constexpr size_t FEW_PIECES = 2000;  // pieces looked at in all trials but the first
+constexpr int64_t NEAR = 50;         // no more trials if not more than 1 / NEAR can be gained
+
 // Lowest position of any range of rows.
 class Lowest {
 public:
@@ -76,9 +86,12 @@ public:
     std::vector<int32_t> run() {
         whole_trees();
         keep_cap();
-        cut_all();
-        std::vector<int32_t> buffer = write();
-        return buffer;
+        if (o.invariant) {
+            cut_all(TRIALS[0], INT32_MAX);
+        } else {
+            try_all();
+        }
+        return write();
     }
 
 private:
@@ -158,15 +171,20 @@ private:
 
     void whole_trees() {
         std::vector<Piece> pieces;
+        long double most = 0;  // what it all costs, cut as finely as can be
         for (size_t i = 0, tree = 0; tree < s.tree_end.size(); ++tree) {
             for (; i < size_t(s.tree_end[tree]); ++i) {
                 const Stretch& from = s.stretch[i];
                 Piece p{int32_t(i), from.start, from.stop, from.lo, from.hi, false, 0};
-                if (clip(p, p.lo, p.hi)) pieces.push_back(p);
+                if (!clip(p, p.lo, p.hi)) continue;
+                pieces.push_back(p);
+                most += price.finest(p.hi - p.lo, tokens(p));
             }
             add(std::move(pieces));
             pieces.clear();
         }
+        if (most * price.heads > (long double)(INT64_MAX / 4))
+            throw std::invalid_argument("target must price this step below 2**61 ps, got prices that do not");
         for (size_t i = 0; i < work.size(); ++i) settle(i);
     }
 
@@ -230,7 +248,47 @@ private:
 
     // ------------------------------------------------------------------ search
 
-    void cut_all() {
+    void try_all() {
+        const std::vector<Work> whole = work;
+        const std::vector<int32_t> whole_items_of = items_of;
+        const int64_t whole_sum = sum, whole_partials = partials;
+        const auto restore = [&] {
+            work = whole;
+            items_of = whole_items_of;
+            sum = whole_sum;
+            partials = whole_partials;
+        };
+        std::vector<Work> best;
+        int64_t best_time = INT64_MAX;
+        size_t pieces = 0;
+        for (const Work& w : work) pieces += w.pieces.size();
+        size_t looked_at = 0;
+        for (const Trial& trial : TRIALS) {
+            if (looked_at) restore();
+            Outcome got = cut_all(trial, INT32_MAX);
+            if (got.time < best_time) {
+                if (got.last_time - got.time > got.time / NEAR) {
+                    restore();
+                    cut_all(trial, got.cuts);
+                }
+                best_time = got.time;
+                best = std::move(work);
+            }
+            looked_at += pieces;
+            if (looked_at > FEW_PIECES || best_time <= price.spread(whole_sum) + price.spread(whole_sum) / NEAR ||
+                best_time <= o.target.grain)
+                break;
+        }
+        work = std::move(best);
+    }
+
+    struct Outcome {
+        int64_t time = INT64_MAX, last_time = 0;  // the least on the way, and in the end
+        int32_t cuts = 0, all_cuts = 0;           // how many led there, how many were made
+    };
+
+    // Cuts at most so many times, beyond the cuts that must be.
+    Outcome cut_all(const Trial& trial, int32_t most) {
         using Entry = std::pair<int64_t, int64_t>;  // cost, -index
         std::priority_queue<Entry> queue;
         std::vector<size_t> wide;
@@ -239,25 +297,38 @@ private:
             else queue.push({work[i].cost, -int64_t(i)});
         };
         for (size_t i = 0; i < work.size(); ++i) push(i);
+        Outcome got;
         while (!wide.empty() || !queue.empty()) {
             const bool forced = !wide.empty();
+            if (!forced) {
+                got.last_time = std::max(price.spread(sum), price.alone(queue.top().first));
+                if (got.last_time < got.time) {
+                    got.time = got.last_time;
+                    got.cuts = got.all_cuts;
+                }
+                if (got.all_cuts == most) break;
+            }
             const size_t i = forced ? wide.back() : size_t(-queue.top().second);
             if (forced) wide.pop_back();
             else queue.pop();
-            const int64_t limit = this->limit();
+            const int64_t limit = this->limit(trial);
             if (!forced && work[i].cost <= limit) break;
             const int64_t parts = std::max<int64_t>(2, ceil_div(work[i].cost, limit));
-            const Cut cut = best_cut(work[i], parts, forced);
+            Cut cut;
+            if (trial.rows || forced) by_rows(work[i], parts, cut);
+            if (trial.tokens && !forced) by_tokens(work[i], parts, cut);
             if (!cut.found() || (!forced && cut.time >= price.alone(work[i].cost))) {
-                if (forced || o.invariant) continue;
+                if (o.invariant) continue;
                 break;  // the costliest cannot be helped
             }
             const size_t before = work.size();
             if (cut.row >= 0) cut_rows(i, cut.row);
             else cut_tokens(i, cut.piece, cut.offset);
+            got.all_cuts += !forced;
             push(i);
             if (work.size() > before) push(before);
         }
+        return got;
     }
 
     bool too_wide(const Work& w) const {
@@ -265,24 +336,22 @@ private:
     }
 
     // What an item should cost at most, per KV head.
-    int64_t limit() const {
-        const int64_t share = o.invariant ? 0 : price.spread(sum);
+    int64_t limit(const Trial& trial) const {
+        const int64_t share = o.invariant ? 0 : price.spread(sum) / 100 * trial.percent;
         return std::max<int64_t>(1, std::max(share, o.target.grain) / price.alone(1));
     }
 
-    // The cut after which the plan takes least time, the parts being cut further into `parts` in all.
-    Cut best_cut(const Work& w, int64_t parts, bool forced) {
-        Cut best;
-        by_rows(w, parts, best);
-        if (!forced) by_tokens(w, parts, best);
-        return best;
-    }
+    // Part of a cut: what it costs, and what each further item made of it will cost more.
+    struct Part {
+        int64_t cost, more;
+        int64_t in(int64_t items) const { return ceil_div(cost + (items - 1) * more, items); }
+    };
 
-    void consider(const Work& w, int64_t parts, int64_t left, int64_t right, Cut cut, Cut& best) const {
-        const int64_t fewer = parts / 2, more = parts - fewer;
-        const int64_t longest = std::min(std::max(ceil_div(left, fewer), ceil_div(right, more)),
-                                         std::max(ceil_div(left, more), ceil_div(right, fewer)));
-        cut.cost = left + right;
+    // Keeps a cut if the plan takes less time with it, the parts being cut further into `parts` in all.
+    void consider(const Work& w, int64_t parts, Part left, Part right, Cut cut, Cut& best) const {
+        const int64_t fewer = parts / 2, most = parts - fewer;
+        const int64_t longest = std::min(std::max(left.in(fewer), right.in(most)), std::max(left.in(most), right.in(fewer)));
+        cut.cost = left.cost + right.cost;
         cut.time = std::max(price.alone(longest), o.target.grain);
         if (!o.invariant) cut.time = std::max(cut.time, price.spread(sum - w.cost + cut.cost));
         if (cut < best) best = cut;
@@ -327,7 +396,7 @@ private:
             }
             Cut cut;
             cut.row = row;
-            consider(w, parts, left, right, cut, best);
+            consider(w, parts, {left, o.target.item}, {right, o.target.item}, cut, best);
         };
         if (n - 1 <= FEW_ROWS) {
             for (int32_t x = 1; x < n; ++x) attempt(x);
@@ -342,8 +411,8 @@ private:
             Cut cut;
             cut.row = x;
             Cut& worst = most[CANDIDATES - 1];
-            consider(w, parts, fixed(x, w.partial) + left + extra / 2, fixed(n - x, w.partial) + total - left + extra / 2,
-                     cut, worst);
+            consider(w, parts, {fixed(x, w.partial) + left + extra / 2, o.target.item},
+                     {fixed(n - x, w.partial) + total - left + extra / 2, o.target.item}, cut, worst);
             for (int32_t i = CANDIDATES - 1; i > 0 && most[i] < most[i - 1]; --i) std::swap(most[i], most[i - 1]);
         }
         for (const Cut& cut : most)
@@ -374,7 +443,8 @@ private:
             Cut cut;
             cut.piece = i;
             cut.offset = offset;
-            consider(w, parts, left + fixed(a, partial), right + fixed(b, partial), cut, best);
+            const int64_t more_left = fixed(a, partial), more_right = fixed(b, partial);
+            consider(w, parts, {left + more_left, more_left}, {right + more_right, more_right}, cut, best);
         };
         int32_t lo = INT32_MAX, hi = 0;
         int64_t left = 0;
@@ -387,13 +457,13 @@ private:
             const int64_t length = tokens(p), grid = o.invariant ? ANCHOR : BLOCK;
             const int64_t first = o.invariant ? grid - p.start % grid : grid;
             if (length > first) {
-                const bool shared = true;
-                const int64_t a = fixed(hi - lo, shared), b = fixed(from[i].second - from[i].first, shared);
+                const int64_t a = fixed(hi - lo, true), b = fixed(from[i].second - from[i].first, true);
                 for (const int64_t part : {parts / 2, parts - parts / 2}) {
-                    const int64_t want = (total + a + b) / parts * part - a - left;
-                    int64_t at = want <= 0 ? 0 : want >= p.cost ? length : length * (want >> 10) / std::max<int64_t>(1, p.cost >> 10);
-                    at = std::max<int64_t>(0, at - first) / grid * grid + first;
-                    for (int64_t offset : {at, at + grid}) {
+                    const int64_t share = (total + part * a + (parts - part) * b) / parts;
+                    const int64_t want = std::clamp<int64_t>(part * (share - a) - left, 0, p.cost);
+                    const int64_t even = int64_t(__int128(length) * want / std::max<int64_t>(1, p.cost));
+                    const int64_t at = std::max<int64_t>(0, even - first) / grid * grid + first;
+                    for (const int64_t offset : {at, at + grid}) {
                         if (offset >= length) continue;
                         Piece x = p, y = p;
                         y.start += int32_t(offset);

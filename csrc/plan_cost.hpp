@@ -45,6 +45,13 @@ public:
     int64_t item(int64_t rows) const { return target.item + lane_groups(rows) * rescale; }
     int64_t partials(int64_t rows) const { return rows * partial_row; }
 
+    // Bound of what a segment costs that is cut into single rows and blocks, each an item of its own.
+    long double finest(int64_t rows, int64_t tokens) const {
+        const int64_t groups = lane_groups(1);
+        return (long double)rows * tokens * (token_memory + token_cache + groups * token_math) +
+               (long double)rows * (tokens / BLOCK + 2) * (target.item + 2 * groups * rescale + partial_row);
+    }
+
     // Time if all is spread evenly, or as long as the longest item takes. `sum` and `longest` are per KV head.
     int64_t spread(int64_t sum) const { return ceil_div(sum * heads, target.units); }
     int64_t alone(int64_t longest) const { return longest * std::min(target.heads_per_item, heads); }

@@ -388,9 +388,9 @@ def _check_path_order(layout: TreeLayout, token: int, merged: list[tuple[int, li
         context = int(np.searchsorted(layout.row_indptr, row, side="right")) - 1
         if layout.path_indptr[context + 1] - layout.path_indptr[context] > 1:
             continue
-        way = layout.visible(row)[0].tolist()
+        way = {index: step for step, index in enumerate(layout.visible(row)[0].tolist())}
         read = [np.concatenate(indices) for r, indices in merged if r == row and indices]
-        steps = [way.index(index) for indices in read for index in indices.tolist()]
+        steps = [way[index] for indices in read for index in indices.tolist()]
         if steps != sorted(steps):
             raise ValueError(
                 f"partials of token {token} must be merged in path order, got those of row {row} otherwise"
