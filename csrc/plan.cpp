@@ -13,7 +13,6 @@
 namespace forktree {
 namespace {
 
-constexpr int64_t ANCHOR = 1024;   // invariant plans cut nodes at multiples of this
 constexpr int32_t FEW_ROWS = 8;    // up to here every boundary between rows is tried
 constexpr int32_t CANDIDATES = 4;  // boundaries tried otherwise: those that promise most
 
@@ -87,7 +86,7 @@ public:
         whole_trees();
         keep_cap();
         if (o.invariant) {
-            cut_all(TRIALS[0], INT32_MAX);
+            try_each_tree();
         } else {
             try_all();
         }
@@ -248,6 +247,21 @@ private:
 
     // ------------------------------------------------------------------ search
 
+    // Every root tree as if it were alone.
+    void try_each_tree() {
+        std::vector<Work> trees, all;
+        trees.swap(work);
+        for (Work& tree : trees) {
+            sum = tree.cost;
+            partials = tree.partial ? tree.rows() : 0;
+            work.clear();
+            work.push_back(std::move(tree));
+            try_all();
+            std::move(work.begin(), work.end(), std::back_inserter(all));
+        }
+        work = std::move(all);
+    }
+
     void try_all() {
         const std::vector<Work> whole = work;
         const std::vector<int32_t> whole_items_of = items_of;
@@ -318,7 +332,6 @@ private:
             if (trial.rows || forced) by_rows(work[i], parts, cut);
             if (trial.tokens && !forced) by_tokens(work[i], parts, cut);
             if (!cut.found() || (!forced && cut.time >= price.alone(work[i].cost))) {
-                if (o.invariant) continue;
                 break;  // the costliest cannot be helped
             }
             const size_t before = work.size();
@@ -337,7 +350,7 @@ private:
 
     // What an item should cost at most, per KV head.
     int64_t limit(const Trial& trial) const {
-        const int64_t share = o.invariant ? 0 : price.spread(sum) / 100 * trial.percent;
+        const int64_t share = price.spread(sum) / 100 * trial.percent;
         return std::max<int64_t>(1, std::max(share, o.target.grain) / price.alone(1));
     }
 
@@ -353,7 +366,7 @@ private:
         const int64_t longest = std::min(std::max(left.in(fewer), right.in(most)), std::max(left.in(most), right.in(fewer)));
         cut.cost = left.cost + right.cost;
         cut.time = std::max(price.alone(longest), o.target.grain);
-        if (!o.invariant) cut.time = std::max(cut.time, price.spread(sum - w.cost + cut.cost));
+        cut.time = std::max(cut.time, price.spread(sum - w.cost + cut.cost));
         if (cut < best) best = cut;
     }
 
@@ -454,16 +467,15 @@ private:
             lo = std::min(lo, p.lo);
             hi = std::max(hi, p.hi);
             // Within a piece: where the left part gets its share.
-            const int64_t length = tokens(p), grid = o.invariant ? ANCHOR : BLOCK;
-            const int64_t first = o.invariant ? grid - p.start % grid : grid;
-            if (length > first) {
+            const int64_t length = tokens(p);
+            if (length > BLOCK) {
                 const int64_t a = fixed(hi - lo, true), b = fixed(from[i].second - from[i].first, true);
                 for (const int64_t part : {parts / 2, parts - parts / 2}) {
                     const int64_t share = (total + part * a + (parts - part) * b) / parts;
                     const int64_t want = std::clamp<int64_t>(part * (share - a) - left, 0, p.cost);
                     const int64_t even = int64_t(__int128(length) * want / std::max<int64_t>(1, p.cost));
-                    const int64_t at = std::max<int64_t>(0, even - first) / grid * grid + first;
-                    for (const int64_t offset : {at, at + grid}) {
+                    const int64_t at = std::max<int64_t>(0, even - BLOCK) / BLOCK * BLOCK + BLOCK;
+                    for (const int64_t offset : {at, at + BLOCK}) {
                         if (offset >= length) continue;
                         Piece x = p, y = p;
                         y.start += int32_t(offset);

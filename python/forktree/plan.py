@@ -214,7 +214,8 @@ def plan(
     Args:
         target: what work costs; default: `CPU`.
         max_partials: rows of partials there may be; tokens with several rows need one for each.
-        invariant: decide items for each root tree by itself, so that a row's bits do not depend on strangers.
+        invariant: plan each root tree as if it were alone in the step, so that a row's bits do not depend on
+            strangers. Costs balance where many trees are large, nothing where there is one.
     """
     for name, value in (("num_qo_heads", num_qo_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
         if not 1 <= value < 2**16:
