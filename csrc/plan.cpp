@@ -175,15 +175,14 @@ private:
             for (; i < size_t(s.tree_end[tree]); ++i) {
                 const Stretch& from = s.stretch[i];
                 Piece p{int32_t(i), from.start, from.stop, from.lo, from.hi, false, 0};
-                if (!clip(p, p.lo, p.hi)) continue;
-                pieces.push_back(p);
                 most += price.finest(p.hi - p.lo, tokens(p));
+                if (most * price.heads > (long double)(INT64_MAX / 4))
+                    throw std::invalid_argument("target must price this step below 2**61 ps, got prices that do not");
+                if (clip(p, p.lo, p.hi)) pieces.push_back(p);
             }
             add(std::move(pieces));
             pieces.clear();
         }
-        if (most * price.heads > (long double)(INT64_MAX / 4))
-            throw std::invalid_argument("target must price this step below 2**61 ps, got prices that do not");
         for (size_t i = 0; i < work.size(); ++i) settle(i);
     }
 
