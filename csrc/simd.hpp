@@ -43,6 +43,14 @@ static inline vi lanes() {
     return x;
 }
 
+// The integer at or above x.
+static inline vf ceil(vf x) {
+    const vf round = splat(12582912.0f);  // 1.5 * 2^23: as large as this, only integers are left
+    const vf n = (x + round) - round;
+    const vf up = n < x ? n + 1.0f : n;
+    return (x > -4194304.0f) & (x < 4194304.0f) ? up : x;
+}
+
 // 2^x for x <= 127, relative error 1.5e-7; exactly 0 below -126; NaN stays NaN.
 static inline vf exp2(vf x) {
     const vf round = splat(12582912.0f);  // 1.5 * 2^23: its last bits hold the nearest integer

@@ -9,8 +9,9 @@
 //
 // Both are the same small product (`product`). Two element types: fp32, into which narrower K and V are widened a tile
 // at a time; and pairs of bf16, which AVX-512-BF16 multiplies and adds two at a time, for which the V of two tokens
-// is interleaved. A lane's result depends on the tokens it sees and how segments cut them, not on its neighbours, nor
-// on how many heads or rows share the task.
+// is interleaved. Scores are taken relative to an integer power of two, so that moving on to a higher one is exact: a lane's
+// result does not depend on its neighbours, on how many heads or rows share the task, nor, in fp32, on how segments cut
+// the tokens it sees.
 #include "product.hpp"
 #include "tree_attention.hpp"
 
@@ -297,17 +298,17 @@ private:
             float* column = scores + v * VL;
             vf highest = splat(-INF);
             for (int64_t t = 0; t < tokens; ++t) highest = max(highest, load(column + t * BLOCK));
-            const vf old_top = load(top), new_top = max(old_top, highest * unit);
+            const vf old_top = load(top), new_top = max(old_top, FORKTREE_ISA::ceil(highest * unit));
             const vf base = new_top == -INF ? vf{} : new_top;
             factor[v] = exp2(old_top - base);
-            const vf sum = exp_column(column, weights + v * VL, tokens, unit, base);
+            const vf old_mass = load(mass);
+            const vf sum = exp_column(column, weights + v * VL, tokens, unit, base, old_mass * factor[v]);
             store(top, ours ? new_top : old_top);
-            store(mass, ours ? load(mass) * factor[v] + sum : load(mass));
+            store(mass, ours ? sum : old_mass);
         }
     }
 
-    vf exp_column(const float* column, float* to, int64_t tokens, float unit, vf base) {
-        vf sum{};
+    vf exp_column(const float* column, float* to, int64_t tokens, float unit, vf base, vf sum) {
         for (int64_t t = 0; t < tokens; ++t) {
             const vf p = exp2(load(column + t * BLOCK) * unit - base);
             sum += p;
@@ -317,8 +318,7 @@ private:
     }
 
 #if defined(__AVX512BF16__)
-    vf exp_column(const float* column, uint32_t* to, int64_t tokens, float unit, vf base) {
-        vf sum{};
+    vf exp_column(const float* column, uint32_t* to, int64_t tokens, float unit, vf base, vf sum) {
         for (int64_t t = 0; t < tokens; t += 2) {
             const vf p = exp2(load(column + t * BLOCK) * unit - base);
             vf next{};
