@@ -12,7 +12,7 @@ already: the copying and the memory are not charged to them. Before each call a 
 as other layers' weights and keys are between two calls of a decoder's layer.
 
 GB/s counts every token once, however many branches see it; GFLOP/s counts (row, token) pairs that are seen. Beside
-them stands what the machine does in the same run: reading a large tensor, and a 2048^3 matrix product.
+them stands what the machine does in the same run: reading a large tensor, and a large square matrix product.
 Prints a table and writes bench/results/tree_attention-<device>.json.
 """
 

@@ -8,6 +8,7 @@ processors written for `generate` can be called on them.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,7 +92,8 @@ def _best(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor
     totals, indices = [first], [torch.arange(vocab)]
     for i in range(1, len(scores)):
         total = log_probs[i] + scores[i : i + 1]
-        more = (~(total <= floor)).nonzero().squeeze(1)  # NaN is the largest to topk
+        exceeds = (total <= floor).logical_not_()  # NaN is the largest to topk
+        more = torch.from_numpy(np.flatnonzero(exceeds.numpy()))  # many times sooner than torch's nonzero
         totals.append(total[more])
         indices.append(more + i * vocab)
     best, at = torch.cat(totals).topk(count)
