@@ -11,17 +11,13 @@
 namespace forktree::FORKTREE_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int MAX_VECTORS = 4;  // of a block of lanes: 24 accumulators and their operands fit 32 registers
-#else
-constexpr int MAX_VECTORS = 2;  // 12 fit 16
-#endif
-constexpr int64_t BLOCK = MAX_VECTORS * VL;  // lanes
-
-// Elements of the products. `Term` is what one multiply-add consumes.
+// Elements of the products. `Term` is what one multiply-add consumes, VECTORS how wide a block of lanes is at most: as
+// many as leave accumulators their registers, and let the block (of 128 terms, say) lie in half an L1 cache.
 struct Single {
     typedef float Term;
-    static constexpr int TERMS = 1;    // elements in a term
+    static constexpr int TERMS = 1;  // elements in a term
+    static constexpr int VECTORS = 2;
+    static constexpr int64_t BLOCK = VECTORS * VL;
     static constexpr int64_t PAD = 1;  // what a sum over tokens is filled up to, with zeros
     static vf multiply_add(vf sum, float a, const float* b) { return splat(a) * load(b) + sum; }
 };
@@ -30,6 +26,8 @@ struct Single {
 struct Pair {
     typedef uint32_t Term;  // two bf16, the first one in the low half
     static constexpr int TERMS = 2;
+    static constexpr int VECTORS = 4;
+    static constexpr int64_t BLOCK = VECTORS * VL;
 #if defined(FORKTREE_TILES)
     static constexpr int64_t PAD = 16;
 #else
@@ -42,8 +40,8 @@ struct Pair {
 #endif
 
 // c[m, lane] = c[m, lane] * factor[lane] + sum over k of a[m * a_m + k * a_k] * b[k, lane] for M values of m and V
-// vectors of lanes. b and c have BLOCK and c_stride lanes a row. No factor: c is only written. keep: lanes of the last
-// vector that are ours; the others stay as they are, whatever the sum.
+// vectors of lanes. b and c have Element::BLOCK and c_stride lanes a row. No factor: c is only written. keep: lanes of
+// the last vector that are ours; the others stay as they are, whatever the sum.
 template <class Element, int V, int M>
 inline void product_block(const typename Element::Term* a, int64_t a_m, int64_t a_k, const typename Element::Term* b,
                           float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep, Prefetch& prefetch) {
@@ -56,7 +54,7 @@ inline void product_block(const typename Element::Term* a, int64_t a_m, int64_t 
         for (int64_t k = begin; k < end; ++k)
             for (int m = 0; m < M; ++m)
                 for (int v = 0; v < V; ++v)
-                    sum[m][v] = Element::multiply_add(sum[m][v], a[m * a_m + k * a_k], b + k * BLOCK + v * VL);
+                    sum[m][v] = Element::multiply_add(sum[m][v], a[m * a_m + k * a_k], b + k * Element::BLOCK + v * VL);
     }
     for (int m = 0; m < M; ++m)
         for (int v = 0; v < V; ++v) {
@@ -70,6 +68,7 @@ inline void product_block(const typename Element::Term* a, int64_t a_m, int64_t 
 template <int V>
 int64_t product_tiles(int64_t rows, const uint32_t* a, int64_t a_m, const uint32_t* b, float* c, int64_t c_stride,
                       int64_t terms, const vf* factor, vi keep, Prefetch& prefetch) {
+    constexpr int64_t BLOCK = Pair::BLOCK;
     alignas(64) float sums[TILE_ROWS * BLOCK];
     int64_t m = 0;
     for (; m + TILE_ROWS <= rows; m += TILE_ROWS) {
@@ -109,9 +108,9 @@ __attribute__((noinline)) void product_vectors(int64_t rows, const typename Elem
                                                const typename Element::Term* b, float* c, int64_t c_stride,
                                                int64_t terms, const vf* factor, vi keep, Prefetch& prefetch) {
 #if defined(__AVX512F__)
-    constexpr int M = V == 4 ? 6 : V == 1 ? 12 : 8;
+    constexpr int M = 24 / V > 12 ? 12 : 24 / V;  // 24 accumulators and their operands fit 32 registers
 #else
-    constexpr int M = V == 1 ? 12 : 6;
+    constexpr int M = V == 1 ? 12 : 6;  // 12 fit 16
 #endif
     int64_t m = 0;
 #if defined(FORKTREE_TILES)
@@ -130,19 +129,16 @@ __attribute__((noinline)) void product_vectors(int64_t rows, const typename Elem
                                      prefetch);
 }
 
-// As product_block, for any number of rows and 1 to MAX_VECTORS vectors.
+// As product_block, for any number of rows and 1 to Element::VECTORS vectors.
 template <class Element>
 void product(int vectors, int64_t rows, const typename Element::Term* a, int64_t a_m, int64_t a_k,
              const typename Element::Term* b, float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep,
              Prefetch& prefetch) {
-    switch (vectors) {
-        case 1: return product_vectors<Element, 1>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch);
-        case 2: return product_vectors<Element, 2>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch);
-#if defined(__AVX512F__)
-        case 3: return product_vectors<Element, 3>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch);
-        case 4: return product_vectors<Element, 4>(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch);
-#endif
-    }
+    const auto run = [&](auto call) { call(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch); };
+    if (vectors == 1) run(product_vectors<Element, 1>);
+    else if (vectors == 2) run(product_vectors<Element, 2>);
+    else if constexpr (Element::VECTORS > 2)
+        run(vectors == 3 ? product_vectors<Element, 3> : product_vectors<Element, 4>);
 }
 
 }  // namespace

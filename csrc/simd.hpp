@@ -51,19 +51,24 @@ static inline vf ceil(vf x) {
     return (x > -4194304.0f) & (x < 4194304.0f) ? up : x;
 }
 
-// 2^x for x <= 127, relative error 1.5e-7; exactly 0 below -126; NaN stays NaN.
-static inline vf exp2(vf x) {
+// 2^(x - base) for an integer base and x <= base + 127, relative error 1.5e-7; exactly 0 below 2^-126; NaN stays NaN.
+// Another base changes the result by exactly a power of two: the base only moves the exponent.
+static inline vf exp2(vf x, vf base) {
     const vf round = splat(12582912.0f);  // 1.5 * 2^23: its last bits hold the nearest integer
-    const vf n = x + round;
-    const vf r = x - (n - round);  // in [-0.5, 0.5]
+    const vf shift = (base > -2097152.0f) & (base < 2097152.0f) ? vf{} : base;  // no room for such: not exact any more
+    const vf y = x - shift, under = base - shift;
+    const vf n = y + round;
+    const vf r = y - (n - round);  // in [-0.5, 0.5]
     vf p = splat(1.326472062e-3f);
     p = p * r + 9.671513118e-3f;
     p = p * r + 5.550733765e-2f;
     p = p * r + 2.402224207e-1f;
     p = p * r + 6.931469776e-1f;
     p = p * r + 1.0f;
-    const vf y = reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(n) << 23));
-    return x < -126.0f ? vf{} : y;
+    const vi exponent = reinterpret_cast<vi>(n) - reinterpret_cast<vi>(under + round);
+    const vf power = reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (exponent << 23));
+    const vf distance = y - under;
+    return distance >= -126.0f ? power : (distance < -126.0f ? vf{} : distance);
 }
 
 // tanh: a polynomial near 0 (Cephes, S. Moshier), by 2^x elsewhere; error below 2 units in the last place.
@@ -77,7 +82,7 @@ static inline vf tanh(vf x) {
     p = p * z * x + x;
     vf far = x > 10.0f ? splat(10.0f) : x;
     far = far < -10.0f ? splat(-10.0f) : far;
-    const vf e = exp2(far * 2.885390082f);  // exp(2 x)
+    const vf e = exp2(far * 2.885390082f, vf{});  // exp(2 x)
     return (z < 0.390625f) ? p : (e - 1.0f) / (e + 1.0f);
 }
 

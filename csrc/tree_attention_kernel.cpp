@@ -9,9 +9,9 @@
 //
 // Both are the same small product (`product`). Two element types: fp32, into which narrower K and V are widened a tile
 // at a time; and pairs of bf16, which AVX-512-BF16 multiplies and adds two at a time, for which the V of two tokens
-// is interleaved. Scores are taken relative to an integer power of two, so that moving on to a higher one is exact: a lane's
-// result does not depend on its neighbours, on how many heads or rows share the task, nor, in fp32, on how segments cut
-// the tokens it sees.
+// is interleaved. Scores are taken relative to an integer power of two, so that moving on to a higher one is exact: a
+// lane's result does not depend on its neighbours, on how many heads or rows share the task, nor, in fp32, on how
+// segments cut the tokens it sees.
 #include "product.hpp"
 #include "tree_attention.hpp"
 
@@ -72,11 +72,12 @@ struct Tile {
 
 // Lanes a row of the transposed queries and outputs takes: an odd number of cache lines, so that the rows of a block
 // of lanes do not all fall into the same sets of the cache; and room for a block that begins at the last lane.
-inline int64_t lane_stride(int64_t rows, int64_t group) { return (round_up(rows * group + BLOCK, 16) / 16 | 1) * 16; }
+inline int64_t lane_stride(int64_t lanes, int64_t block) { return (round_up(lanes + block, 16) / 16 | 1) * 16; }
 
 template <class Element>
 class Task {
     typedef typename Element::Term Term;
+    static constexpr int64_t BLOCK = Element::BLOCK;
 
     const Attention& call;
     const Item item;
@@ -100,7 +101,7 @@ class Task {
 
 public:
     static int64_t scratch(const Attention& call, int64_t rows, int64_t heads) {
-        const int64_t stride = lane_stride(rows, call.group), key_terms = call.key_dim / Element::TERMS;
+        const int64_t stride = lane_stride(rows * call.group, BLOCK), key_terms = call.key_dim / Element::TERMS;
         return 4 * (heads * stride * (key_terms + call.value_dim + 2) + CHUNK * key_terms +
                     (CHUNK / Element::TERMS + 1) * call.value_dim + key_terms * BLOCK + TILE * BLOCK +
                     TILE / Element::TERMS * BLOCK + 2 * BLOCK) +
@@ -115,7 +116,7 @@ public:
           heads(task.head_end - task.head_begin),
           group(call.group),
           lanes((item.row_end - item.row_begin) * group),
-          stride(lane_stride(item.row_end - item.row_begin, group)),
+          stride(lane_stride(lanes, BLOCK)),
           key_terms(call.key_dim / Element::TERMS),
           value_dim(call.value_dim),
           prefetch(call, task.head_begin, task.head_end - task.head_begin) {
@@ -240,7 +241,7 @@ private:
                 const int64_t tokens = end - tile < TILE ? end - tile : TILE;
                 product<Element>(vectors, tokens, k.data + tile * k.token_stride, k.token_stride, k.dim_stride, block_q,
                                  scores, BLOCK, key_terms, nullptr, vi{}, prefetch);
-                vf factor[MAX_VECTORS];
+                vf factor[Element::VECTORS];
                 weigh(seg, lane, n, at + tile, tokens, head, whole, factor);
                 const int64_t terms = ceil_div(tokens, Element::TERMS), padded = round_up(terms, Element::PAD);
                 if (padded > terms) __builtin_memset(weights + terms * BLOCK, 0, 4 * (padded - terms) * BLOCK);
@@ -300,7 +301,7 @@ private:
             for (int64_t t = 0; t < tokens; ++t) highest = max(highest, load(column + t * BLOCK));
             const vf old_top = load(top), new_top = max(old_top, FORKTREE_ISA::ceil(highest * unit));
             const vf base = new_top == -INF ? vf{} : new_top;
-            factor[v] = exp2(old_top - base);
+            factor[v] = exp2(old_top, base);
             const vf old_mass = load(mass);
             const vf sum = exp_column(column, weights + v * VL, tokens, unit, base, old_mass * factor[v]);
             store(top, ours ? new_top : old_top);
@@ -310,7 +311,7 @@ private:
 
     vf exp_column(const float* column, float* to, int64_t tokens, float unit, vf base, vf sum) {
         for (int64_t t = 0; t < tokens; ++t) {
-            const vf p = exp2(load(column + t * BLOCK) * unit - base);
+            const vf p = exp2(load(column + t * BLOCK) * unit, base);
             sum += p;
             store(to + t * BLOCK, p);
         }
@@ -320,9 +321,9 @@ private:
 #if defined(__AVX512BF16__)
     vf exp_column(const float* column, uint32_t* to, int64_t tokens, float unit, vf base, vf sum) {
         for (int64_t t = 0; t < tokens; t += 2) {
-            const vf p = exp2(load(column + t * BLOCK) * unit - base);
+            const vf p = exp2(load(column + t * BLOCK) * unit, base);
             vf next{};
-            if (t + 1 < tokens) next = exp2(load(column + (t + 1) * BLOCK) * unit - base);
+            if (t + 1 < tokens) next = exp2(load(column + (t + 1) * BLOCK) * unit, base);
             sum += p;
             sum += next;
             const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)p));
@@ -387,10 +388,9 @@ private:
                (slot * call.num_kv_heads + head) * dim * (call.dtype == Dtype::fp32 ? 4 : 2);
     }
 
-    // fp32: read in place if it is fp32 and contiguous, else widened into `to`.
+    // In fp32, without gaps between tokens: the rows of a pool are often powers of two, and a few of them already want
+    // the same place in the cache.
     Tile<Single> tile(const void* pool, const int32_t* slots, int64_t count, int64_t head, int64_t dim, float* to) {
-        if (call.dtype == Dtype::fp32 && contiguous(slots, count))
-            return {reinterpret_cast<const float*>(at_slot(pool, slots[0], head, dim)), call.num_kv_heads * dim, 1};
         for (int64_t t = 0; t < count; ++t) {
             const char* from = at_slot(pool, slots[t], head, dim);
             if (call.dtype == Dtype::fp32) __builtin_memcpy(to + t * dim, from, 4 * dim);

@@ -11,7 +11,7 @@ from forktree import _core, ops
 from forktree.layout import TreeLayout
 from forktree.ops import reference
 from forktree.plan import CPU, plan
-from layouts import KINDS, Case, naive_attention, random_layout, shared_prompt
+from layouts import KINDS, Case, chunk, naive_attention, random_layout, shared_prompt
 
 executor = importlib.import_module("forktree.ops.torch_backend.tree_attention")
 ISAS = [name for name, why_not in _core.isas() if not why_not]
@@ -407,3 +407,28 @@ def test_offsets_beyond_31_bits(backend):
     low = replace(layout, slot_index=np.arange(7))
     expected = ops.tree_attention(q, new[0], new[1], plan(low, num_qo_heads=1, num_kv_heads=1, head_dim=dim))
     torch.testing.assert_close(out, expected)
+
+
+def test_how_nodes_are_cut_leaves_no_trace_in_fp32(backend):
+    """A prompt reads the same whether or not others share parts of it."""
+    if backend != "cpu":
+        pytest.skip("promised of the compiled backend")
+    tokens, rows = 150, 3
+    whole = replace(chunk(tokens), row_indptr=[0, rows], row_token=np.arange(rows), row_pos=np.arange(147, 150))
+    lengths = np.array([1, 70, 64, 2, 13])
+    begin = np.cumsum(lengths) - lengths
+    cut = replace(
+        whole,
+        node_begin=begin,
+        node_len=lengths,
+        node_parent=[-1, 0, 1, 2, 3],
+        node_fork=[0, *lengths[:-1]],
+        node_pos=begin,
+        path_node=[4],
+    )
+    heads = dict(num_qo_heads=6, num_kv_heads=2, head_dim=24)
+    q, (k, v) = torch.randn(rows, 6, 24), torch.randn(2, tokens, 2, 24)
+    for options in ({}, {"softcap": 3.0}, {"window": 60}):
+        window = options.pop("window", None)
+        results = [ops.tree_attention(q, k, v, plan(x, window=window, **heads), **options) for x in (whole, cut)]
+        assert torch.equal(*results)
