@@ -30,7 +30,7 @@ RUNTIME     = $$($${CXX:-g++} -print-file-name=$(1))
 sanitize: $(STAMP)
 	CXXFLAGS="-fsanitize=address,undefined $(CHECKED)" \
 		$(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
-	LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		OMP_NUM_THREADS=4 PYTHONPATH=build/asan/lib $(BIN)/pytest -q --capture=sys $(SANITIZED)
 	CXXFLAGS="-fsanitize=thread -fno-openmp $(CHECKED)" \
 		$(BIN)/python setup.py -q build --build-base build/tsan --build-lib build/tsan/lib

@@ -19,8 +19,13 @@ struct Copy {
     int64_t pieces, size;  // of a row: its heads, or 1 if they lie one after the other; bytes of each
 
     Copy(const Append& x, int64_t heads, int64_t item)
-        : from(static_cast<const char*>(x.rows)), to(static_cast<char*>(x.pool)), row_stride(x.row_stride),
-          head_stride(x.head_stride), item(item), pieces(x.dim ? heads : 0), size(x.dim * item) {
+        : from(static_cast<const char*>(x.rows)),
+          to(static_cast<char*>(x.pool)),
+          row_stride(x.row_stride),
+          head_stride(x.head_stride),
+          item(item),
+          pieces(x.dim ? heads : 0),
+          size(x.dim * item) {
         if (head_stride == x.dim && pieces) size *= std::exchange(pieces, 1);
     }
 

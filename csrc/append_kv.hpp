@@ -9,9 +9,9 @@ namespace forktree {
 
 // K or V of all tokens, and where they go.
 struct Append {
-    const void* rows;                  // [T, Hk, dim], strides in elements, contiguous in dim
+    const void* rows;  // [T, Hk, dim], strides in elements, contiguous in dim
     int64_t row_stride, head_stride, dim;
-    void* pool;                        // [num_slots, Hk, dim], contiguous
+    void* pool;  // [num_slots, Hk, dim], contiguous
 };
 
 // slots [T]: a negative one is not stored. Throws std::invalid_argument, before anything is written, if one lies beyond

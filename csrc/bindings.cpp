@@ -67,7 +67,8 @@ void tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_s
     call.alibi_slopes = at<float>(alibi_slopes);
     call.out = at<void>(out);
     call.lse = at<float>(lse);
-    forktree::tree_attention(call, {at<int32_t>(plan), plan_size, rows, num_tokens, num_slots, slot_index_size}, threads);
+    forktree::tree_attention(call, {at<int32_t>(plan), plan_size, rows, num_tokens, num_slots, slot_index_size},
+                             threads);
 }
 
 using Ints = py::array_t<int32_t, py::array::c_style>;
@@ -86,14 +87,30 @@ Ints plan(const Ints& slot_index, const Ints& node_begin, const Ints& node_len, 
           const Ints& row_pos, const std::optional<Ints>& mask_indptr, const std::optional<Words>& mask_bits,
           int64_t num_tokens, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, int64_t window,
           const TargetTuple& fields, int64_t max_partials, bool invariant) {
-    const forktree::Layout layout{
-        slot_index.size(), node_len.size(), row_token.size(), num_tokens, causal.size(), mask_bits ? mask_bits->size() : 0,
-        slot_index.data(), node_begin.data(), node_len.data(), node_parent.data(), node_fork.data(), node_pos.data(),
-        row_indptr.data(), path_indptr.data(), path_node.data(), path_stop.data(), path_top.data(), causal.data(),
-        row_token.data(), row_pos.data(), mask_indptr ? mask_indptr->data() : nullptr,
-        mask_bits ? mask_bits->data() : nullptr};
-    const std::vector<int32_t> buffer = forktree::plan(
-        layout, {num_qo_heads, num_kv_heads, head_dim, window, target(fields), max_partials, invariant});
+    const forktree::Layout layout{slot_index.size(),
+                                  node_len.size(),
+                                  row_token.size(),
+                                  num_tokens,
+                                  causal.size(),
+                                  mask_bits ? mask_bits->size() : 0,
+                                  slot_index.data(),
+                                  node_begin.data(),
+                                  node_len.data(),
+                                  node_parent.data(),
+                                  node_fork.data(),
+                                  node_pos.data(),
+                                  row_indptr.data(),
+                                  path_indptr.data(),
+                                  path_node.data(),
+                                  path_stop.data(),
+                                  path_top.data(),
+                                  causal.data(),
+                                  row_token.data(),
+                                  row_pos.data(),
+                                  mask_indptr ? mask_indptr->data() : nullptr,
+                                  mask_bits ? mask_bits->data() : nullptr};
+    const std::vector<int32_t> buffer =
+        forktree::plan(layout, {num_qo_heads, num_kv_heads, head_dim, window, target(fields), max_partials, invariant});
     return Ints(py::ssize_t(buffer.size()), buffer.data());
 }
 
@@ -128,6 +145,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("tree_attention", &tree_attention, Unlocked());
     m.def("plan", &plan);
     m.def("plan_count", &plan_count, py::arg("buffer"), py::arg("target"));
-    m.def("check_plan_buffer", [](const Ints& buffer) { forktree::plan_view(buffer.data(), buffer.size()); },
-          py::arg("buffer"));
+    m.def(
+        "check_plan_buffer", [](const Ints& buffer) { forktree::plan_view(buffer.data(), buffer.size()); },
+        py::arg("buffer"));
 }

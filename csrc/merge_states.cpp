@@ -18,8 +18,7 @@ constexpr float EMPTY = -std::numeric_limits<float>::infinity();
 std::string listed(Indices values) {
     constexpr int64_t shown = 16;
     std::string text = "[";
-    for (int64_t i = 0; i < std::min(values.size, shown); ++i)
-        text += (i ? ", " : "") + std::to_string(values[i]);
+    for (int64_t i = 0; i < std::min(values.size, shown); ++i) text += (i ? ", " : "") + std::to_string(values[i]);
     return text + (values.size > shown ? ", ...]" : "]");
 }
 

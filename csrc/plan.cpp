@@ -18,11 +18,12 @@ constexpr int32_t CANDIDATES = 4;  // boundaries tried otherwise: those that pro
 
 // Cutting one item after the other does not always end well, so small plans are made in several ways.
 struct Trial {
-    int64_t percent;  // of an even share that an item may cost
+    int64_t percent;    // of an even share that an item may cost
     bool rows, tokens;  // ways to cut
 };
-constexpr Trial TRIALS[] = {{100, true, true},  {110, true, true},  {100, false, true}, {100, true, false}, {125, true, true},
-                            {85, true, true},   {110, false, true}, {70, true, true},   {125, false, true}, {150, true, true}};
+constexpr Trial TRIALS[] = {{100, true, true},  {110, true, true}, {100, false, true}, {100, true, false},
+                            {125, true, true},  {85, true, true},  {110, false, true}, {70, true, true},
+                            {125, false, true}, {150, true, true}};
 constexpr size_t FEW_PIECES = 2000;  // pieces looked at in all trials but the first
 constexpr int64_t NEAR = 50;         // no more trials if not more than 1 / NEAR can be gained
 
@@ -75,8 +76,13 @@ struct Cut {
 class Planner {
 public:
     Planner(const Layout& layout, const PlanOptions& options)
-        : l(layout), o(options), price(o.target, o.num_qo_heads, o.num_kv_heads, o.head_dim), s(stretches(layout)),
-          lowest(o.window ? positions() : std::vector<int32_t>{0}), several(rows() + 1), items_of(rows()) {
+        : l(layout),
+          o(options),
+          price(o.target, o.num_qo_heads, o.num_kv_heads, o.head_dim),
+          s(stretches(layout)),
+          lowest(o.window ? positions() : std::vector<int32_t>{0}),
+          several(rows() + 1),
+          items_of(rows()) {
         std::vector<int32_t> rows_of(l.tokens);
         for (const Row& row : s.row) ++rows_of[row.token];
         for (int32_t r = 0; r < rows(); ++r) several[r + 1] = several[r] + (rows_of[s.row[r].token] > 1);
@@ -109,7 +115,8 @@ private:
         const Stretch& from = s.stretch[p.stretch];
         p.lo = lo;
         p.hi = hi;
-        if (o.window) p.start = int32_t(std::max<int64_t>(p.start, lowest(lo, hi) - o.window + 1 - l.node_pos[from.node]));
+        if (o.window)
+            p.start = int32_t(std::max<int64_t>(p.start, lowest(lo, hi) - o.window + 1 - l.node_pos[from.node]));
         if (from.uneven) p.stop = std::min(p.stop, sight(from.node, lo, hi));
         if (p.start >= p.stop) return false;
         p.cost = cost(p);
@@ -343,9 +350,7 @@ private:
         return got;
     }
 
-    bool too_wide(const Work& w) const {
-        return w.rows() > 1 && w.rows() * price.group > o.target.max_lanes;
-    }
+    bool too_wide(const Work& w) const { return w.rows() > 1 && w.rows() * price.group > o.target.max_lanes; }
 
     // What an item should cost at most, per KV head.
     int64_t limit(const Trial& trial) const {
@@ -362,7 +367,8 @@ private:
     // Keeps a cut if the plan takes less time with it, the parts being cut further into `parts` in all.
     void consider(const Work& w, int64_t parts, Part left, Part right, Cut cut, Cut& best) const {
         const int64_t fewer = parts / 2, most = parts - fewer;
-        const int64_t longest = std::min(std::max(left.in(fewer), right.in(most)), std::max(left.in(most), right.in(fewer)));
+        const int64_t longest =
+            std::min(std::max(left.in(fewer), right.in(most)), std::max(left.in(most), right.in(fewer)));
         cut.cost = left.cost + right.cost;
         cut.time = std::max(price.alone(longest), o.target.grain);
         cut.time = std::max(cut.time, price.spread(sum - w.cost + cut.cost));
@@ -521,9 +527,10 @@ private:
         }
         if (partials > o.max_partials) refuse_cap(partials);
         const int64_t words = l.mask_indptr ? l.mask_words : 0;
-        const int64_t size = 16 + 5 * int64_t(work.size()) + 8 * segs + l.tokens + 1 + partials + 6 * l.rows + l.nodes +
-                             l.rows + words;
-        if (size > INT32_MAX) throw std::invalid_argument("a plan must have less than 2**31 entries, got " + std::to_string(size));
+        const int64_t size =
+            16 + 5 * int64_t(work.size()) + 8 * segs + l.tokens + 1 + partials + 6 * l.rows + l.nodes + l.rows + words;
+        if (size > INT32_MAX)
+            throw std::invalid_argument("a plan must have less than 2**31 entries, got " + std::to_string(size));
 
         std::vector<int32_t> buffer(size);
         int32_t* at = buffer.data();
@@ -531,9 +538,20 @@ private:
             std::memcpy(at, &value, sizeof value);
             at += sizeof value / 4;
         };
-        put(Header{Header::MAGIC, int32_t(size), int32_t(l.rows), int32_t(l.tokens), int32_t(work.size()), int32_t(segs),
-                   int32_t(l.nodes), int32_t(partials), int32_t(words), int32_t(o.num_qo_heads), int32_t(o.num_kv_heads),
-                   int32_t(o.head_dim), int32_t(o.window), {}});
+        put(Header{Header::MAGIC,
+                   int32_t(size),
+                   int32_t(l.rows),
+                   int32_t(l.tokens),
+                   int32_t(work.size()),
+                   int32_t(segs),
+                   int32_t(l.nodes),
+                   int32_t(partials),
+                   int32_t(words),
+                   int32_t(o.num_qo_heads),
+                   int32_t(o.num_kv_heads),
+                   int32_t(o.head_dim),
+                   int32_t(o.window),
+                   {}});
         int32_t seg = 0;
         for (size_t i : order) {
             const int32_t end = seg + int32_t(work[i].pieces.size());

@@ -24,12 +24,12 @@ std::vector<int32_t> plan(const Layout& layout, const PlanOptions& options);
 
 // What a plan does and costs under the model; times in picoseconds, for all KV heads.
 struct PlanCounts {
-    int64_t distinct;   // tokens read by any item
-    int64_t planned;    // tokens read, again and again if by several items
-    int64_t attended;   // (row, token) pairs that count
-    int64_t computed;   // (row, token) pairs segments span
-    int64_t padded;     // (packed row, token) pairs, those included that only fill up lanes
-    int64_t predicted;  // time of the plan
+    int64_t distinct;      // tokens read by any item
+    int64_t planned;       // tokens read, again and again if by several items
+    int64_t attended;      // (row, token) pairs that count
+    int64_t computed;      // (row, token) pairs segments span
+    int64_t padded;        // (packed row, token) pairs, those included that only fill up lanes
+    int64_t predicted;     // time of the plan
     int64_t sum, longest;  // of all items; of the longest unit of work
 };
 PlanCounts count(const PlanView& plan, const Target& target);

@@ -28,8 +28,12 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 class Prices {
 public:
     Prices(const Target& target, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim)
-        : target(target), heads(num_kv_heads), group(num_qo_heads / num_kv_heads), dim(head_dim),
-          token_memory(4 * dim * target.memory), token_cache(4 * dim * target.cache),  // K and V, 2 bytes each
+        : target(target),
+          heads(num_kv_heads),
+          group(num_qo_heads / num_kv_heads),
+          dim(head_dim),
+          token_memory(4 * dim * target.memory),
+          token_cache(4 * dim * target.cache),  // K and V, 2 bytes each
           token_math(target.lanes * (2 * dim * target.mac + target.exp)),
           rescale(target.lanes * dim * target.segment),
           partial_row(group * (dim + 2) * 4 * target.partial) {}

@@ -16,14 +16,15 @@ constexpr int64_t HEADER = sizeof(Header) / 4, ITEM = sizeof(Item) / 4, SEG = si
 }
 
 void check_header(const Header& h, int64_t size) {
-    if (h.magic != Header::MAGIC) refuse("begin with " + std::to_string(Header::MAGIC) + ", got " + std::to_string(h.magic));
+    if (h.magic != Header::MAGIC)
+        refuse("begin with " + std::to_string(Header::MAGIC) + ", got " + std::to_string(h.magic));
     for (int32_t value : {h.rows, h.tokens, h.items, h.segs, h.nodes, h.partials, h.mask_words, h.window})
         if (value < 0) refuse("have sizes and a window of at least 0, got " + std::to_string(value));
     for (int32_t value : {h.num_qo_heads, h.num_kv_heads, h.head_dim})
         if (value < 1) refuse("have heads and a head_dim of at least 1, got " + std::to_string(value));
     if (h.num_qo_heads % h.num_kv_heads)
-        refuse("have num_qo_heads that are a multiple of num_kv_heads, got " + std::to_string(h.num_qo_heads) + " and " +
-               std::to_string(h.num_kv_heads));
+        refuse("have num_qo_heads that are a multiple of num_kv_heads, got " + std::to_string(h.num_qo_heads) +
+               " and " + std::to_string(h.num_kv_heads));
     const int64_t needed = HEADER + ITEM * h.items + SEG * h.segs + h.tokens + 1 + h.partials + ROW * h.rows + h.nodes +
                            h.rows + h.mask_words;
     if (h.size != size || needed != size)
@@ -66,7 +67,8 @@ int64_t check_items(const PlanView& v) {
             refuse("item", w, "with rows within the plan");
         if (item.seg_begin != seg || item.seg_end < seg || item.seg_end > h.segs)
             refuse("item", w, "with segments of its own, one after the other");
-        if (item.partial < -1 || (item.partial >= 0 && int64_t(item.partial) + item.row_end - item.row_begin > h.partials))
+        if (item.partial < -1 ||
+            (item.partial >= 0 && int64_t(item.partial) + item.row_end - item.row_begin > h.partials))
             refuse("item", w, "with partials within the plan");
         for (; seg < item.seg_end; ++seg) {
             const Seg& s = v.seg[seg];

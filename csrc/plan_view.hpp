@@ -21,7 +21,7 @@ constexpr int32_t LIVE = INT32_MAX;  // stop of a segment that ends where its no
 struct Header {
     static constexpr int32_t MAGIC = 0x464b5431;
     int32_t magic;
-    int32_t size;  // of the whole buffer, in int32
+    int32_t size;                                                    // of the whole buffer, in int32
     int32_t rows, tokens, items, segs, nodes, partials, mask_words;  // R, T, W, Q, N, P
     int32_t num_qo_heads, num_kv_heads, head_dim;
     int32_t window;  // 0 = none
@@ -41,8 +41,8 @@ struct Row {
     int32_t token;  // output it belongs to
     int32_t tip;    // node whose tokens from offset `tail` on the rows of its context see differently, or -1
     int32_t tail;
-    int32_t last;   // last offset of the tip this row sees: its own if causal, that of its last bit if masked, else LIVE
-    int32_t mask;   // word of `mask` where the row's bits begin (bit j: may it see offset tail + j), or -1
+    int32_t last;  // last offset of the tip this row sees: its own if causal, that of its last bit if masked, else LIVE
+    int32_t mask;  // word of `mask` where the row's bits begin (bit j: may it see offset tail + j), or -1
 };
 
 // Typed pointers into a buffer. `plan_view` throws std::invalid_argument unless the buffer is a well-formed plan.

@@ -23,9 +23,8 @@ struct Ranges {
     // range: void(int64_t task, int64_t begin, int64_t end). Must not throw.
     template <class Range>
     void run(int threads, const Range& range) const {
-        parallel(tasks, threads, [&](int64_t task) {
-            range(task, task * per_task, std::min(units, (task + 1) * per_task));
-        });
+        parallel(tasks, threads,
+                 [&](int64_t task) { range(task, task * per_task, std::min(units, (task + 1) * per_task)); });
     }
 };
 

@@ -41,10 +41,8 @@ void rotate_all(const T* q, int64_t row_stride, int64_t head_stride, int64_t hea
             for (int64_t h = 0; h < heads; ++h) {
                 const T* from = q + r * row_stride + h * head_stride;
                 T* to = out + (r * heads + h) * dim;
-                if (rotation.interleaved)
-                    rotate<2>(from, to, pairs, 1, cos, sin);
-                else
-                    rotate<1>(from, to, pairs, pairs, cos, sin);
+                if (rotation.interleaved) rotate<2>(from, to, pairs, 1, cos, sin);
+                else rotate<1>(from, to, pairs, pairs, cos, sin);
                 std::memcpy(to + 2 * pairs, from + 2 * pairs, size_t(dim - 2 * pairs) * sizeof(T));
             }
         }
@@ -60,8 +58,8 @@ void rotate_rows(int dtype, const void* q, int64_t row_stride, int64_t head_stri
                                     std::to_string(2 * rotation.pairs));
     with_dtype(dtype, [&](auto x) {
         using T = decltype(x);
-        rotate_all(static_cast<const T*>(q), row_stride, head_stride, heads, dim, shift, rotation,
-                   static_cast<T*>(out), threads);
+        rotate_all(static_cast<const T*>(q), row_stride, head_stride, heads, dim, shift, rotation, static_cast<T*>(out),
+                   threads);
     });
 }
 

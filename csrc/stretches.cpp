@@ -194,10 +194,10 @@ private:
             std::sort(at.begin(), at.end());
             for (size_t j = 0; j < at.size(); ++j) {
                 if (j && at[j] == at[j - 1])
-                    throw std::invalid_argument(
-                        "paths of context " + std::to_string(contexts[at[j]]) + " must not share tokens, got node " +
-                        std::to_string(s.node) + " [" + std::to_string(s.start) + ", " + std::to_string(s.stop) +
-                        ") in two of them");
+                    throw std::invalid_argument("paths of context " + std::to_string(contexts[at[j]]) +
+                                                " must not share tokens, got node " + std::to_string(s.node) + " [" +
+                                                std::to_string(s.start) + ", " + std::to_string(s.stop) +
+                                                ") in two of them");
                 if (j && at[j] == at[j - 1] + 1) runs.back().hi = at[j] + 1;
                 else runs.push_back({s.node, s.start, s.stop, at[j], at[j] + 1, false});
             }

@@ -1,17 +1,19 @@
 // Tree attention on a CPU, compiled once for each instruction set.
 //
 // Lanes of a vector are query rows: lane = row * G + query head, so the rows of a branch's whole group, and of all
-// branches that see a token, share every vector. A token's K and V are then never rearranged for their own sake: each
-// element is broadcast against a vector of rows, straight from where it lies, and softmax works down the lanes.
+// branches that see a token, share every vector. K and V need no transposing then: each of their elements is broadcast
+// against a vector of rows, and softmax works down the lanes.
 //
 //     scores [token, lane]  = sum over d      of K[token, d] * Qt[d, lane]
 //     Ot     [d, lane]     += sum over tokens of V[token, d] * P[token, lane]
 //
 // Both are the same small product (`product`). Two element types: fp32, into which narrower K and V are widened a tile
 // at a time; and pairs of bf16, which AVX-512-BF16 multiplies and adds two at a time, for which the V of two tokens
-// is interleaved. Scores are taken relative to an integer power of two, so that moving on to a higher one is exact: a
-// lane's result does not depend on its neighbours, on how many heads or rows share the task, nor, in fp32, on how
-// segments cut the tokens it sees.
+// is interleaved. A lane's result does not depend on its neighbours, nor on how many heads or rows share the task.
+//
+// In fp32 it does not depend on how segments cut the tokens it sees either, so a prompt reads the same whether or not
+// others share parts of it: weights are relative to an integer power of two, so that moving on to a higher one is
+// exact. (Pairs of bf16 weights are relative to the highest score, which then has no rounding error.)
 #include "product.hpp"
 #include "tree_attention.hpp"
 
@@ -88,8 +90,9 @@ class Task {
     // Scratch
     Term* queries;     // [heads, key_terms, stride]
     float* outputs;    // [heads, Dv, stride]
-    float* tops;       // [heads, stride] highest score so far, base 2
+    float* tops;       // [heads, stride] highest score so far, base 2; in fp32 rounded up to an integer
     float* masses;     // [heads, stride] sum of 2^(score - top)
+    float* lost;       // [heads, stride] what rounding took from that sum
     Term* keys;        // [CHUNK, key_terms]
     Term* values;      // [CHUNK / TERMS, Dv]
     Term* values_row;  // [Dv]
@@ -102,7 +105,7 @@ class Task {
 public:
     static int64_t scratch(const Attention& call, int64_t rows, int64_t heads) {
         const int64_t stride = lane_stride(rows * call.group, BLOCK), key_terms = call.key_dim / Element::TERMS;
-        return 4 * (heads * stride * (key_terms + call.value_dim + 2) + CHUNK * key_terms +
+        return 4 * (heads * stride * (key_terms + call.value_dim + 3) + CHUNK * key_terms +
                     (CHUNK / Element::TERMS + 1) * call.value_dim + key_terms * BLOCK + TILE * BLOCK +
                     TILE / Element::TERMS * BLOCK + 2 * BLOCK) +
                16 * 64;
@@ -128,6 +131,7 @@ public:
         take(outputs, heads * value_dim * stride);
         take(tops, heads * stride);
         take(masses, heads * stride);
+        take(lost, heads * stride);
         take(keys, CHUNK * key_terms);
         take(values, CHUNK / Element::TERMS * value_dim);
         take(values_row, value_dim);
@@ -200,6 +204,7 @@ private:
         }
         __builtin_memset(outputs, 0, 4 * heads * value_dim * stride);
         __builtin_memset(masses, 0, 4 * heads * stride);
+        __builtin_memset(lost, 0, 4 * heads * stride);
         for (int64_t i = 0; i < heads * stride; ++i) tops[i] = -INF;
     }
 
@@ -299,38 +304,51 @@ private:
             float* column = scores + v * VL;
             vf highest = splat(-INF);
             for (int64_t t = 0; t < tokens; ++t) highest = max(highest, load(column + t * BLOCK));
-            const vf old_top = load(top), new_top = max(old_top, FORKTREE_ISA::ceil(highest * unit));
+            const vf old_top = load(top), old_mass = load(mass);
+            vf new_top = highest * unit;
+            if constexpr (Element::TERMS == 1) new_top = FORKTREE_ISA::ceil(new_top);
+            new_top = max(old_top, new_top);
             const vf base = new_top == -INF ? vf{} : new_top;
-            factor[v] = exp2(old_top, base);
-            const vf old_mass = load(mass);
-            const vf sum = exp_column(column, weights + v * VL, tokens, unit, base, old_mass * factor[v]);
+            factor[v] = exp2(old_top - base, vf{});
+            const vf sum = exp_column(column, weights + v * VL, tokens, unit, base, old_mass * factor[v],
+                                      lost + head * stride + lane + v * VL, factor[v], ours);
             store(top, ours ? new_top : old_top);
             store(mass, ours ? sum : old_mass);
         }
     }
 
-    vf exp_column(const float* column, float* to, int64_t tokens, float unit, vf base, vf sum) {
+    // Weights of a column of scores, added to `sum`. In fp32 with what rounding lost so far (Kahan, 1965): a sum over
+    // all tokens one by one, as it must be if segments are to leave no trace, would lose more than one tile after the
+    // other.
+    vf exp_column(const float* column, float* to, int64_t tokens, float unit, vf base, vf sum, float* lost_so_far,
+                  vf factor, vi ours) {
+        const vf old_lost = load(lost_so_far);
+        vf lost = old_lost * factor;
         for (int64_t t = 0; t < tokens; ++t) {
             const vf p = exp2(load(column + t * BLOCK) * unit, base);
-            sum += p;
             store(to + t * BLOCK, p);
+            const vf more = p - lost, total = sum + more;
+            lost = (total - sum) - more;
+            sum = total;
         }
+        store(lost_so_far, ours ? lost : old_lost);
         return sum;
     }
 
 #if defined(__AVX512BF16__)
-    vf exp_column(const float* column, uint32_t* to, int64_t tokens, float unit, vf base, vf sum) {
+    vf exp_column(const float* column, uint32_t* to, int64_t tokens, float unit, vf base, vf sum, float*, vf, vi) {
+        vf mine{};
         for (int64_t t = 0; t < tokens; t += 2) {
-            const vf p = exp2(load(column + t * BLOCK) * unit, base);
+            const vf p = exp2(load(column + t * BLOCK) * unit - base, vf{});
             vf next{};
-            if (t + 1 < tokens) next = exp2(load(column + (t + 1) * BLOCK) * unit, base);
-            sum += p;
-            sum += next;
+            if (t + 1 < tokens) next = exp2(load(column + (t + 1) * BLOCK) * unit - base, vf{});
+            mine += p;
+            mine += next;
             const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)p));
             const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)next));
             _mm512_storeu_si512(to + t / 2 * BLOCK, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
-        return sum;
+        return sum + mine;
     }
 #endif
 
@@ -377,18 +395,12 @@ private:
 
     // ---------------------------------------------------------------- tiles
 
-    static bool contiguous(const int32_t* slots, int64_t count) {
-        int32_t gaps = 0;
-        for (int64_t t = 1; t < count; ++t) gaps |= slots[t] - slots[t - 1] - 1;
-        return gaps == 0;
-    }
-
     const char* at_slot(const void* pool, int64_t slot, int64_t head, int64_t dim) const {
         return static_cast<const char*>(pool) +
                (slot * call.num_kv_heads + head) * dim * (call.dtype == Dtype::fp32 ? 4 : 2);
     }
 
-    // In fp32, without gaps between tokens: the rows of a pool are often powers of two, and a few of them already want
+    // Copies, without gaps between tokens: the rows of a pool are often powers of two, and a few of those already want
     // the same place in the cache.
     Tile<Single> tile(const void* pool, const int32_t* slots, int64_t count, int64_t head, int64_t dim, float* to) {
         for (int64_t t = 0; t < count; ++t) {
@@ -403,10 +415,6 @@ private:
         if constexpr (Element::TERMS == 1) {
             return tile(call.k, slots, count, head, call.key_dim, keys);
         } else {
-            if (contiguous(slots, count)) {
-                const char* from = at_slot(call.k, slots[0], head, call.key_dim);
-                return {reinterpret_cast<const Term*>(from), call.num_kv_heads * key_terms, 1};
-            }
             for (int64_t t = 0; t < count; ++t)
                 __builtin_memcpy(keys + t * key_terms, at_slot(call.k, slots[t], head, call.key_dim), 4 * key_terms);
             return {keys, key_terms, 1};
