@@ -90,7 +90,7 @@ CPU = Target(
     partial=60,
     segment=50,
     item=500_000,
-    grain=50_000_000,
+    grain=100_000_000,
 )
 
 
