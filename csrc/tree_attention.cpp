@@ -32,7 +32,7 @@ AttentionKernel kernel(const Attention& call) {
 }
 
 // Memory that stays with its thread from call to call: fresh pages would cost more than small steps take.
-class Scratch {
+class Memory {
     std::unique_ptr<char[]> memory;
     int64_t size = 0;
 
@@ -77,30 +77,32 @@ void check_slots(const Attention& call, int64_t num_slots, int64_t slot_index_si
     }
 }
 
-// Items, most work first, for as many KV heads at a time as leave every thread enough to do.
-std::vector<AttentionTask> tasks(const Attention& call, int threads) {
+// What items cost for one KV head: vectors of 16 lanes x tokens, and something for each segment.
+std::vector<int64_t> work_of(const Attention& call) {
     const PlanView& plan = call.plan;
-    const int32_t items = plan.header->items, heads = call.num_kv_heads;
-    std::vector<int64_t> work(items);
-    int64_t all = 0;
-    for (int32_t i = 0; i < items; ++i) {
+    std::vector<int64_t> work(plan.header->items);
+    for (int32_t i = 0; i < plan.header->items; ++i)
         for (int32_t s = plan.item[i].seg_begin; s < plan.item[i].seg_end; ++s) {
             const Seg& seg = plan.seg[s];
             work[i] += (seg_tokens(plan, seg) + 8) * ((int64_t(seg.row_hi - seg.row_lo) * call.group + 15) / 16);
         }
-        all += work[i];
-    }
+    return work;
+}
+
+// Items, most work first, for as many KV heads at a time as leave every thread enough to do.
+std::vector<AttentionTask> tasks(const Attention& call, const std::vector<int64_t>& work, int64_t all, int threads) {
+    const int32_t items = int32_t(work.size()), heads = call.num_kv_heads;
     std::vector<int32_t> order(items);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return work[a] > work[b]; });
     std::vector<AttentionTask> result;
     for (const int32_t i : order) {
-        // Several heads at a time read memory in order; but a task should be no more than an eighth of a thread's
-        // share.
-        const int64_t rows = plan.item[i].row_end - plan.item[i].row_begin;
+        // Several heads at a time read memory in order, as long as a task is no more than an eighth of a thread's share
+        // and its sums stay in cache.
+        const Item& item = call.plan.item[i];
+        const int64_t lanes = int64_t(item.row_end - item.row_begin) * call.group;
         const int64_t share = threads > 1 ? all * heads / (8 * threads) / std::max<int64_t>(work[i], 1) : heads;
-        const int64_t fits = 1024 / std::max<int64_t>(rows * call.group, 1);
-        const int32_t step = int32_t(std::clamp<int64_t>(std::min(share, fits), 1, heads));
+        const int32_t step = int32_t(std::clamp<int64_t>(std::min(share, 512 / lanes), 1, heads));
         for (int32_t head = 0; head < heads; head += step) result.push_back({i, head, std::min(head + step, heads)});
     }
     return result;
@@ -131,7 +133,7 @@ void tree_attention(Attention call, const AttentionSizes& sizes, int threads) {
     check_slots(call, sizes.num_slots, sizes.slot_index_size);
     const AttentionKernel run = kernel(call);
 
-    static thread_local Scratch scratch, partials;
+    static thread_local Memory scratch, partials;
     const int64_t states = int64_t(plan.header->partials) * call.num_qo_heads;
     call.partial_out = reinterpret_cast<float*>(partials.get(4 * states * (call.value_dim + 2)));
     call.partial_max = call.partial_out + states * call.value_dim;
@@ -143,11 +145,16 @@ void tree_attention(Attention call, const AttentionSizes& sizes, int threads) {
             for (int32_t r = plan.item[i].row_begin; r < plan.item[i].row_end; ++r) written[plan.row[r].token] = true;
     clear_unseen(call, written);
 
-    const std::vector<AttentionTask> work = tasks(call, threads);
-    parallel(int64_t(work.size()), threads, [&](int64_t i) {
-        const Item& item = plan.item[work[i].item];
-        const int64_t bytes = run.scratch(call, item.row_end - item.row_begin, work[i].head_end - work[i].head_begin);
-        run.run(call, work[i], scratch.get(bytes));
+    // A thread is worth calling for some 10 us of work: 30,000 multiply-adds of vectors.
+    const std::vector<int64_t> work = work_of(call);
+    const int64_t all = std::accumulate(work.begin(), work.end(), int64_t(0));
+    const int64_t steps = all * call.num_kv_heads * (call.key_dim + call.value_dim);
+    threads = int(std::clamp<int64_t>(steps / 30000, 1, std::max(threads, 1)));
+    const std::vector<AttentionTask> todo = tasks(call, work, all, threads);
+    parallel(int64_t(todo.size()), threads, [&](int64_t i) {
+        const Item& item = plan.item[todo[i].item];
+        const int64_t bytes = run.scratch(call, item.row_end - item.row_begin, todo[i].head_end - todo[i].head_begin);
+        run.run(call, todo[i], scratch.get(bytes));
     });
     if (plan.header->partials)
         parallel(plan.header->tokens, threads, [&](int64_t token) {

@@ -76,56 +76,35 @@ struct Tile {
 // of lanes do not all fall into the same sets of the cache; and room for a block that begins at the last lane.
 inline int64_t lane_stride(int64_t lanes, int64_t block) { return (round_up(lanes + block, 16) / 16 | 1) * 16; }
 
+// What a task works in, laid out from an address on.
 template <class Element>
-class Task {
+struct Scratch {
     typedef typename Element::Term Term;
     static constexpr int64_t BLOCK = Element::BLOCK;
 
-    const Attention& call;
-    const Item item;
-    const Row* rows;  // those of the item
-    const int64_t head_begin, heads, group, lanes, stride, key_terms, value_dim;
-    bool even = true;  // whether rows see whole segments
-    Prefetch prefetch;
-    // Scratch
-    Term* queries;     // [heads, key_terms, stride]
-    float* outputs;    // [heads, Dv, stride]
-    float* tops;       // [heads, stride] highest score so far, base 2; in fp32 rounded up to an integer
-    float* masses;     // [heads, stride] sum of 2^(score - top)
-    float* lost;       // [heads, stride] what rounding took from that sum
-    Term* keys;        // [CHUNK, key_terms]
-    Term* values;      // [CHUNK / TERMS, Dv]
-    Term* values_row;  // [Dv]
-    Term* block_q;     // [key_terms, BLOCK]
-    float* scores;     // [TILE, BLOCK]
-    Term* weights;     // [TILE / TERMS, BLOCK]
-    int32_t* first;    // [BLOCK] offsets of the segment's node that a lane sees: first .. last
-    int32_t* last;     // [BLOCK]
+    int64_t stride, size;  // lanes of a row; bytes in all
+    Term* queries;         // [heads, key_terms, stride]
+    float* outputs;        // [heads, Dv, stride]
+    float* tops;           // [heads, stride] highest score so far, base 2; in fp32 rounded up to an integer
+    float* masses;         // [heads, stride] sum of 2^(score - top)
+    float* lost;           // [heads, stride] what rounding took from that sum
+    Term* keys;            // [CHUNK, key_terms]
+    Term* values;          // [CHUNK / TERMS, Dv]
+    Term* values_row;      // [Dv]
+    Term* block_q;         // [key_terms, BLOCK]
+    float* scores;         // [TILE, BLOCK]
+    Term* weights;         // [TILE / TERMS, BLOCK]
+    int32_t* first;        // [BLOCK] offsets of the segment's node that a lane sees: first .. last
+    int32_t* last;         // [BLOCK]
+    float* output;         // [Dv]
 
-public:
-    static int64_t scratch(const Attention& call, int64_t rows, int64_t heads) {
-        const int64_t stride = lane_stride(rows * call.group, BLOCK), key_terms = call.key_dim / Element::TERMS;
-        return 4 * (heads * stride * (key_terms + call.value_dim + 3) + CHUNK * key_terms +
-                    (CHUNK / Element::TERMS + 1) * call.value_dim + key_terms * BLOCK + TILE * BLOCK +
-                    TILE / Element::TERMS * BLOCK + 2 * BLOCK) +
-               16 * 64;
-    }
-
-    Task(const Attention& call, AttentionTask task, char* scratch)
-        : call(call),
-          item(call.plan.item[task.item]),
-          rows(call.plan.row + item.row_begin),
-          head_begin(task.head_begin),
-          heads(task.head_end - task.head_begin),
-          group(call.group),
-          lanes((item.row_end - item.row_begin) * group),
-          stride(lane_stride(lanes, BLOCK)),
-          key_terms(call.key_dim / Element::TERMS),
-          value_dim(call.value_dim),
-          prefetch(call, task.head_begin, task.head_end - task.head_begin) {
+    Scratch(const Attention& call, int64_t rows, int64_t heads, uintptr_t address)
+        : stride(lane_stride(rows * call.group, BLOCK)) {
+        const int64_t key_terms = call.key_dim / Element::TERMS, value_dim = call.value_dim;
+        const uintptr_t begin = address;
         const auto take = [&](auto*& pointer, int64_t count) {
-            pointer = reinterpret_cast<decltype(pointer + 0)>(scratch);
-            scratch += round_up(4 * count, 64);
+            pointer = reinterpret_cast<decltype(pointer + 0)>(address);
+            address += round_up(4 * count, 64);
         };
         take(queries, heads * key_terms * stride);
         take(outputs, heads * value_dim * stride);
@@ -140,7 +119,40 @@ public:
         take(weights, TILE / Element::TERMS * BLOCK);
         take(first, BLOCK);
         take(last, BLOCK);
+        take(output, value_dim);
+        size = int64_t(address - begin);
     }
+};
+
+template <class Element>
+class Task : Scratch<Element> {
+    typedef typename Element::Term Term;
+    typedef Scratch<Element> S;
+    static constexpr int64_t BLOCK = Element::BLOCK;
+    using S::stride, S::queries, S::outputs, S::tops, S::masses, S::lost, S::keys, S::values, S::values_row, S::block_q,
+        S::scores, S::weights, S::first, S::last, S::output;
+
+    const Attention& call;
+    const Item item;
+    const Row* rows;  // those of the item
+    const int64_t head_begin, heads, group, lanes, key_terms, value_dim;
+    bool even = true;  // whether rows see whole segments
+    Prefetch prefetch;
+
+public:
+    Task(const Attention& call, AttentionTask task, char* scratch)
+        : S(call, call.plan.item[task.item].row_end - call.plan.item[task.item].row_begin,
+            task.head_end - task.head_begin, reinterpret_cast<uintptr_t>(scratch)),
+          call(call),
+          item(call.plan.item[task.item]),
+          rows(call.plan.row + item.row_begin),
+          head_begin(task.head_begin),
+          heads(task.head_end - task.head_begin),
+          group(call.group),
+          lanes((item.row_end - item.row_begin) * group),
+          key_terms(call.key_dim / Element::TERMS),
+          value_dim(call.value_dim),
+          prefetch(call, task.head_begin, task.head_end - task.head_begin) {}
 
     void run() {
         begin();
@@ -471,8 +483,8 @@ private:
             if (item.partial < 0) {
                 const int64_t to = rows[row].token * num_heads + qo_head;
                 const float weight = close(call, qo_head, top, mass, to);
-                for (int64_t d = 0; d < value_dim; ++d) scores[d] = column[d * stride] * weight;
-                put(call, to, scores);
+                for (int64_t d = 0; d < value_dim; ++d) output[d] = column[d * stride] * weight;
+                put(call, to, output);
             } else {
                 const int64_t to = (item.partial + row) * num_heads + qo_head;
                 call.partial_max[to] = top;
@@ -510,6 +522,11 @@ void merge(const Attention& call, int64_t token, float* sum) {
 }
 
 template <class Element>
+int64_t scratch(const Attention& call, int64_t rows, int64_t heads) {
+    return Scratch<Element>(call, rows, heads, 0).size;
+}
+
+template <class Element>
 void run(const Attention& call, AttentionTask task, char* scratch) {
 #if defined(FORKTREE_TILES)
     tiles_begin();
@@ -522,7 +539,7 @@ void run(const Attention& call, AttentionTask task, char* scratch) {
 
 template <class Element>
 AttentionKernel kernel_of() {
-    return {Task<Element>::scratch, run<Element>, merge};
+    return {scratch<Element>, run<Element>, merge};
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from forktree.decoder import Candidate, Decoder, SearchResult
     from forktree.drop_in import generate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionPlan",

@@ -1,7 +1,7 @@
 """The compiled kernels of `forktree._core`, fp32, bf16 and fp16.
 
-Each module holds the backend's function, which calls the operation registered in `forktree.ops.library`, and
-`launch`, what is registered there: it checks the tensors and hands their addresses to C++.
+Each module holds the backend's function and `launch`, which checks the tensors and hands their addresses to C++. It is
+what `forktree.ops.library` registers with torch; the backend's function goes that way where someone watches.
 """
 
 from forktree.ops.cpu.append_kv import append_kv

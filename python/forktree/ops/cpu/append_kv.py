@@ -5,11 +5,13 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.ops.checks import check_append_kv
+from forktree.ops.cpu.dispatch import is_watched
 from forktree.ops.cpu.dtypes import dtype_number
 
 
 def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
-    torch.ops.forktree.append_kv.default(k, v, slots, k_slots, v_slots)
+    call = torch.ops.forktree.append_kv.default if is_watched(k) else launch
+    call(k, v, slots, k_slots, v_slots)
 
 
 def launch(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.ops.checks import check_plan_tensors, check_tree_attention
+from forktree.ops.cpu.dispatch import is_watched
 from forktree.ops.cpu.dtypes import dtype_number
 from forktree.plan import AttentionPlan
 
@@ -20,7 +21,8 @@ def tree_attention(
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    state: tuple[Tensor, Tensor] = torch.ops.forktree.tree_attention.default(
+    call = torch.ops.forktree.tree_attention.default if is_watched(q) else launch
+    state: tuple[Tensor, Tensor] = call(
         q,
         k_slots,
         v_slots,
