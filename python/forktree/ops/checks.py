@@ -51,9 +51,12 @@ def check_tree_attention(
 
 
 def check_plan_tensors(plan: Tensor, slot_index: Tensor, device: torch.device) -> None:
-    for name, x in (("plan", plan), ("slot_index", slot_index)):
-        if x.dtype != torch.int32 or x.ndim != 1 or x.device != device:
-            raise ValueError(f"{name} must be int32 [size] on {device}, got {x.dtype} {list(x.shape)} on {x.device}")
+    same = plan.dtype is slot_index.dtype is torch.int32 and plan.ndim == slot_index.ndim == 1
+    if not same or plan.device != device or slot_index.device != device:
+        raise ValueError(
+            f"plan and slot_index must be int32 [size] on {device}, got {plan.dtype} {list(plan.shape)} on "
+            f"{plan.device} and {slot_index.dtype} {list(slot_index.shape)} on {slot_index.device}"
+        )
 
 
 def check_append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
