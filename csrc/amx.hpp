@@ -76,8 +76,6 @@ template <int T>
 void tile_zero() {
     if constexpr (T == 0) _tile_zero(0);
     if constexpr (T == 1) _tile_zero(1);
-    if constexpr (T == 2) _tile_zero(2);
-    if constexpr (T == 3) _tile_zero(3);
 }
 
 template <int T>
@@ -90,8 +88,6 @@ template <int T>
 void tile_store(void* to, int64_t stride) {
     if constexpr (T == 0) _tile_stored(0, to, stride);
     if constexpr (T == 1) _tile_stored(1, to, stride);
-    if constexpr (T == 2) _tile_stored(2, to, stride);
-    if constexpr (T == 3) _tile_stored(3, to, stride);
 }
 
 template <int C, int A, int B>
@@ -99,8 +95,6 @@ void tile_multiply_add() {
     static_assert(A == 4 && B == 5);
     if constexpr (C == 0) _tile_dpbf16ps(0, 4, 5);
     if constexpr (C == 1) _tile_dpbf16ps(1, 4, 5);
-    if constexpr (C == 2) _tile_dpbf16ps(2, 4, 5);
-    if constexpr (C == 3) _tile_dpbf16ps(3, 4, 5);
 }
 
 #endif

@@ -20,7 +20,7 @@ class Prefetch {
     int pool = 0;
 
 public:
-    static constexpr int64_t TERMS = 16;  // of a product, between two steps
+    static constexpr int64_t TERMS = 32;  // of a product, between two steps
 
     int64_t lines = 0;  // to ask for in each step
 

@@ -11,13 +11,15 @@
 namespace forktree::FORKTREE_ISA {
 namespace {
 
-// Elements of the products. `Term` is what one multiply-add consumes, VECTORS how wide a block of lanes is at most: as
-// many as leave accumulators their registers, and let the block (of 128 terms, say) lie in half an L1 cache.
+// Lanes that are worked on together: two vectors leave the accumulators their registers, and a block of 128 terms lies
+// in half an L1 cache.
+constexpr int VECTORS = 2;
+constexpr int64_t BLOCK = VECTORS * VL;
+
+// Elements of the products. `Term` is what one multiply-add consumes.
 struct Single {
     typedef float Term;
-    static constexpr int TERMS = 1;  // elements in a term
-    static constexpr int VECTORS = 2;
-    static constexpr int64_t BLOCK = VECTORS * VL;
+    static constexpr int TERMS = 1;    // elements in a term
     static constexpr int64_t PAD = 1;  // what a sum over tokens is filled up to, with zeros
     static vf multiply_add(vf sum, float a, const float* b) { return splat(a) * load(b) + sum; }
 };
@@ -26,8 +28,6 @@ struct Single {
 struct Pair {
     typedef uint32_t Term;  // two bf16, the first one in the low half
     static constexpr int TERMS = 2;
-    static constexpr int VECTORS = 4;
-    static constexpr int64_t BLOCK = VECTORS * VL;
 #if defined(FORKTREE_TILES)
     static constexpr int64_t PAD = 16;
 #else
@@ -40,21 +40,29 @@ struct Pair {
 #endif
 
 // c[m, lane] = c[m, lane] * factor[lane] + sum over k of a[m * a_m + k * a_k] * b[k, lane] for M values of m and V
-// vectors of lanes. b and c have Element::BLOCK and c_stride lanes a row. No factor: c is only written. keep: lanes of
+// vectors of lanes. b and c have BLOCK and c_stride lanes a row. No factor: c is only written. keep: lanes of
 // the last vector that are ours; the others stay as they are, whatever the sum.
 template <class Element, int V, int M>
 inline void product_block(const typename Element::Term* a, int64_t a_m, int64_t a_k, const typename Element::Term* b,
                           float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep, Prefetch& prefetch) {
+    const bool go_on = factor || Element::TERMS > 1;
     vf sum[M][V];
     for (int m = 0; m < M; ++m)
         for (int v = 0; v < V; ++v) sum[m][v] = factor ? load(c + m * c_stride + v * VL) * factor[v] : vf{};
     for (int64_t begin = 0; begin < terms; begin += Prefetch::TERMS) {
         prefetch.step();
         const int64_t end = terms - begin < Prefetch::TERMS ? terms : begin + Prefetch::TERMS;
+        // In fp32 a sum of its own for each stretch of terms, then added, loses less to rounding. Not where c goes on
+        // from earlier calls: there the order must not depend on where they ended.
+        vf part[M][V];
+        for (int m = 0; m < M; ++m)
+            for (int v = 0; v < V; ++v) part[m][v] = go_on ? sum[m][v] : vf{};
         for (int64_t k = begin; k < end; ++k)
             for (int m = 0; m < M; ++m)
                 for (int v = 0; v < V; ++v)
-                    sum[m][v] = Element::multiply_add(sum[m][v], a[m * a_m + k * a_k], b + k * Element::BLOCK + v * VL);
+                    part[m][v] = Element::multiply_add(part[m][v], a[m * a_m + k * a_k], b + k * BLOCK + v * VL);
+        for (int m = 0; m < M; ++m)
+            for (int v = 0; v < V; ++v) sum[m][v] = go_on ? part[m][v] : sum[m][v] + part[m][v];
     }
     for (int m = 0; m < M; ++m)
         for (int v = 0; v < V; ++v) {
@@ -68,29 +76,22 @@ inline void product_block(const typename Element::Term* a, int64_t a_m, int64_t 
 template <int V>
 int64_t product_tiles(int64_t rows, const uint32_t* a, int64_t a_m, const uint32_t* b, float* c, int64_t c_stride,
                       int64_t terms, const vf* factor, vi keep, Prefetch& prefetch) {
-    constexpr int64_t BLOCK = Pair::BLOCK;
     alignas(64) float sums[TILE_ROWS * BLOCK];
     int64_t m = 0;
     for (; m + TILE_ROWS <= rows; m += TILE_ROWS) {
         prefetch.step();
         tile_zero<0>();
         if constexpr (V > 1) tile_zero<1>();
-        if constexpr (V > 2) tile_zero<2>();
-        if constexpr (V > 3) tile_zero<3>();
         for (int64_t k = 0; k < terms; k += 16) {
             tile_load<4>(a + m * a_m + k, 4 * a_m);
             const uint32_t* right = b + k * BLOCK;
             tile_load<5>(right, 4 * BLOCK), tile_multiply_add<0, 4, 5>();
             if constexpr (V > 1) tile_load<5>(right + VL, 4 * BLOCK), tile_multiply_add<1, 4, 5>();
-            if constexpr (V > 2) tile_load<5>(right + 2 * VL, 4 * BLOCK), tile_multiply_add<2, 4, 5>();
-            if constexpr (V > 3) tile_load<5>(right + 3 * VL, 4 * BLOCK), tile_multiply_add<3, 4, 5>();
         }
         float* to = factor ? sums : c + m * c_stride;
         const int64_t pitch = 4 * (factor ? BLOCK : c_stride);
         tile_store<0>(to, pitch);
         if constexpr (V > 1) tile_store<1>(to + VL, pitch);
-        if constexpr (V > 2) tile_store<2>(to + 2 * VL, pitch);
-        if constexpr (V > 3) tile_store<3>(to + 3 * VL, pitch);
         if (!factor) continue;
         for (int i = 0; i < TILE_ROWS; ++i)
             for (int v = 0; v < V; ++v) {
@@ -108,9 +109,9 @@ __attribute__((noinline)) void product_vectors(int64_t rows, const typename Elem
                                                const typename Element::Term* b, float* c, int64_t c_stride,
                                                int64_t terms, const vf* factor, vi keep, Prefetch& prefetch) {
 #if defined(__AVX512F__)
-    constexpr int M = 24 / V > 12 ? 12 : 24 / V;  // 24 accumulators and their operands fit 32 registers
+    constexpr int M = 12;  // 24 accumulators and their operands fit 32 registers
 #else
-    constexpr int M = V == 1 ? 12 : 6;  // 12 fit 16
+    constexpr int M = 12 / V;  // 12 fit 16
 #endif
     int64_t m = 0;
 #if defined(FORKTREE_TILES)
@@ -129,16 +130,13 @@ __attribute__((noinline)) void product_vectors(int64_t rows, const typename Elem
                                      prefetch);
 }
 
-// As product_block, for any number of rows and 1 to Element::VECTORS vectors.
+// As product_block, for any number of rows and one or two vectors.
 template <class Element>
 void product(int vectors, int64_t rows, const typename Element::Term* a, int64_t a_m, int64_t a_k,
              const typename Element::Term* b, float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep,
              Prefetch& prefetch) {
-    const auto run = [&](auto call) { call(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch); };
-    if (vectors == 1) run(product_vectors<Element, 1>);
-    else if (vectors == 2) run(product_vectors<Element, 2>);
-    else if constexpr (Element::VECTORS > 2)
-        run(vectors == 3 ? product_vectors<Element, 3> : product_vectors<Element, 4>);
+    const auto run = vectors == 1 ? product_vectors<Element, 1> : product_vectors<Element, 2>;
+    run(rows, a, a_m, a_k, b, c, c_stride, terms, factor, keep, prefetch);
 }
 
 }  // namespace

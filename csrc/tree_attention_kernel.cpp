@@ -20,7 +20,7 @@
 namespace forktree::FORKTREE_ISA {
 namespace {
 
-constexpr int64_t TILE = 64;         // tokens whose scores are held at a time
+constexpr int64_t TILE = 128;        // tokens whose scores are held at a time
 constexpr int64_t CHUNK = 256;       // tokens whose K and V are prepared at a time, for all rows, at most
 constexpr int64_t CACHED = 1 << 18;  // bytes of K and V of a chunk, all heads of the task: a quarter of an L2 cache
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f, INF = __builtin_inff();
@@ -74,13 +74,12 @@ struct Tile {
 
 // Lanes a row of the transposed queries and outputs takes: an odd number of cache lines, so that the rows of a block
 // of lanes do not all fall into the same sets of the cache; and room for a block that begins at the last lane.
-inline int64_t lane_stride(int64_t lanes, int64_t block) { return (round_up(lanes + block, 16) / 16 | 1) * 16; }
+inline int64_t lane_stride(int64_t lanes) { return (round_up(lanes + BLOCK, 16) / 16 | 1) * 16; }
 
 // What a task works in, laid out from an address on.
 template <class Element>
 struct Scratch {
     typedef typename Element::Term Term;
-    static constexpr int64_t BLOCK = Element::BLOCK;
 
     int64_t stride, size;  // lanes of a row; bytes in all
     Term* queries;         // [heads, key_terms, stride]
@@ -99,7 +98,7 @@ struct Scratch {
     float* output;         // [Dv]
 
     Scratch(const Attention& call, int64_t rows, int64_t heads, uintptr_t address)
-        : stride(lane_stride(rows * call.group, BLOCK)) {
+        : stride(lane_stride(rows * call.group)) {
         const int64_t key_terms = call.key_dim / Element::TERMS, value_dim = call.value_dim;
         const uintptr_t begin = address;
         const auto take = [&](auto*& pointer, int64_t count) {
@@ -128,7 +127,6 @@ template <class Element>
 class Task : Scratch<Element> {
     typedef typename Element::Term Term;
     typedef Scratch<Element> S;
-    static constexpr int64_t BLOCK = Element::BLOCK;
     using S::stride, S::queries, S::outputs, S::tops, S::masses, S::lost, S::keys, S::values, S::values_row, S::block_q,
         S::scores, S::weights, S::first, S::last, S::output;
 
@@ -258,7 +256,7 @@ private:
                 const int64_t tokens = end - tile < TILE ? end - tile : TILE;
                 product<Element>(vectors, tokens, k.data + tile * k.token_stride, k.token_stride, k.dim_stride, block_q,
                                  scores, BLOCK, key_terms, nullptr, vi{}, prefetch);
-                vf factor[Element::VECTORS];
+                vf factor[VECTORS];
                 weigh(seg, lane, n, at + tile, tokens, head, whole, factor);
                 const int64_t terms = ceil_div(tokens, Element::TERMS), padded = round_up(terms, Element::PAD);
                 if (padded > terms) __builtin_memset(weights + terms * BLOCK, 0, 4 * (padded - terms) * BLOCK);

@@ -214,15 +214,11 @@ def test_sees_nothing(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 32), (4, 4, 64), (7, 1, 128), (8, 4, 256), (5, 1, 80)])
 def test_error_is_that_of_torch_at_this_dtype(heads, kv_heads, dim, dtype, backend):
-    """Judged against fp64, beside scaled_dot_product_attention on the expanded batch."""
+    """Judged against fp64, beside scaled_dot_product_attention on the expanded batch: in the mean, in the square, and
+    for all but one output in a thousand. Beyond these it is chance which way an output was rounded."""
     branches, shared, own = 16, 600, 40
     layout = shared_prompt(1, branches, shared, own, spread=True)
-    g = torch.Generator().manual_seed(0)
-    q = torch.randn(branches, heads, dim, generator=g).to(dtype)
-    k, v = (torch.randn(int(layout.slot_index.max()) + 1, kv_heads, dim, generator=g).to(dtype) for _ in "kv")
     made = plan(layout, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
-    out = ops.tree_attention(q, k, v, made)
-
     slots = torch.stack([torch.from_numpy(layout.slot_index[layout.visible(r)[0]]) for r in range(branches)]).long()
 
     def sdpa(q, k, v):
@@ -230,9 +226,18 @@ def test_error_is_that_of_torch_at_this_dtype(heads, kv_heads, dim, dtype, backe
             q[:, :, None], k[slots].transpose(1, 2), v[slots].transpose(1, 2), enable_gqa=True
         )[:, :, 0]
 
-    exact = sdpa(q.double(), k.double(), v.double())
-    ours, theirs = ((x.double() - exact).abs() for x in (out, sdpa(q, k, v)))
-    assert ours.max() <= 1.1 * theirs.max() + 1e-7 and ours.mean() <= 1.1 * theirs.mean() + 1e-8
+    errors = []
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        q = torch.randn(branches, heads, dim, generator=g).to(dtype)
+        k, v = (torch.randn(int(layout.slot_index.max()) + 1, kv_heads, dim, generator=g).to(dtype) for _ in "kv")
+        exact = sdpa(q.double(), k.double(), v.double())
+        both = ops.tree_attention(q, k, v, made), sdpa(q, k, v)
+        errors.append(torch.stack([(x.double() - exact).abs().flatten() for x in both]))
+    ours, theirs = torch.cat(errors, 1)
+    most = int(0.999 * ours.numel())
+    assert ours.mean() <= 1.1 * theirs.mean() and ours.square().mean() <= 1.1**2 * theirs.square().mean()
+    assert ours.kthvalue(most).values <= 1.1 * theirs.kthvalue(most).values and ours.max() <= 2 * theirs.max()
 
 
 def test_same_bits_every_time():
