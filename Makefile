@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/forktree demo
@@ -19,11 +19,32 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python bench/decode.py
 
+# The core again under sanitizers, each build with a copy of the package, and the tests of what the core does. What a
+# sanitizer finds ends the run. ThreadSanitizer cannot see OpenMP's locks, and older ones want addresses that are not
+# random (setarch).
+OPERATIONS := append_kv rotate_rows merge_states tree_attention plan threads fuzz
+SANITIZED  := $(wildcard $(OPERATIONS:%=tests/test_%.py))
+CHECKED    := -O1 -g -fno-sanitize-recover=all -DFORKTREE_EMULATE_AMX
+RUNTIME     = $$($${CXX:-g++} -print-file-name=$(1))
+
+sanitize: $(STAMP)
+	CXXFLAGS="-fsanitize=address,undefined $(CHECKED)" \
+		$(BIN)/python setup.py -q build --build-base build/asan --build-lib build/asan/lib
+	LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+		OMP_NUM_THREADS=4 PYTHONPATH=build/asan/lib $(BIN)/pytest -q --capture=sys $(SANITIZED)
+	CXXFLAGS="-fsanitize=thread -fno-openmp $(CHECKED)" \
+		$(BIN)/python setup.py -q build --build-base build/tsan --build-lib build/tsan/lib
+	$$(setarch -R true 2>/dev/null && echo setarch -R) env LD_PRELOAD="$(call RUNTIME,libtsan.so)" \
+		TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" \
+		OMP_NUM_THREADS=4 PYTHONPATH=build/tsan/lib $(BIN)/pytest -q --capture=sys $(SANITIZED)
+
 # Without a GPU the small CPU build of torch is installed first: a plain `torch` would bring gigabytes of CUDA.
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("forktree needs Python 3.11 or newer, got " + sys.version)'
-	@if ! $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null; then \
-		echo "installing python3-venv"; apt-get update -q && apt-get install -yq python3-venv; fi
+	@set -e; get() { echo "installing $$1"; apt-get update -q && apt-get install -yq $$1; }; \
+	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || get python3-venv; \
+	test -n "$$CXX$$(command -v c++)$$(command -v g++)$$(command -v clang++)" || get g++; \
+	test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || get python3-dev
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	@command -v nvidia-smi >/dev/null 2>&1 && $(BIN)/pip install -q "torch>=2.11" || $(BIN)/pip install -q torch==2.13.0
@@ -31,4 +52,4 @@ $(STAMP): pyproject.toml setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info python/*.egg-info
+	rm -rf $(VENV) build dist python/*.egg-info python/forktree/*.so

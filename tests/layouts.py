@@ -198,6 +198,13 @@ def shared_prompt(trees: int, branches: int, shared: int, own: int, *, spread: b
     )
 
 
+def chunk(tokens: int) -> TreeLayout:
+    """One causal context, all of whose tokens are query rows."""
+    rows = np.arange(tokens)
+    whole = [0, tokens], [0, 1], [0], [TreeLayout.ALL], [-1]
+    return TreeLayout(rows, [0], [tokens], [-1], [0], [0], *whole, [1], rows, rows)
+
+
 def naive_attention(case, q, k_slots, v_slots, *, window=None, scale=None, softcap=None, sinks=None, alibi_slopes=None):
     """fp64 softmax over the tracked lists, a token and a head at a time: out [T, Hq, Dv], lse [T, Hq]."""
     q, k_slots, v_slots = (x.double().numpy() for x in (q, k_slots, v_slots))

@@ -4,7 +4,7 @@ import torch
 from forktree import ops
 
 
-@pytest.fixture(params=["reference", "torch"], autouse=True)
+@pytest.fixture(params=["reference", "torch", "cpu"], autouse=True)
 def backend(request, monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", request.param)
 
@@ -28,6 +28,49 @@ def test_takes_views():
     k_slots, v_slots = torch.zeros(4, 2, 3), torch.zeros(4, 2, 3)
     ops.append_kv(packed[:, 1], packed[:, 2], torch.tensor([3, 2, 1, 0]), k_slots, v_slots)
     assert torch.equal(k_slots.flip(0), packed[:, 1]) and torch.equal(v_slots.flip(0), packed[:, 2])
+
+
+def expand(x):
+    return x[:, :1].expand_as(x)
+
+
+STRIDES = {
+    "rows apart": lambda x: torch.stack([x, x], 1)[:, 1],
+    "heads apart": lambda x: torch.stack([x, x], 2)[:, :, 1],
+    "heads first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "elements apart": lambda x: torch.stack([x, x], 3)[..., 1],
+    "one head for all": expand,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("tokens", [5, 500])  # 500: several threads
+def test_any_strides_any_number_of_threads(tokens, stride, dtype, threads):
+    k, v = torch.randn(tokens, 4, 24).to(dtype), torch.randn(tokens, 4, 40).to(dtype)
+    slots = torch.randperm(tokens + 7)[:tokens] - 3
+    slots = torch.stack([slots, slots], 1)[:, 0]
+    expected = [torch.full((tokens + 7, *x.shape[1:]), 9.0, dtype=dtype) for x in (k, v)]
+    for pool, x in zip(expected, (k, v), strict=True):
+        pool[slots[slots >= 0]] = (expand(x) if stride == "one head for all" else x)[slots >= 0]
+    for n in threads:
+        torch.set_num_threads(n)
+        pools = [torch.full_like(pool, 9.0) for pool in expected]
+        ops.append_kv(STRIDES[stride](k), STRIDES[stride](v), slots, *pools)
+        assert torch.equal(pools[0], expected[0]) and torch.equal(pools[1], expected[1])
+
+
+def test_bits_are_copied_not_numbers():
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(64, 4, 256)
+    for dtype in (torch.bfloat16, torch.float16):
+        k, pool = bits.view(dtype), torch.zeros(64, 4, 256, dtype=dtype)
+        ops.append_kv(k, k, torch.arange(64), pool, pool.clone())
+        assert torch.equal(pool.view(torch.int16), bits)
+
+
+def test_a_slot_named_twice_holds_one_of_both():
+    k, pool = torch.arange(1000.0)[:, None, None].expand(1000, 2, 64), torch.zeros(2, 2, 64)
+    ops.append_kv(k, k, torch.arange(1000) % 2, pool, pool.clone())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import forktree
 from forktree.errors import InvalidInput
+from forktree.search.beam import BeamRules, propose
 
 IDS = torch.tensor([[0, 0, 5, 6, 7], [0, 9, 10, 11, 12], [5, 6, 7, 8, 9]])
 MASK = (IDS != 0).long()
@@ -164,6 +165,22 @@ def test_samples_follow_the_shaped_distribution(llama: Any) -> None:
     observed = [drawn.count(key) for key in keys]
     expected = [exact[key] * n / sum(exact.values()) for key in keys]
     assert min(expected) > 1 and stats.chisquare(observed, expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
+def test_candidates_are_those_of_topk_in_the_same_order(spread: float) -> None:
+    """Among logits as coarse as bf16 many are equal; what a step picks of these must be what transformers picks."""
+    torch.manual_seed(0)
+    for k, vocab in ((1, 500), (4, 512), (4, 511), (5, 3000), (16, 4096)):
+        logits = (spread * torch.randn(2, k, vocab)).bfloat16().float()
+        logits[0, 0, :3], logits[1, -1, -2:] = -torch.inf, torch.nan
+        log_probs = logits.round(decimals=1) if spread == 1 else logits
+        scores = torch.randn(2, k).round().sort(descending=True)[0]
+        rules = BeamRules(k, 2 * k, 1.0, False, 10)
+        best, index = (log_probs + scores[:, :, None]).flatten(1).topk(2 * k)
+        found = propose(log_probs, scores, rules)
+        torch.testing.assert_close(found.scores, best, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(found.beam * vocab + found.token, index)
 
 
 def test_beam_sampling_is_transformers_own(llama: Any) -> None:

@@ -2,11 +2,13 @@ import pytest
 import torch
 
 from forktree import ops
+from forktree.ops import reference
 
 
-@pytest.fixture(params=["reference", "torch"], autouse=True)
+@pytest.fixture(params=["reference", "torch", "cpu"], autouse=True)
 def backend(request, monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", request.param)
+    return request.param
 
 
 def state(scores, values):
@@ -41,8 +43,8 @@ def test_equals_one_softmax_over_everything():
     torch.testing.assert_close((out[4], total[4]), state(scores[3:], values[3:]))
 
 
-def test_is_associative():
-    _, _, o, lse = states([2, 3, 4], dtype=torch.float64)
+def test_is_associative(backend):
+    _, _, o, lse = states([2, 3, 4], dtype=torch.float32 if backend == "cpu" else torch.float64)
     whole = merge(o, lse, [[0, 1, 2]])
     for pair, rest in (([0, 1], 2), ([1, 2], 0)):
         half = merge(o, lse, [pair])
@@ -71,6 +73,53 @@ def test_narrow_outputs(dtype):
     out, total = merge(o.to(dtype), lse, [[0, 1]])
     assert out.dtype == dtype and total.dtype == torch.float32
     torch.testing.assert_close(out, merge(o.to(dtype).float(), lse, [[0, 1]])[0].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_narrow_number_survives(dtype):
+    o = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(64, 8, 128).view(dtype)
+    out, _ = merge(o, torch.zeros(64, 8), [[i] for i in range(64)])
+    assert torch.equal(out.isnan(), o.isnan())
+    assert torch.equal(out[~o.isnan()], o[~o.isnan()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_outputs_are_rounded_to_nearest_even(dtype):
+    """Means of neighbours: every tie there is, between subnormal numbers too; sums must stay below fp32's largest."""
+    bits = torch.arange(2**15 - 1, dtype=torch.int16)
+    low, high = bits.view(dtype), (bits + 1).view(dtype)
+    o = torch.stack([low, high])[:, None, high.float() < min(torch.finfo(dtype).max, 1e38)]
+    out, _ = merge(o, torch.zeros(2, 1), [[0, 1]])
+    assert torch.equal(out[0, 0], (o.double().mean(0)[0]).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("outputs", [4, 400])  # 400: several threads
+def test_any_strides_any_number_of_threads(outputs, dtype, threads):
+    o, lse = torch.randn(50, 72, 3).to(dtype).transpose(1, 2), torch.randn(3, 50).mul(20).t()
+    lse[::7] = -torch.inf
+    count = torch.randint(0, 9, (outputs,))
+    index = torch.randint(0, 50, (int(count.sum()), 2))[:, 0]
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)]).repeat_interleave(2)[::2]
+    expected = reference.merge_states(o, lse, indptr, index)
+    results = []
+    for n in threads:
+        torch.set_num_threads(n)
+        results.append(ops.merge_states(o, lse, indptr, index))
+        assert torch.equal(results[-1][0], results[0][0]) and torch.equal(results[-1][1], results[0][1])
+    torch.testing.assert_close(results[0], expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["o", "lse"])
+def test_what_is_not_finite_stays_with_its_outputs(where, bad):
+    _, _, o, lse = states([2, 3, 4])
+    (o if where == "o" else lse)[1, 2] = bad
+    out, total = merge(o, lse, [[0, 2], [0, 1], [1], [2, 0]])
+    for t in range(4):
+        for h in range(3):
+            assert out[t, h].isfinite().all() == (not (h == 2 and t in (1, 2)))
+            assert total[t, h].isfinite() == (not (h == 2 and t in (1, 2) and where == "lse"))
 
 
 @pytest.mark.parametrize(

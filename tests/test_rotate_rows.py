@@ -2,11 +2,13 @@ import pytest
 import torch
 
 from forktree import ops
+from forktree.ops import reference
 
 
-@pytest.fixture(params=["reference", "torch"], autouse=True)
+@pytest.fixture(params=["reference", "torch", "cpu"], autouse=True)
 def backend(request, monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", request.param)
+    return request.param
 
 
 def rotary(x, position, inv_freq, interleaved):
@@ -36,13 +38,33 @@ def test_moves_rows_to_other_positions(rotary_dim, interleaved):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_keeps_the_dtype(dtype):
+def test_keeps_the_dtype(backend, dtype):
+    if backend == "cpu" and dtype == torch.float64:
+        pytest.skip("fp64 is left to the torch backend")
     inv_freq = torch.tensor([1.0, 0.1])
     q = torch.randn(2, 1, 4).to(dtype)
     got = ops.rotate_rows(q, torch.tensor([3, 4], dtype=torch.int32), inv_freq)
     expected = torch.stack([rotary(q[i], 3 + i, inv_freq, False) for i in range(2)])
     assert got.dtype == dtype
     torch.testing.assert_close(got, expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rows", [3, 300])  # 300: several threads
+def test_any_strides_any_number_of_threads(rows, interleaved, dtype, threads):
+    packed = torch.randn(rows, 9, 40).to(dtype)
+    inv_freq = 10000.0 ** (-torch.arange(0, 32, 2) / 32)
+    shift = torch.randint(-(2**20), 2**20, (rows, 2))
+    spread = torch.stack([packed, packed], 3)[..., 0]
+    for q in (packed, packed[:, 1:7], packed[:, ::3], packed.transpose(0, 1).contiguous().transpose(0, 1), spread):
+        expected = reference.rotate_rows(q, shift[:, 0], inv_freq, interleaved=interleaved, rotary_dim=32)
+        results = []
+        for n in threads:
+            torch.set_num_threads(n)
+            results.append(ops.rotate_rows(q, shift[:, 0], inv_freq, interleaved=interleaved, rotary_dim=32))
+            assert torch.equal(results[-1], results[0])
+        torch.testing.assert_close(results[0], expected)
 
 
 @pytest.mark.parametrize(

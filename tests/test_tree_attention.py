@@ -1,23 +1,33 @@
 import importlib
+from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from forktree import ops
+from forktree import _core, ops
 from forktree.layout import TreeLayout
-from forktree.plan import plan
-from layouts import KINDS, naive_attention, random_layout, shared_prompt
+from forktree.ops import reference
+from forktree.plan import CPU, plan
+from layouts import KINDS, Case, chunk, naive_attention, random_layout, shared_prompt
 
-planner = importlib.import_module("forktree.plan")
 executor = importlib.import_module("forktree.ops.torch_backend.tree_attention")
-BACKENDS = ("reference", "torch")
+ISAS = [name for name, why_not in _core.isas() if not why_not]
+BACKENDS = ("reference", "torch", *(f"cpu-{isa}" for isa in ISAS))
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
-    monkeypatch.setenv("FORKTREE_BACKEND", request.param)
-    return request.param
+    """Every backend, and the compiled one with every instruction set that this machine runs."""
+    name, _, isa = request.param.partition("-")
+    monkeypatch.setenv("FORKTREE_BACKEND", name)
+    before = _core.isa()
+    _core.use_isa(isa or before)
+    yield name
+    _core.use_isa(before)
 
 
 def tensors(case, heads=4, kv_heads=2, dim=8, value_dim=None, dtype=torch.float32, seed=0):
@@ -33,13 +43,20 @@ def tensors(case, heads=4, kv_heads=2, dim=8, value_dim=None, dtype=torch.float3
     return q, k, v
 
 
-def attend(case, q, k, v, window=None, **options):
-    made = plan(case.layout, num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2], window=window)
+def attend(case, q, k, v, window=None, target=None, **options):
+    made = plan(
+        case.layout,
+        num_qo_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        window=window,
+        target=target,
+    )
     return ops.tree_attention(q, k, v, made, return_lse=True, **options)
 
 
-def compare(case, q, k, v, *, rtol=2e-5, **options):
-    out, lse = attend(case, q, k, v, **options)
+def compare(case, q, k, v, *, rtol=2e-5, target=None, **options):
+    out, lse = attend(case, q, k, v, target=target, **options)
     expected, expected_lse = naive_attention(case, q, k, v, **options)
     assert out.dtype == q.dtype and lse.dtype == torch.float32 and out.shape == expected.shape
     np.testing.assert_allclose(out.double().numpy(), expected, rtol=rtol, atol=rtol)
@@ -53,7 +70,7 @@ def test_random_layouts(kind, backend):
         compare(case, *tensors(case, seed=seed))
 
 
-@pytest.mark.parametrize("heads", [(1, 1, 4, 4), (6, 2, 8, 12), (4, 4, 16, 8)])
+@pytest.mark.parametrize("heads", [(1, 1, 4, 4), (6, 2, 8, 12), (4, 4, 16, 8), (2, 1, 4, 1100), (2, 1, 700, 3)])
 def test_head_shapes(heads, backend):
     case = random_layout(1)
     compare(case, *tensors(case, *heads))
@@ -86,7 +103,9 @@ def test_options(used, kind, backend):
         )
 
 
-def test_fp64_is_computed_in_fp64(backend):
+@pytest.mark.parametrize("name", ["", "reference", "torch"])
+def test_fp64_is_computed_in_fp64(name, monkeypatch):
+    monkeypatch.setenv("FORKTREE_BACKEND", name)
     case = random_layout(2)
     q, k, v = tensors(case, dtype=torch.float64)
     compare(case, q, k, v, rtol=1e-12)
@@ -104,12 +123,11 @@ def test_cut_and_folded_work(kind, monkeypatch):
         ("MAX_ELEMENTS", 99),
     ):
         monkeypatch.setattr(executor, name, value)
-    monkeypatch.setattr(planner, "LONG", 6)
-    monkeypatch.setattr(planner, "THIN", 2)
+    target = replace(CPU, units=64, lanes=2, max_lanes=8, item=100, segment=1, grain=1)
     for seed in range(8):
         case = random_layout(seed, kind, max_len=20)
-        compare(case, *tensors(case))
-        compare(case, *tensors(case), window=9)
+        compare(case, *tensors(case), target=target)
+        compare(case, *tensors(case), window=9, target=target)
 
 
 def test_large_chunk_over_a_long_prompt(monkeypatch):
@@ -194,16 +212,13 @@ def test_sees_nothing(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_error_is_that_of_torch_at_this_dtype(dtype):
-    """Judged against fp64, beside scaled_dot_product_attention on the expanded batch."""
-    branches, shared, own, heads, kv_heads, dim = 16, 600, 40, 6, 2, 32
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 32), (4, 4, 64), (7, 1, 128), (8, 4, 256), (5, 1, 80)])
+def test_error_is_that_of_torch_at_this_dtype(heads, kv_heads, dim, dtype, backend):
+    """Judged against fp64, beside scaled_dot_product_attention on the expanded batch: in the mean, in the square, and
+    for all but one output in a thousand. Beyond these it is chance which way an output was rounded."""
+    branches, shared, own = 16, 600, 40
     layout = shared_prompt(1, branches, shared, own, spread=True)
-    g = torch.Generator().manual_seed(0)
-    q = torch.randn(branches, heads, dim, generator=g).to(dtype)
-    k, v = (torch.randn(int(layout.slot_index.max()) + 1, kv_heads, dim, generator=g).to(dtype) for _ in "kv")
     made = plan(layout, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
-    out = ops.tree_attention(q, k, v, made)
-
     slots = torch.stack([torch.from_numpy(layout.slot_index[layout.visible(r)[0]]) for r in range(branches)]).long()
 
     def sdpa(q, k, v):
@@ -211,9 +226,18 @@ def test_error_is_that_of_torch_at_this_dtype(dtype):
             q[:, :, None], k[slots].transpose(1, 2), v[slots].transpose(1, 2), enable_gqa=True
         )[:, :, 0]
 
-    exact = sdpa(q.double(), k.double(), v.double())
-    ours, theirs = ((x.double() - exact).abs() for x in (out, sdpa(q, k, v)))
-    assert ours.max() <= 1.1 * theirs.max() + 1e-7 and ours.mean() <= 1.1 * theirs.mean() + 1e-8
+    errors = []
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        q = torch.randn(branches, heads, dim, generator=g).to(dtype)
+        k, v = (torch.randn(int(layout.slot_index.max()) + 1, kv_heads, dim, generator=g).to(dtype) for _ in "kv")
+        exact = sdpa(q.double(), k.double(), v.double())
+        both = ops.tree_attention(q, k, v, made), sdpa(q, k, v)
+        errors.append(torch.stack([(x.double() - exact).abs().flatten() for x in both]))
+    ours, theirs = torch.cat(errors, 1)
+    most = int(0.999 * ours.numel())
+    assert ours.mean() <= 1.1 * theirs.mean() and ours.square().mean() <= 1.1**2 * theirs.square().mean()
+    assert ours.kthvalue(most).values <= 1.1 * theirs.kthvalue(most).values and ours.max() <= 2 * theirs.max()
 
 
 def test_same_bits_every_time():
@@ -283,10 +307,141 @@ def test_bad_input_is_refused_by_name(change, message):
         ops.tree_attention(**arguments)
 
 
-@pytest.mark.parametrize("name", ["cpu", "triton", "cuda", "fast"])
+@pytest.mark.parametrize("name", ["triton", "cuda", "fast"])
 def test_an_absent_backend_says_why(name, monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", name)
     case = random_layout(0)
     why = "there is no such backend" if name == "fast" else "not part of this build"
     with pytest.raises(ValueError, match=f"FORKTREE_BACKEND={name}: .*{why}; available: reference, torch"):
         attend(case, *tensors(case))
+
+
+DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # tolerance on outputs of size 1
+
+
+def new_nan(like, *shape, dtype=None):
+    """What is not written shows."""
+    shape = shape[0] if isinstance(shape[0], tuple) else shape
+    return torch.full(shape, torch.nan, dtype=dtype or like.dtype)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_any_layout_option_and_split(data):
+    """The compiled backend against the specification in fp64, cut by targets that split everywhere."""
+    draw = data.draw
+    isa, dtype = draw(st.sampled_from(ISAS)), draw(st.sampled_from(list(DTYPES)))
+    kind, seed = draw(st.sampled_from(KINDS)), draw(st.integers(0, 10**6))
+    group, kv_heads = draw(st.integers(1, 9)), draw(st.integers(1, 3))
+    dim, value_dim = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    window = draw(st.none() | st.integers(1, 400))
+    heads = group * kv_heads
+    options = {
+        "scale": draw(st.none() | st.floats(-1, 1)),
+        "softcap": draw(st.none() | st.floats(0.1, 30)),
+        "sinks": draw(st.none() | st.just(torch.linspace(-1, 2, heads))),
+        "alibi_slopes": draw(st.none() | st.just(torch.linspace(0.0, 0.1, heads))),
+    }
+    target = replace(CPU, units=draw(st.sampled_from([1, 16, 1000])), grain=draw(st.sampled_from([1, CPU.grain])))
+    case = random_layout(seed, kind, max_len=draw(st.sampled_from([9, 150])), room=draw(st.integers(0, 2)))
+    q, k, v = tensors(case, heads, kv_heads, dim, value_dim, dtype, seed)
+    before = _core.isa()
+    try:
+        _core.use_isa(isa)
+        with patch.object(torch.Tensor, "new_empty", new_nan):
+            out, lse = attend(case, q, k, v, window, target, **options)
+    finally:
+        _core.use_isa(before)
+    made = plan(case.layout, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim, window=window)
+    scale = dim**-0.5 if options["scale"] is None else options["scale"]
+    expected, expected_lse = reference.tree_attention(
+        q.double(), k.double(), v.double(), made, **{**options, "scale": scale}
+    )
+    np.testing.assert_allclose(out.double(), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
+    np.testing.assert_allclose(lse, expected_lse, rtol=5e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_whatever_the_number_of_threads(dtype, backend, threads):
+    if backend != "cpu":
+        pytest.skip("promised of the compiled backend")
+    target = replace(CPU, grain=10**6)  # enough to do for all
+    for layout in (shared_prompt(2, 40, 900, 70), shared_prompt(1, 1, 5000, 1), shared_prompt(30, 1, 90, 30)):
+        case = Case(layout, [], int(layout.slot_index.max()) + 1, set(layout.slot_index.tolist()))
+        q, k, v = tensors(case, 8, 4, 32, dtype=dtype)
+        results = []
+        for number in threads:
+            torch.set_num_threads(number)
+            results.append(attend(case, q, k, v, target=target))
+        for out, lse in results[1:]:
+            assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_keeps_its_bits_among_strangers(dtype, backend):
+    """invariant=True: whatever other root trees are in the step."""
+    if backend != "cpu":
+        pytest.skip("promised of the compiled backend")
+    alone, crowd = shared_prompt(1, 5, 1500, 70), shared_prompt(3, 5, 1500, 70)
+    case = Case(crowd, [], int(crowd.slot_index.max()) + 1, set(crowd.slot_index.tolist()))
+    q, k, v = tensors(case, 8, 4, 32, dtype=dtype)
+    heads = dict(num_qo_heads=8, num_kv_heads=4, head_dim=32, invariant=True)
+    out, lse = ops.tree_attention(q, k, v, plan(crowd, **heads), return_lse=True)
+    again, lse_again = ops.tree_attention(q[:5], k, v, plan(alone, **heads), return_lse=True)
+    assert torch.equal(out[:5], again) and torch.equal(lse[:5], lse_again)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_branch_that_went_bad_leaves_others_alone(dtype, bad, backend):
+    if backend == "torch":
+        pytest.skip("blocks of this backend share products")
+    layout = shared_prompt(1, 9, 70, 5)
+    case = Case(layout, [], int(layout.slot_index.max()) + 1, set(layout.slot_index.tolist()))
+    q, k, v = tensors(case, 6, 2, 16, dtype=dtype)
+    clean, _ = attend(case, q, k, v)
+    own = layout.node_begin[4] + np.arange(5)  # of the fourth branch
+    k[own] = v[own] = bad
+    out, _ = attend(case, q, k, v)
+    others = [row for row in range(9) if row != 3]
+    assert not out[3].isfinite().any() and torch.equal(out[others], clean[others])
+
+
+def test_offsets_beyond_31_bits(backend):
+    """Pools of more than 2**31 elements, of which a few are ever touched."""
+    slots, dim = 2**25 + 100, 64
+    k, v = (torch.empty(slots, 1, dim, dtype=torch.bfloat16) for _ in "kv")
+    layout = replace(shared_prompt(1, 2, 3, 2), slot_index=np.array([slots - 1 - i for i in range(7)]))
+    q = torch.randn(2, 1, dim).bfloat16()
+    new = torch.randn(2, 7, 1, dim).bfloat16()
+    ops.append_kv(new[0], new[1], torch.from_numpy(layout.slot_index), k, v)
+    made = plan(layout, num_qo_heads=1, num_kv_heads=1, head_dim=dim)
+    out = ops.tree_attention(q, k, v, made)
+    low = replace(layout, slot_index=np.arange(7))
+    expected = ops.tree_attention(q, new[0], new[1], plan(low, num_qo_heads=1, num_kv_heads=1, head_dim=dim))
+    torch.testing.assert_close(out, expected)
+
+
+def test_how_nodes_are_cut_leaves_no_trace_in_fp32(backend):
+    """A prompt reads the same whether or not others share parts of it."""
+    if backend != "cpu":
+        pytest.skip("promised of the compiled backend")
+    tokens, rows = 150, 3
+    whole = replace(chunk(tokens), row_indptr=[0, rows], row_token=np.arange(rows), row_pos=np.arange(147, 150))
+    lengths = np.array([1, 70, 64, 2, 13])
+    begin = np.cumsum(lengths) - lengths
+    cut = replace(
+        whole,
+        node_begin=begin,
+        node_len=lengths,
+        node_parent=[-1, 0, 1, 2, 3],
+        node_fork=[0, *lengths[:-1]],
+        node_pos=begin,
+        path_node=[4],
+    )
+    heads = dict(num_qo_heads=6, num_kv_heads=2, head_dim=24)
+    q, (k, v) = torch.randn(rows, 6, 24), torch.randn(2, tokens, 2, 24)
+    for options in ({}, {"softcap": 3.0}, {"window": 60}):
+        window = options.pop("window", None)
+        results = [ops.tree_attention(q, k, v, plan(x, window=window, **heads), **options) for x in (whole, cut)]
+        assert torch.equal(*results)

@@ -1,6 +1,12 @@
 """forktree: search-time decoding of language models over a prefix-shared KV cache."""
 
-from forktree.decoder import Candidate, Decoder, SearchResult
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# First, and before forktree._core: both then use one OpenMP runtime, the one torch brings.
+import torch  # noqa: F401
+
+from forktree import ops
 from forktree.errors import (
     Cancelled,
     ForktreeError,
@@ -10,14 +16,17 @@ from forktree.errors import (
     ScorerError,
     UnsupportedModel,
 )
-from forktree.generate import generate
 from forktree.layout import TreeLayout
 from forktree.plan import AttentionPlan, check_plan, plan
 from forktree.sampling import Sampling
 from forktree.scoring import RewardModel, Scorer, StepFormat, TextScorer, TokenLogits, ValueHead, load_scorer
 from forktree.search import BeamSearch, BestOfN, Greedy, Hypothesis, MajorityVote, ParticleFilter, Sample
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from forktree.decoder import Candidate, Decoder, SearchResult
+    from forktree.drop_in import generate
+
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionPlan",
@@ -49,5 +58,20 @@ __all__ = [
     "check_plan",
     "generate",
     "load_scorer",
+    "ops",
     "plan",
 ]
+
+# These need transformers, which takes seconds to import: they are loaded when first asked for.
+_LATER = {"Candidate": "decoder", "Decoder": "decoder", "SearchResult": "decoder", "generate": "drop_in"}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"forktree.{_LATER[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""The command line: `forktree generate` and `forktree demo`."""
+"""The command line: `forktree generate`, `forktree demo` and `forktree env`."""
 
 import json
 import os
@@ -134,6 +134,18 @@ def demo(
     from forktree.demo.run import run
 
     run(problems, seed)
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False) -> None:
+    """Show versions, how the compiled core was built, and which instruction sets and backends run here, and why."""
+    from forktree.env import describe, show
+
+    environment = describe()
+    if as_json:
+        print(json.dumps(environment, indent=2))
+    else:
+        show(environment, Console(markup=False))
 
 
 def _run(results: Iterator[Any], todo: list[int], output: "ResultFile", total: int) -> int:

@@ -28,12 +28,13 @@ from forktree.errors import Cancelled, NonFinite, OutOfMemory, ScorerError
 from forktree.kv import Branch, OutOfSlots
 from forktree.kv.tree import Chunk
 from forktree.lane import Lane
-from forktree.sampling import draw, uniforms
+from forktree.sampling import choose, uniforms
 from forktree.scoring import Reading, Subject
 from forktree.search.request import Extend, Extension, NextLogits, Request, Rewards, Score
 
 _INDICES = itertools.count()  # a search's number, and the owner of its branches in every tree it uses
 LOGIT_BYTES = 256 << 20  # rows of logits held at once: at most this many bytes
+AT_ONCE = 1 << 20  # logits drawn from at once on a CPU: what is computed on the way stays in its caches
 
 
 @dataclass
@@ -405,15 +406,11 @@ class Engine:
         block = max(1, LOGIT_BYTES // (4 * self.lane.runner.vocab_size))
         for begin in range(0, len(ids), block):
             logits = self.lane.runner.logits(hidden[begin : begin + block])
-            total = logits.logsumexp(dim=-1)
-            for kind in dict.fromkeys(sampling[begin : begin + block]):
-                rows = [i for i in range(len(logits)) if sampling[begin + i] == kind]
-                at = np.array(rows) + begin
-                some = logits if len(rows) == len(logits) else logits[rows]
-                chosen = draw(some, kind, uniform[at])
-                picked = some.gather(1, chosen[:, None]).squeeze(1)
-                tokens[at] = chosen.cpu().numpy()
-                log_probs[at] = (picked - total[rows]).double().cpu().numpy()
+            few = max(1, AT_ONCE // logits.shape[1]) if logits.is_cpu else block
+            for first in range(begin, begin + len(logits), few):
+                part = slice(first, min(first + few, begin + len(logits)))
+                some = logits[part.start - begin : part.stop - begin]
+                tokens[part], log_probs[part] = choose(some, sampling[part], uniform[part])
         return tokens, log_probs
 
     def _answer_rest(self) -> bool:
@@ -423,7 +420,7 @@ class Engine:
             work = task.work
             if isinstance(work, _LogitsWork) and (hidden := work.collect()) is not None:
                 logits = self.lane.runner.logits(hidden)
-                finite = logits.logsumexp(dim=-1).isfinite().cpu().numpy()
+                finite = logits.amax(dim=-1).isfinite().cpu().numpy()
                 if finite.all():
                     self._resume(task, logits)
                 else:

@@ -46,6 +46,7 @@ class Lane:
         self._plans: Any = None
         self._used = np.zeros(0, np.int64)  # nodes of the last layout
         self._planned_for: tuple[int, list[int]] | None = None
+        self._planned_tokens = 0  # of the nodes used
 
     def open(self, tokens: ArrayLike, *, key: int = 0, owner: int = NOBODY) -> Branch:
         """A branch that sees `tokens`, on the longest prefix the tree already has."""
@@ -97,19 +98,21 @@ class Lane:
         self.forwards += 1
 
     def _plans_for(self, chunks: Sequence[Chunk]) -> Any:
-        """Plans for the step; those of the last step, grown, if since then its tips have only grown."""
+        """Plans for the step; those of the last step, grown, if since then its tips have only grown, and not by more
+        than a quarter of all: beyond, work would no longer be spread as it should."""
         nodes = [c.node for c in chunks]
         tree = self.tree
         # a token computed again, for its hidden state alone, is planned as a fixed range: that plan cannot grow
         steady = all(c.begin == tree.computed[c.node] and c.stop == c.begin + 1 == tree.length[c.node] for c in chunks)
         key = (tree.version, nodes) if steady else None
-        if key is not None and key == self._planned_for:
-            length = tree.length[self._used]
+        length = tree.length[self._used]
+        if key is not None and key == self._planned_for and length.sum() <= 1.25 * self._planned_tokens:
             positions = (tree.start[nodes] + tree.length[nodes] - 1).astype(np.int32)
             grown = {kind: plan.grow(length, positions, tree.slot_index) for kind, plan in self._plans.items()}
             self._plans = grown
         else:
             self._used = tree.nodes_seen(nodes)
+            self._planned_tokens = int(tree.length[self._used].sum())
             self._plans = self.runner.plans(tree.layout(chunks))
         self._planned_for = key
         return self._plans

@@ -2,31 +2,96 @@
 
     item [W, 5]  row_begin, row_end, seg_begin, seg_end, first partial or -1 (writes the output itself)
     seg  [Q, 8]  index_begin, start, stop or LIVE, node, row_lo, row_hi, pos, contiguous
+    row  [R, 6]  row of the layout, token, tip, tail, last, mask
     merge        CSR: output token -> partials, in path order
 
 Rows are numbered in plan order: contexts depth-first over the tree, so that the readers of every stretch of a
-node are consecutive. Segment tokens are offsets o in [start, stop) of a node: slot `slot_index[index_begin +
-o]`, position `pos + o`, for rows [row_lo, row_hi). Row r of an item has partial `first + r - row_begin`; an
-item has none if no token of its rows has anything to merge. What rows of one item see differently (causal,
-mask, window) is not in the plan: executors take it from the layout.
+node are consecutive. An item is a range of rows (a subtree of queries) that walks its segments, top first. A
+segment is the tokens at offsets o in [start, stop) of a node, slot `slot_index[index_begin + o]`, position
+`pos + o`, and concerns rows [row_lo, row_hi) of its item only. Such a row sees o if the window lets it and
+    node != tip  or  o < tail  or  (o <= last and (mask < 0 or bit o - tail from word `mask` on is set)).
+Row r of an item has partial `first + r - row_begin`; an item has none if no token of its rows has anything to
+merge. Rows no segment concerns, or that see nothing of theirs, come to nothing: (0, -inf).
+
+At first a root tree is one item (joins make several trees one). The planner (`csrc/plan.cpp`) cuts the
+costliest item in two until all cost less than their share, choosing what makes the predicted time least:
+- by rows: what rows on both sides see is read again, from cache;
+- by tokens: rows that see tokens on both sides write partials, to be merged.
+The predicted time is that of all items spread over `Target.units`, or that of the longest one if that is more.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from forktree.layout import Array, IntArray, TreeLayout, ranges
+from forktree import _core
+from forktree.layout import Array, IntArray, TreeLayout
 
 LIVE = TreeLayout.ALL  # stop of a segment that ends where its node does, also after growing
-LONG = 512  # tokens from which a segment is an item of its own, which can be read in place
-THIN = 16  # fewer shared tokens are read again by every context: cheaper than a partial for each row
 
 ROW_BEGIN, ROW_END, SEG_BEGIN, SEG_END, PARTIAL = range(5)
 INDEX_BEGIN, START, STOP, NODE, ROW_LO, ROW_HI, POS, CONTIGUOUS = range(8)
+ROW, TOKEN, TIP, TAIL, LAST, MASK = range(6)
+HEADER = 16
+
+
+@dataclass(frozen=True)
+class Target:
+    """What work costs, in picoseconds. A segment of r rows and t tokens costs, for each KV head,
+
+        max(bytes of K and V, multiply-adds and exponentials) + rescaled sums, once every 64 tokens,
+
+    bytes at 2 an element, arithmetic for r rows x heads of the group rounded up to full lanes.
+    """
+
+    units: int  # pieces of work that keep all workers busy; a constant, so bits do not depend on threads
+    heads_per_item: int  # KV heads of an item that are one piece of work
+    lanes: int  # packed rows (query row x head of its group) processed together
+    max_lanes: int  # packed rows an item may have
+    memory: int  # a byte of K or V read first
+    cache: int  # a byte read again by another item
+    mac: int  # a multiply-add, per (lane, token, element)
+    exp: int  # an exponential, per (lane, token)
+    partial: int  # a byte of a partial, written and merged
+    segment: int  # an element of the sums, per (lane, element)
+    item: int  # starting on an item
+    grain: int  # what costs less is not cut
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            least, most = (1, 1 << 16) if f.name in COUNTS else (0, 1 << 40 if f.name in TIMES else 1 << 20)
+            if not least <= value <= most:
+                raise ValueError(f"{f.name} must be in [{least}, {most}], got {value}")
+
+    @cached_property
+    def values(self) -> tuple[int, ...]:
+        """All fields, as `_core` wants them."""
+        return astuple(self)
+
+
+COUNTS = ("units", "heads_per_item", "lanes", "max_lanes")
+TIMES = ("item", "grain")
+CPU = Target(
+    units=16,
+    heads_per_item=1,
+    lanes=16,
+    max_lanes=1024,
+    memory=100,
+    cache=30,
+    mac=10,
+    exp=200,
+    partial=60,
+    segment=50,
+    item=500_000,
+    grain=100_000_000,
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +103,12 @@ class PlanStats:
     planned_tokens: int  # tokens read, again and again if by several items
     planned_bytes: int
     attended: int  # (row, token) pairs that count
-    computed: int  # (row, token) pairs the items span: attended plus what masks hide
+    computed: int  # (row, token) pairs the segments span: attended plus what masks hide
     partials: int  # rows of partials written and merged
+    partial_bytes: int
+    padding: float  # packed (row, token) pairs computed, lanes filled up, for one attended
+    imbalance: float  # the longest piece of work over an even share of all, if above 1
+    predicted: float  # microseconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,16 +119,33 @@ class AttentionPlan:
     head_dim: int
     device: str
     window: int | None
+    target: Target
+    buffer: IntArray  # all of it, as `csrc/plan_view.hpp` says; the arrays below are views of it
     item: IntArray  # [W, 5]
     seg: IntArray  # [Q, 8]
     merge_indptr: IntArray  # [T+1]
     merge_partial: IntArray  # [P]
-    row_order: IntArray  # [R'] layout row of each plan row
+    row: IntArray  # [R, 6]
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what backends prepare once a plan
+
+    @property
+    def row_order(self) -> IntArray:
+        """[R] layout row of each plan row."""
+        return self.row[:, ROW]
 
     @property
     def num_partials(self) -> int:
         return self.merge_partial.size
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """The buffer, for kernels."""
+        return torch.from_numpy(self.buffer)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """The layout's slot_index, for kernels."""
+        return torch.from_numpy(np.ascontiguousarray(self.layout.slot_index))
 
     @cached_property
     def seg_stop(self) -> IntArray:
@@ -83,18 +169,32 @@ class AttentionPlan:
                 f"node {node} must keep its {self.layout.node_len[node]} tokens, as it is the tip of a "
                 f"causal or masked context of several rows, got {layout.node_len[node]}: plan anew"
             )
-        return replace(self, layout=layout, cache={})
+        buffer = self.buffer.copy()
+        begin = HEADER + self.item.size + self.seg.size + self.merge_indptr.size + self.num_partials + self.row.size
+        end = begin + layout.num_nodes
+        buffer[begin:end] = layout.node_len
+        buffer[end : end + layout.num_rows] = layout.row_pos
+        return replace(self, layout=layout, buffer=buffer, cache={})
 
     def stats(self, itemsize: int = 2) -> PlanStats:
         """Itemsize: bytes of one element of K or V."""
-        seg, tokens = self.seg, self.seg_tokens.astype(np.int64)
-        read = ranges(seg[:, INDEX_BEGIN] + seg[:, START], tokens)
-        distinct, planned = np.unique(read).size, read.size
+        distinct, planned, attended, computed, padded, predicted, total, longest = _core.plan_count(
+            self.buffer, self.target.values
+        )
         size = 2 * self.num_kv_heads * self.head_dim * itemsize
-        computed = int(((seg[:, ROW_HI] - seg[:, ROW_LO]) * tokens).sum())
-        rows = range(self.layout.num_rows)
-        attended = sum(self.layout.visible(row, self.window)[0].size for row in rows)
-        return PlanStats(distinct, distinct * size, planned, planned * size, attended, computed, self.num_partials)
+        return PlanStats(
+            distinct_tokens=distinct,
+            distinct_bytes=distinct * size,
+            planned_tokens=planned,
+            planned_bytes=planned * size,
+            attended=attended,
+            computed=computed,
+            partials=self.num_partials,
+            partial_bytes=self.num_partials * self.num_qo_heads * (self.head_dim + 2) * 4,
+            padding=padded * self.num_kv_heads / max(1, attended * self.num_qo_heads),
+            imbalance=max(1.0, longest * self.target.units / max(1, total)),
+            predicted=predicted / 1e6,
+        )
 
 
 def plan(
@@ -103,54 +203,57 @@ def plan(
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    device: str = "cpu",
+    device: Any = "cpu",
     window: int | None = None,
+    target: Target | None = None,
+    max_partials: int | None = None,
+    invariant: bool = False,
 ) -> AttentionPlan:
-    """Decides who reads which tokens together, for all layers of one head shape and window."""
-    for name, value in (
-        ("num_qo_heads", num_qo_heads),
-        ("num_kv_heads", num_kv_heads),
-        ("head_dim", head_dim),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    """Decides who reads which tokens together, for all layers of one head shape and window.
+
+    Args:
+        target: what work costs; default: `CPU`.
+        max_partials: rows of partials there may be; tokens with several rows need one for each.
+        invariant: plan each root tree as if it were alone in the step, so that a row's bits do not depend on
+            strangers. Costs balance where many trees are large, nothing where there is one.
+    """
+    for name, value in (("num_qo_heads", num_qo_heads), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+        if not 1 <= value < 2**16:
+            raise ValueError(f"{name} must be in [1, 65536), got {value}")
     if num_qo_heads % num_kv_heads:
         raise ValueError(f"num_qo_heads must be a multiple of num_kv_heads, got {num_qo_heads} and {num_kv_heads}")
     if window is not None and not 1 <= window < 2**31:
         raise ValueError(f"window must be in [1, 2**31) or None, got {window}")
-
-    contexts, node, start, stop, lo, hi = _stretches(layout)
-    rows = layout.context_rows[contexts]
-    row_end = np.append(0, np.cumsum(rows))
-    row_order = ranges(layout.row_indptr[contexts], rows)
-
-    node, start, stop, lo, hi = _cut_at_uneven_tails(layout, node, start, stop, lo, hi)
-    if window is not None and node.size:
-        first = _lowest(layout.row_pos[row_order], row_end[lo], row_end[hi])
-        start = np.maximum(start, first - window + 1 - layout.node_pos[node])
-        node, start, stop, lo, hi = (x[start < stop] for x in (node, start, stop, lo, hi))
-    node, start, stop, lo, hi = _fold_thin(layout, node, start, stop, lo, hi)
-
-    # One item a group of rows; long segments have items of their own.
-    tokens = np.minimum(stop, layout.node_len[node]) - start
-    alone = np.where(tokens >= LONG, 1 + np.arange(node.size), 0)
-    pos = layout.node_pos[node] + start
-    order = np.lexsort((pos, alone, hi, lo))
-    node, start, stop, lo, hi, alone, pos = (x[order] for x in (node, start, stop, lo, hi, alone, pos))
-    seg_end = 1 + np.flatnonzero(_last_of_runs(lo) | _last_of_runs(hi) | _last_of_runs(alone))
-    seg_begin = np.append(0, seg_end)[:-1]
-
-    # Items in path order: partials of a token then are too.
-    order = np.argsort(pos[seg_begin], kind="stable")
-    count = (seg_end - seg_begin)[order]
-    segs = ranges(seg_begin[order], count)
-    node, start, stop, lo, hi = (x[segs] for x in (node, start, stop, lo, hi))
-    seg_end = np.cumsum(count)
-    seg_begin = seg_end - count
-    item_rows = np.stack([row_end[lo[seg_begin]], row_end[hi[seg_begin]]], 1)
-    partial, merge_indptr, merge_partial = _merges(layout, row_order, item_rows)
-
-    begin = layout.node_begin[node]
+    if max_partials is not None and max_partials < 0:
+        raise ValueError(f"max_partials must be at least 0 or None, got {max_partials}")
+    target = target or CPU
+    buffer = _core.plan(
+        layout.slot_index,
+        layout.node_begin,
+        layout.node_len,
+        layout.node_parent,
+        layout.node_fork,
+        layout.node_pos,
+        layout.row_indptr,
+        layout.path_indptr,
+        layout.path_node,
+        layout.path_stop,
+        layout.path_top,
+        layout.causal,
+        layout.row_token,
+        layout.row_pos,
+        layout.mask_indptr,
+        layout.mask_bits,
+        layout.num_tokens,
+        num_qo_heads,
+        num_kv_heads,
+        head_dim,
+        window or 0,
+        target.values,
+        2**31 - 1 if max_partials is None else max_partials,
+        invariant,
+    )
+    item, seg, merge_indptr, merge_partial, row = _sections(buffer)
     return AttentionPlan(
         layout,
         num_qo_heads,
@@ -158,197 +261,58 @@ def plan(
         head_dim,
         str(device),
         window,
-        item=_int32(item_rows[:, 0], item_rows[:, 1], seg_begin, seg_end, partial),
-        seg=_int32(
-            begin,
-            start,
-            stop,
-            node,
-            row_end[lo],
-            row_end[hi],
-            layout.node_pos[node],
-            _contiguous(layout.slot_index, begin + start, begin + stop, stop != LIVE),
-        ),
-        merge_indptr=merge_indptr.astype(np.int32),
-        merge_partial=merge_partial.astype(np.int32),
-        row_order=row_order.astype(np.int32),
+        target,
+        buffer,
+        item,
+        seg,
+        merge_indptr,
+        merge_partial,
+        row,
     )
 
 
-def _stretches(layout: TreeLayout) -> tuple[Array, ...]:
-    """Contexts in depth-first order, and all stretches of nodes seen by the same contexts.
-
-    Returns contexts [C'] (those with rows) and node, start, stop, lo, hi [Q]: contexts[lo:hi] see [start,
-    stop) of node. Nodes and path ends hang from their parent node at an offset; ordered by falling offset,
-    those who see a given token of the parent come first.
-    """
-    n = layout.num_nodes
-    context = np.repeat(np.arange(layout.num_contexts), np.diff(layout.path_indptr))
-    paths = np.flatnonzero(layout.context_rows[context] > 0)
-    context, leaf_node, leaf_stop = context[paths], layout.path_node[paths], layout.path_stop[paths]
-    is_last = _last_of_runs(context)
-    fixed = layout.uneven[context] & is_last  # chunks and drafts are planned as they are now
-    leaf_stop = np.where(fixed, np.minimum(leaf_stop, layout.node_len[leaf_node]), leaf_stop)
-
-    # How many paths come through each node: sums over subtrees by pointer doubling, `n` standing for no node.
-    parent = np.append(np.where(layout.node_parent < 0, n, layout.node_parent), n)
-    size = np.bincount(leaf_node, minlength=n + 1)
-    up = parent
-    while (up < n).any():
-        size[:n] += np.bincount(up[:n], size[:n], n + 1)[:n].astype(np.int64)
-        up = up[up]
-
-    nodes = np.flatnonzero(size[:n] > 0)
-    hangs_from = np.concatenate([parent[nodes], leaf_node]).astype(np.int64)
-    offset = np.concatenate([layout.node_fork[nodes], leaf_stop]).astype(np.int64)
-    key = (hangs_from << 32) + (LIVE - offset) * (hangs_from < n)
-    order = np.argsort(key, kind="stable")
-    key, hangs_from, offset = key[order], hangs_from[order], offset[order]
-    end = np.cumsum(np.concatenate([size[nodes], np.ones_like(paths)])[order])
-    first = np.searchsorted(hangs_from, hangs_from)  # of its siblings
-    before = np.append(0, end)[first]  # paths in order before the siblings
-    end_of_kin = end - before
-    begin = np.empty_like(end)
-    begin[order] = np.append(0, end)[:-1] - before  # among siblings, unsorted
-
-    # Where each node's paths begin: sums along the way to the root.
-    where = np.zeros(n + 1, np.int64)
-    where[nodes] = begin[: nodes.size]
-    up = parent
-    while (up < n).any():
-        where += where[up]
-        up = up[up]
-    rank = where[leaf_node] + begin[nodes.size :]
-
-    last = _last_of_runs(key) & (hangs_from < n)
-    node, stop, hi = hangs_from[last], offset[last], end_of_kin[last]
-    start = np.where(_last_of_runs(node), 0, np.append(stop, 0)[1:])
-    lo = where[node]
-    hi = lo + hi
-    node, start, stop, lo, hi = (x[stop > start] for x in (node, start, stop, lo, hi))
-
-    by_rank = np.argsort(rank)
-    tops = layout.path_top[paths]
-    if is_last.all() and (tops < 0).all():
-        return context[by_rank], node, start, stop, lo, hi
-
-    # Joins: a context's place is that of its last path, so readers of a stretch may lie apart.
-    contexts = context[is_last][np.argsort(rank[is_last])]
-    place = np.empty(layout.num_contexts, np.int64)
-    place[contexts] = np.arange(contexts.size)
-    stretch = np.repeat(np.arange(node.size), hi - lo)
-    reader = by_rank[ranges(lo, hi - lo)]
-    depth = layout.node_depth
-    below_top = depth[node[stretch]] > depth[tops[reader]]
-    stretch, at = stretch[below_top], place[context[reader[below_top]]]
-    order = np.lexsort((at, stretch))
-    stretch, at = stretch[order], at[order]
-    same = stretch[1:] == stretch[:-1]
-    if (twice := same & (at[1:] == at[:-1])).any():
-        i = int(np.argmax(twice))
-        raise ValueError(
-            f"paths of context {contexts[at[i]]} must not share tokens, got node {node[stretch[i]]} "
-            f"[{start[stretch[i]]}, {stop[stretch[i]]}) in two of them"
-        )
-    ends = np.flatnonzero(_last_of_runs(stretch) | _last_of_runs(at - np.arange(at.size)))
-    begins = np.append(0, ends + 1)[:-1]
-    stretch = stretch[ends]
-    return contexts, node[stretch], start[stretch], stop[stretch], at[begins], at[ends] + 1
-
-
-def _cut_at_uneven_tails(
-    layout: TreeLayout, node: Array, start: Array, stop: Array, lo: Array, hi: Array
-) -> tuple[Array, ...]:
-    """Cuts stretches where rows of a chunk or draft begin to differ: only what lies behind needs a mask."""
-    if not layout.uneven.any():
-        return node, start, stop, lo, hi
-    tail = uneven_tails(layout)[node]
-    cut = (start < tail) & (tail < stop)
-    twice = np.repeat(np.arange(node.size), 1 + cut)
-    second = np.append(False, ~_last_of_runs(twice))[:-1]
-    first = np.append(second, False)[1:]
-    start = np.where(second, tail[twice], start[twice])
-    stop = np.where(first, tail[twice], stop[twice])
-    return node[twice], start, stop, lo[twice], hi[twice]
-
-
-def uneven_tails(layout: TreeLayout) -> Array:
-    """[N] offset from which rows of some context may see a node differently (LIVE: nowhere)."""
-    tail = np.full(layout.num_nodes, LIVE, np.int64)
-    at = np.flatnonzero(layout.uneven)
-    np.minimum.at(tail, layout.tip[at], layout.tip_len[at] - layout.context_rows[at])
-    return tail
-
-
-def _fold_thin(layout: TreeLayout, node: Array, start: Array, stop: Array, lo: Array, hi: Array) -> tuple[Array, ...]:
-    """Splits stretches of a few tokens into one for each of their contexts."""
-    thin = (np.minimum(stop, layout.node_len[node]) - start < THIN) & (hi - lo > 1)
-    copies = np.where(thin, hi - lo, 1)
-    source = np.repeat(np.arange(node.size), copies)
-    split = thin[source]
-    lo = np.where(split, ranges(lo, copies), lo[source])
-    hi = np.where(split, lo + 1, hi[source])
-    return node[source], start[source], stop[source], lo, hi
-
-
-def _merges(layout: TreeLayout, row_order: Array, item_rows: Array) -> tuple[Array, Array, Array]:
-    """First partial of each item [W] or -1, and the merge lists. A token's only partial is its output."""
-    rows = item_rows[:, 1] - item_rows[:, 0]
-    item = np.repeat(np.arange(rows.size), rows)
-    token = layout.row_token[row_order[ranges(item_rows[:, 0], rows)]]
-    count = np.bincount(token, minlength=layout.num_tokens)
-    merges = np.bincount(item, count[token] > 1, rows.size) > 0
-    end = np.cumsum(rows * merges)
-    partial = np.where(merges, end - rows, -1)
-    token = token[merges[item]]
-    indptr = np.append(0, np.cumsum(np.bincount(token, minlength=layout.num_tokens)))
-    return partial, indptr, np.argsort(token, kind="stable")
-
-
-def _last_of_runs(values: Array) -> Array:
-    """Whether an entry differs from the next one."""
-    return np.append(values[1:] != values[:-1], True)[: values.size]
-
-
-def _lowest(values: Array, begin: Array, end: Array) -> Array:
-    """Minimum of values[begin:end] for each pair; none is empty."""
-    lowest: Array = np.minimum.reduceat(np.append(values, LIVE), np.stack([begin, end], 1).ravel())[::2]
-    return lowest
-
-
-def _contiguous(slot_index: Array, begin: Array, end: Array, fixed: Array) -> Array:
-    """Whether slots are consecutive numbers; never claimed of segments that grow."""
-    breaks = np.append(0, np.cumsum(np.diff(slot_index) != 1))
-    whole: Array = breaks[np.where(fixed, begin, 0)] == breaks[np.where(fixed, end - 1, 0)]
-    return whole & fixed
-
-
-def _int32(*columns: Array) -> IntArray:
-    return np.stack(columns, 1).astype(np.int32)
+def _sections(buffer: IntArray) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray]:
+    """item, seg, merge_indptr, merge_partial and row of a buffer."""
+    rows, tokens, items, segs, _, partials = buffer[2:8].tolist()
+    item_end = HEADER + 5 * items
+    seg_end = item_end + 8 * segs
+    indptr_end = seg_end + tokens + 1
+    partial_end = indptr_end + partials
+    return (
+        buffer[HEADER:item_end].reshape(items, 5),
+        buffer[item_end:seg_end].reshape(segs, 8),
+        buffer[seg_end:indptr_end],
+        buffer[indptr_end:partial_end],
+        buffer[partial_end : partial_end + 6 * rows].reshape(rows, 6),
+    )
 
 
 def check_plan(plan: AttentionPlan) -> None:
-    """Raises ValueError unless every visible (row, token) is covered exactly once and merge lists are right.
+    """Raises ValueError unless executors that follow the plan compute exactly what the layout says.
 
     Slow and independent of how plans are made: rows are taken one by one from `TreeLayout.visible`.
     """
-    layout, item, seg = plan.layout, plan.item, plan.seg
+    layout, item, seg, row = plan.layout, plan.item, plan.seg, plan.row
     if not np.array_equal(np.sort(plan.row_order), np.arange(layout.num_rows)):
         raise ValueError("row_order must be a permutation of all rows")
+    if not np.array_equal(row[:, TOKEN], layout.row_token[plan.row_order]):
+        raise ValueError(f"row must have the layout's tokens, got {row[:, TOKEN]}")
     if not (np.array_equal(item[1:, SEG_BEGIN], item[:-1, SEG_END]) and item[-1:, SEG_END].sum() == len(seg)):
         raise ValueError("items must own all segments, one after the other")
     partials: list[list[int]] = [[] for _ in range(layout.num_tokens)]
-    covered: list[list[Array]] = [[] for _ in range(layout.num_rows)]
+    partial_reads: dict[int, tuple[int, list[Array]]] = {}  # partial: layout row, indices
+    reads: list[list[Array]] = [[] for _ in range(layout.num_rows)]
     direct = np.zeros(layout.num_tokens, np.int64)
     for w, (row_begin, row_end, seg_begin, seg_end, partial) in enumerate(item.tolist()):
         if not 0 <= row_begin < row_end <= layout.num_rows:
             raise ValueError(f"item {w} must have rows within [0, {layout.num_rows}), got [{row_begin}, {row_end})")
         for r in range(row_begin, row_end):
-            token = layout.row_token[plan.row_order[r]]
+            token = row[r, TOKEN]
             if partial < 0:
                 direct[token] += 1
             else:
                 partials[token].append(partial + r - row_begin)
+                partial_reads[partial + r - row_begin] = int(row[r, ROW]), []
         for q in range(seg_begin, seg_end):
             index_begin, start, stop, node, lo, hi, pos, contiguous = seg[q].tolist()
             if index_begin != layout.node_begin[node] or pos != layout.node_pos[node]:
@@ -361,26 +325,26 @@ def check_plan(plan: AttentionPlan) -> None:
             length = int(layout.node_len[node])
             if start < 0 or (stop != LIVE and stop > length):
                 raise ValueError(f"segment {q} must lie within node {node} of {length} tokens, got [{start}, {stop})")
-            index = index_begin + np.arange(start, min(stop, length))
-            if contiguous and (stop == LIVE or (np.diff(layout.slot_index[index]) != 1).any()):
+            offset = np.arange(start, min(stop, length))
+            if contiguous and (stop == LIVE or (np.diff(layout.slot_index[index_begin + offset]) != 1).any()):
                 raise ValueError(f"segment {q} must not be contiguous: its slots are not, or it grows")
             for r in range(lo, hi):
-                covered[plan.row_order[r]].append(index)
+                index = index_begin + offset[_sees(plan, r, node, offset, pos)]
+                reads[row[r, ROW]].append(index)
+                if partial >= 0:
+                    partial_reads[partial + r - row_begin][1].append(index)
 
-    for row in range(layout.num_rows):
-        context = int(np.searchsorted(layout.row_indptr, row, side="right")) - 1
-        tokens, count = np.unique(np.concatenate([[], *covered[row]]), return_counts=True)
+    for i in range(layout.num_rows):
+        tokens, count = np.unique(np.concatenate([[], *reads[i]]), return_counts=True)
+        visible = layout.visible(i, plan.window)[0]
         if (count > 1).any():
             raise ValueError(
-                f"row {row} must read a token once, got {count.max()} times for index {tokens[np.argmax(count)]:.0f}"
+                f"row {i} must read a token once, got {count.max()} times for index {tokens[np.argmax(count)]:.0f}"
             )
-        missing = np.setdiff1d(layout.visible(row, plan.window)[0], tokens)
-        if missing.size:
-            raise ValueError(f"row {row} must read all it sees, got nothing for indices {missing}")
-        reach = [layout.node_begin[node] + np.arange(stop) for node, stop, _ in layout.walk(context)]
-        beyond = np.setdiff1d(tokens, np.concatenate(reach))
-        if beyond.size:
-            raise ValueError(f"row {row} must not read beyond its context, got indices {beyond}")
+        if (missing := np.setdiff1d(visible, tokens)).size:
+            raise ValueError(f"row {i} must read all it sees, got nothing for indices {missing}")
+        if (beyond := np.setdiff1d(tokens, visible)).size:
+            raise ValueError(f"row {i} must read nothing else than it sees, got indices {beyond}")
 
     indptr = plan.merge_indptr
     if indptr.size != layout.num_tokens + 1 or indptr[0] != 0 or indptr[-1] != plan.merge_partial.size:
@@ -389,12 +353,63 @@ def check_plan(plan: AttentionPlan) -> None:
         )
     for token, expected in enumerate(partials):
         got = plan.merge_partial[indptr[token] : indptr[token + 1]].tolist()
-        if got != expected:
-            raise ValueError(f"merge list of token {token} must be {expected}, got {got}")
+        if sorted(got) != sorted(expected):
+            raise ValueError(f"merge list of token {token} must be {expected} in some order, got {got}")
         if direct[token] + (len(expected) > 0) > 1:
             raise ValueError(
                 f"token {token} must be written once, got {direct[token]} direct items and {len(expected)} partials"
             )
+        _check_path_order(layout, token, [partial_reads[p] for p in got])
     ids = np.sort(plan.merge_partial)
     if not np.array_equal(ids, np.arange(ids.size)):
         raise ValueError(f"merge_partial must name each partial once, got {ids}")
+    _check_buffer(plan)
+
+
+def _sees(plan: AttentionPlan, r: int, node: int, offset: Array, pos: int) -> Array:
+    """What executors do: whether plan row r sees these tokens of a segment."""
+    row, _, tip, tail, last, mask = plan.row[r].tolist()
+    seen = np.ones(offset.size, bool)
+    if plan.window is not None:
+        at, position = plan.layout.row_pos[row], pos + offset
+        seen = (position > at - plan.window) & (position <= at)
+    if node == tip:
+        bits = np.ones(offset.size, bool)
+        if mask >= 0:
+            assert plan.layout.mask_bits is not None
+            bit = np.clip(offset, tail, last) - tail
+            bits = plan.layout.mask_bits[mask + bit // 32] >> bit % 32 & 1 == 1
+        seen &= (offset < tail) | ((offset <= last) & bits)
+    return seen
+
+
+def _check_path_order(layout: TreeLayout, token: int, merged: list[tuple[int, list[Array]]]) -> None:
+    """Partials of a row that sees a single path must come top first."""
+    for row in {row for row, _ in merged}:
+        context = int(np.searchsorted(layout.row_indptr, row, side="right")) - 1
+        if layout.path_indptr[context + 1] - layout.path_indptr[context] > 1:
+            continue
+        way = {index: step for step, index in enumerate(layout.visible(row)[0].tolist())}
+        read = [np.concatenate(indices) for r, indices in merged if r == row and indices]
+        steps = [way[index] for indices in read for index in indices.tolist()]
+        if steps != sorted(steps):
+            raise ValueError(
+                f"partials of token {token} must be merged in path order, got those of row {row} otherwise"
+            )
+
+
+def _check_buffer(plan: AttentionPlan) -> None:
+    layout, buffer = plan.layout, plan.buffer
+    _core.check_plan_buffer(buffer)
+    heads = (plan.num_qo_heads, plan.num_kv_heads, plan.head_dim, plan.window or 0)
+    if tuple(buffer[9:13].tolist()) != heads:
+        raise ValueError(f"buffer must have the plan's heads and window, {heads}, got {buffer[9:13]}")
+    mask = np.zeros(0, np.int32) if layout.mask_bits is None else layout.mask_bits.view(np.int32)
+    sections = (*_sections(buffer), layout.node_len, layout.row_pos, mask)
+    parts = (plan.item, plan.seg, plan.merge_indptr, plan.merge_partial, plan.row, *sections[5:])
+    for part, section in zip(parts, sections, strict=True):
+        if not np.array_equal(part, section):
+            raise ValueError(f"buffer must hold the plan's arrays, got {section} for {part}")
+    tail = buffer[buffer.size - sum(x.size for x in sections[5:]) :]
+    if not np.array_equal(tail, np.concatenate(sections[5:])):
+        raise ValueError(f"buffer must end with node_len, row_pos and mask of the layout, got {tail}")

@@ -1,5 +1,6 @@
 """Choosing the next token from logits. Every draw is keyed, so it does not depend on what else is in the batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,3 +76,20 @@ def draw(logits: Tensor, sampling: Sampling, uniform: NDArray[np.float64]) -> Te
     mass = probabilities.cumsum(dim=-1, dtype=torch.float64)
     aim = torch.from_numpy(uniform).to(mass.device)[:, None] * mass[:, -1:]
     return torch.searchsorted(mass, aim, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
+
+
+def choose(
+    logits: Tensor, sampling: Sequence[Sampling], uniform: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """A token for each row of `logits [n, V]`, drawn as its `sampling` says, and its log-prob under the logits as they
+    are, NaN or infinite where they are not finite."""
+    tokens, log_probs = np.zeros(len(logits), np.int64), np.zeros(len(logits))
+    total = logits.logsumexp(dim=-1)
+    for kind in dict.fromkeys(sampling):
+        rows = [i for i, own in enumerate(sampling) if own == kind]
+        some = logits if len(rows) == len(logits) else logits[rows]
+        chosen = draw(some, kind, uniform[rows])
+        picked = some.gather(1, chosen[:, None]).squeeze(1)
+        tokens[rows] = chosen.cpu().numpy()
+        log_probs[rows] = (picked - total[rows]).double().cpu().numpy()
+    return tokens, log_probs

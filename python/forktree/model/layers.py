@@ -23,6 +23,7 @@ class LayerKind:
     value_dim: int
 
     def plan(self, layout: TreeLayout, device: torch.device) -> AttentionPlan:
+        """Invariant, so that a prompt's result does not depend on what else is in the batch."""
         return plan(
             layout,
             num_qo_heads=self.num_qo_heads,
@@ -30,6 +31,7 @@ class LayerKind:
             head_dim=self.head_dim,
             device=str(device),
             window=self.window,
+            invariant=True,
         )
 
     def pool(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> Pool:

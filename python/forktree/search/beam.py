@@ -8,6 +8,7 @@ processors written for `generate` can be called on them.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,10 @@ class Finished:
 def propose(log_probs: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
     """M continuations of `scores [B, k]` by `log_probs [B, k, V]`."""
     batch, _, vocab = log_probs.shape
+    if log_probs.is_cpu and vocab >= 64 * rules.num_candidates and not rules.do_sample:
+        found = [_best(*prompt, rules.num_candidates) for prompt in zip(log_probs, scores, strict=True)]
+        best, index = (torch.stack(column) for column in zip(*found, strict=True))
+        return Candidates(best, index // vocab, index % vocab)
     total = (log_probs + scores[:, :, None]).reshape(batch, -1)
     if rules.do_sample:
         index = torch.multinomial(total.softmax(dim=-1), num_samples=rules.num_candidates)
@@ -73,6 +78,26 @@ def propose(log_probs: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
     else:
         best, index = total.topk(rules.num_candidates)
     return Candidates(best, index // vocab, index % vocab)
+
+
+def _best(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`(log_probs + scores[:, None]).flatten().topk(count)` for `[k, V]` and `[k]`, sooner, ties ordered alike.
+
+    On a CPU, `topk` of few among many (64 times as many) goes through its input in order and passes over what does not
+    exceed the count-th best so far: what does not exceed the count-th best of the first beam is left out here.
+    """
+    vocab = log_probs.shape[1]
+    first = log_probs[0] + scores[:1]
+    floor = first.topk(count).values[-1]
+    totals, indices = [first], [torch.arange(vocab)]
+    for i in range(1, len(scores)):
+        total = log_probs[i] + scores[i : i + 1]
+        exceeds = (total <= floor).logical_not_()  # NaN is the largest to topk
+        more = torch.from_numpy(np.flatnonzero(exceeds.numpy()))  # many times sooner than torch's nonzero
+        totals.append(total[more])
+        indices.append(more + i * vocab)
+    best, at = torch.cat(totals).topk(count)
+    return best, torch.cat(indices)[at]
 
 
 def select_running(candidates: Candidates, stopped: Tensor, num_beams: int) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
 """`forktree.ops.tree_attention` in PyTorch, following the plan.
 
-Once a plan (`_prepare`, cached on it): items become *blocks* of rows x tokens, large ones cut so that
-temporaries stay small, and blocks of similar size are padded to one another and stacked, so that hundreds of
-short private tails are one batched matrix product. A block of one long contiguous stretch reads the pools in
-place. Once a layer (`tree_attention`): every batch of blocks leaves partials; `combine` makes outputs of
-them.
+Once a plan (`_prepare`, cached on it): runs of an item's segments that concern the same rows become *blocks*
+of rows x tokens, large ones cut so that temporaries stay small, and blocks of similar size are padded to one
+another and stacked, so that hundreds of short private tails are one batched matrix product. A block of one
+long contiguous stretch reads the pools in place. Once a layer (`tree_attention`): every batch of blocks leaves
+partials; `combine` makes outputs of them.
 """
 
 from __future__ import annotations
@@ -16,27 +16,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forktree.layout import ranges
+from forktree.layout import TreeLayout, ranges
 from forktree.ops.reference.precision import math_dtype
 from forktree.ops.torch_backend.merge_states import MergeLists, combine, merge_lists
 from forktree.plan import (
     INDEX_BEGIN,
-    LONG,
+    LAST,
+    MASK,
     NODE,
     POS,
-    ROW_BEGIN,
-    ROW_END,
+    ROW,
     ROW_HI,
     ROW_LO,
     SEG_BEGIN,
     SEG_END,
     START,
+    TAIL,
+    TIP,
     AttentionPlan,
-    uneven_tails,
 )
 
 Array = np.ndarray[Any, Any]
 
+LONG = 512  # tokens from which a segment is a block of its own, which can be read in place
 MAX_SCORES = 1 << 20  # scores of one batch of blocks: 4 MB in fp32, near the L2 cache
 MAX_ELEMENTS = 1 << 19  # gathered K (or V) elements of one batch: 2 MB, as above
 MAX_TOKENS = 1 << 14  # of one block
@@ -158,7 +160,7 @@ def _prepare(plan: AttentionPlan, device: torch.device) -> Prepared:
         stride[ids] = batch.shape[1]
         begin += ids.size * size
 
-    # Merge lists: for every (token, KV head) its rows' partials in order of blocks, which is path order.
+    # Merge lists: for every (token, KV head) its rows' partials in order of blocks.
     rows = blocks[:, 2] - blocks[:, 1]
     block = np.repeat(np.arange(rows.size), rows)
     row = ranges(blocks[:, 1], rows)
@@ -174,42 +176,45 @@ def _prepare(plan: AttentionPlan, device: torch.device) -> Prepared:
 
 
 class _Work:
-    """A plan's items and all their tokens; a block is (item, row_begin, row_end, token_begin, token_end)."""
+    """A plan's runs and all their tokens; a block is (run, row_begin, row_end, token_begin, token_end)."""
 
     def __init__(self, plan: AttentionPlan) -> None:
         self.plan, self.layout = plan, plan.layout
         seg, tokens = plan.seg, plan.seg_tokens
-        self.item_end = np.append(0, np.cumsum(tokens))[plan.item[:, SEG_END]]
-        self.item_begin = np.append(0, np.cumsum(tokens))[plan.item[:, SEG_BEGIN]]
+        # Segments next to one another in an item that concern the same rows are a run; a long one is its own.
+        item = np.repeat(np.arange(len(plan.item)), plan.item[:, SEG_END] - plan.item[:, SEG_BEGIN])
+        alone = np.where(tokens >= LONG, 1 + np.arange(len(seg)), 0)
+        key = np.stack([item, seg[:, ROW_LO], seg[:, ROW_HI], alone])
+        first = np.flatnonzero(np.append(True, (key[:, 1:] != key[:, :-1]).any(0))[: len(seg)])
+        run = np.repeat(np.arange(first.size), np.diff(np.append(first, len(seg))))  # of each segment
+        self.last = np.append(first[1:], len(seg))[: first.size] - 1  # segment of each run
+        self.rows = seg[first][:, [ROW_LO, ROW_HI]].astype(np.int64)
+        token_begin = np.append(0, np.cumsum(tokens))
+        self.begin, self.end = token_begin[first], token_begin[self.last + 1]
         self.segment = np.repeat(np.arange(len(seg)), tokens)  # of each token
         self.offset = ranges(seg[:, START], tokens)
         self.slot = self.layout.slot_index[seg[self.segment, INDEX_BEGIN] + self.offset]
         self.pos = seg[self.segment, POS] + self.offset
         self.row_pos = self.layout.row_pos[plan.row_order]
 
-        # Items whose rows see different parts of it.
-        uneven = plan.seg_stop > uneven_tails(self.layout)[seg[:, NODE]]
-        item = np.repeat(np.arange(len(plan.item)), plan.item[:, SEG_END] - plan.item[:, SEG_BEGIN])
-        uneven |= (seg[:, ROW_LO] > plan.item[item, ROW_BEGIN]) | (seg[:, ROW_HI] < plan.item[item, ROW_END])
+        # Runs whose rows see different parts of it.
+        tail = np.full(self.layout.num_nodes + 1, TreeLayout.ALL)
+        np.minimum.at(tail, plan.row[:, TIP], plan.row[:, TAIL])  # the last entry is for rows without a tip
+        uneven = plan.seg_stop > tail[seg[:, NODE]]
         if plan.window is not None and len(seg):
-            edges = np.stack([plan.item[:, ROW_BEGIN], plan.item[:, ROW_END]], 1).ravel()
             at = np.append(self.row_pos, self.row_pos[-1])
-            nearest = np.minimum.reduceat(at, edges)[::2][item]
-            farthest = np.maximum.reduceat(at, edges)[::2][item]
-            first, last = seg[:, POS] + seg[:, START], seg[:, POS] + plan.seg_stop - 1
-            uneven |= (first <= farthest - plan.window) | (last > nearest)
-        self.uneven = np.bincount(item, uneven, len(plan.item)) > 0
+            edges = seg[:, [ROW_LO, ROW_HI]].ravel()
+            nearest, farthest = np.minimum.reduceat(at, edges)[::2], np.maximum.reduceat(at, edges)[::2]
+            first_pos, last_pos = seg[:, POS] + seg[:, START], seg[:, POS] + plan.seg_stop - 1
+            uneven |= (first_pos <= farthest - plan.window) | (last_pos > nearest)
+        self.uneven = np.bincount(run, uneven, first.size) > 0
 
     def blocks(self) -> Array:
-        """[K, 5] blocks of items with tokens; too large ones are cut, first by tokens, then by rows."""
-        plan = self.plan
-        item = plan.item.astype(np.int64)
-        blocks = np.stack(
-            [np.arange(len(item)), item[:, ROW_BEGIN], item[:, ROW_END], self.item_begin, self.item_end], 1
-        )
-        blocks = blocks[self.item_end > self.item_begin]
+        """[K, 5] blocks of runs with tokens; too large ones are cut, first by tokens, then by rows."""
+        blocks = np.stack([np.arange(len(self.rows)), *self.rows.T, self.begin, self.end], 1)
+        blocks = blocks[self.end > self.begin]
         rows, tokens = blocks[:, 2] - blocks[:, 1], blocks[:, 4] - blocks[:, 3]
-        large = (rows * tokens * plan.num_qo_heads > MAX_SCORES) | (tokens > MAX_TOKENS)
+        large = (rows * tokens * self.plan.num_qo_heads > MAX_SCORES) | (tokens > MAX_TOKENS)
         if not large.any():
             return blocks
         return np.array(
@@ -220,9 +225,9 @@ class _Work:
             ]
         )
 
-    def _cut(self, item: int, row_begin: int, row_end: int, begin: int, end: int) -> list[list[int]]:
+    def _cut(self, run: int, row_begin: int, row_end: int, begin: int, end: int) -> list[list[int]]:
         pieces = []
-        tail = self._causal_tail(item)
+        tail = self._causal_tail(run)
         for t in range(begin, end, MAX_TOKENS):
             t_end = min(t + MAX_TOKENS, end)
             step = max(1, MAX_SCORES // (self.plan.num_qo_heads * (t_end - t)))
@@ -230,21 +235,23 @@ class _Work:
                 r_end = min(r + step, row_end)
                 seen = min(t_end, end - min(row_end - r_end, tail))
                 if seen > t:
-                    pieces.append([item, r, r_end, t, seen])
+                    pieces.append([run, r, r_end, t, seen])
         return pieces
 
-    def _causal_tail(self, item: int) -> int:
-        """How many of the item's last tokens are those of its rows, one context's causal chunk, else 0."""
+    def _causal_tail(self, run: int) -> int:
+        """How many of the run's last tokens are those of its rows, of one context's causal chunk, else 0."""
         plan, layout = self.plan, self.layout
-        row_begin, row_end, _, seg_end, _ = plan.item[item]
-        context = np.searchsorted(layout.row_indptr, plan.row_order[row_begin], side="right") - 1
+        row_begin, row_end = self.rows[run]
+        last = self.last[run]
+        first_row, last_row = plan.row[row_begin], plan.row[row_end - 1]
+        context = np.searchsorted(layout.row_indptr, first_row[ROW], side="right") - 1
         chunk = (
             layout.causal[context]
-            and layout.context_rows[context] == row_end - row_begin
-            and plan.seg[seg_end - 1, NODE] == layout.tip[context]
-            and plan.seg_stop[seg_end - 1] == layout.tip_len[context]
+            and layout.row_indptr[context + 1] > last_row[ROW] >= first_row[ROW]
+            and plan.seg[last, NODE] == last_row[TIP]
+            and plan.seg_stop[last] == last_row[LAST] + 1
         )
-        return int(plan.seg_tokens[seg_end - 1]) if chunk else 0
+        return min(int(row_end - row_begin), int(plan.seg_tokens[last])) if chunk else 0
 
     def batches(self, blocks: Array) -> list[Array]:
         """Groups blocks (their indices) so that padding costs less than one more group would."""
@@ -291,13 +298,13 @@ class _Work:
     def batch(self, blocks: Array, device: torch.device) -> Batch:
         """blocks: [B, 5]"""
         plan = self.plan
-        item, row_begin, row_end, begin, end = blocks.T[:, :, None]
+        run, row_begin, row_end, begin, end = blocks.T[:, :, None]
         rows = np.minimum(row_begin + np.arange((row_end - row_begin).max()), row_end - 1)  # [B, R] in plan order
         tokens = begin + np.arange((end - begin).max())
         beyond = tokens >= end
         tokens = np.where(beyond, begin, tokens)  # [B, L]
         hidden = beyond[:, None, None, None, :] if beyond.any() else None
-        if self.uneven[item].any():
+        if self.uneven[run].any():
             hidden = (beyond[:, None] | self._unseen(rows[:, :, None], tokens[:, None]))[:, None, :, None]
         heads = np.arange(plan.num_kv_heads)[:, None]
         slot = self.slot[tokens]
@@ -317,21 +324,18 @@ class _Work:
         )
 
     def _unseen(self, row: Array, token: Array) -> Array:
-        """What the layout says of pairs of plan rows [B, R, 1] and tokens [B, 1, L] of one item: not seen."""
+        """Of pairs of plan rows [B, R, 1] and tokens [B, 1, L] of one run: not seen."""
         plan, layout = self.plan, self.layout
-        segment = self.segment[token]
-        unseen: Array = (row < plan.seg[segment, ROW_LO]) | (row >= plan.seg[segment, ROW_HI])
-        if layout.uneven.any():
-            layout_row = plan.row_order[row]
-            context = np.searchsorted(layout.row_indptr, layout_row, side="right") - 1
-            n, i = layout.context_rows[context], layout_row - layout.row_indptr[context]
-            own = self.offset[token] - (layout.tip_len[context] - n)  # which of the tip's last n tokens
-            ours = (own >= 0) & (plan.seg[segment, NODE] == np.where(layout.uneven[context], layout.tip[context], -1))
-            unseen |= ours & (layout.causal[context] == 1) & (own > i)
-            if layout.mask_indptr is not None and layout.mask_bits is not None and layout.masked.any():
-                ours &= layout.masked[context] & (own < n)
-                word = np.where(ours, layout.mask_indptr[context] + i * -(-n // 32) + own // 32, 0)
-                unseen |= ours & (layout.mask_bits[word] >> (own % 32).astype(np.uint32) & 1 == 0)
+        tip, tail, last, mask = (plan.row[row, column] for column in (TIP, TAIL, LAST, MASK))
+        offset = self.offset[token]
+        own = (plan.seg[self.segment[token], NODE] == tip) & (offset >= tail)
+        unseen: Array = own & (offset > last)
+        if layout.mask_bits is not None and layout.mask_bits.size:
+            own &= (mask >= 0) & ~unseen
+            bit = np.where(own, offset - tail, 0)
+            unseen |= own & (
+                layout.mask_bits[np.where(own, mask + bit // 32, 0)] >> bit.astype(np.uint32) % 32 & 1 == 0
+            )
         if plan.window is not None:
             unseen |= (self.pos[token] <= self.row_pos[row] - plan.window) | (self.pos[token] > self.row_pos[row])
         return unseen

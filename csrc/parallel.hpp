@@ -1,0 +1,41 @@
+// Tasks 0 .. tasks-1 on up to `threads` threads, taken in order, each by whoever is free. With OpenMP these are the
+// threads PyTorch uses as well; without it (clang on a Mac, builds under ThreadSanitizer) they are made for the call.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#ifndef _OPENMP
+#include <system_error>
+#include <thread>
+#include <vector>
+#endif
+
+namespace forktree {
+
+// task: void(int64_t task). Must not throw.
+template <class Task>
+void parallel(int64_t tasks, int threads, const Task& task) {
+    if (threads > tasks) threads = int(tasks);
+    if (threads <= 1) {
+        for (int64_t i = 0; i < tasks; ++i) task(i);
+        return;
+    }
+    std::atomic<int64_t> next{0};
+    const auto work = [&] {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(i);
+    };
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    work();
+#else
+    std::vector<std::thread> others;
+    try {
+        for (int i = 1; i < threads; ++i) others.emplace_back(work);
+    } catch (const std::system_error&) {  // no more threads to be had: those there are do all of it
+    }
+    work();
+    for (std::thread& other : others) other.join();
+#endif
+}
+
+}  // namespace forktree

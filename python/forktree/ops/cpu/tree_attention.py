@@ -1,0 +1,99 @@
+"""`forktree.ops.tree_attention` by `csrc/tree_attention.cpp`."""
+
+import torch
+from torch import Tensor
+
+from forktree import _core
+from forktree.ops.checks import check_plan_tensors, check_tree_attention
+from forktree.ops.cpu.dispatch import is_watched
+from forktree.ops.cpu.dtypes import dtype_number
+from forktree.plan import AttentionPlan
+
+
+def tree_attention(
+    q: Tensor,
+    k_slots: Tensor,
+    v_slots: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    call = torch.ops.forktree.tree_attention.default if is_watched(q) else launch
+    state: tuple[Tensor, Tensor] = call(
+        q,
+        k_slots,
+        v_slots,
+        plan.tensor,
+        plan.slots,
+        plan.layout.num_tokens,
+        scale,
+        softcap or 0.0,
+        sinks,
+        alibi_slopes,
+    )
+    return state
+
+
+def launch(
+    q: Tensor,
+    k_slots: Tensor,
+    v_slots: Tensor,
+    plan: Tensor,
+    slot_index: Tensor,
+    num_tokens: int,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
+    check_plan_tensors(plan, slot_index, q.device)
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
+    if not softcap >= 0:
+        raise ValueError(f"softcap must be above 0, or 0 for none, got {softcap}")
+    dtype = dtype_number("q", q)
+    rows, heads, k_dim = q.shape
+    num_slots, kv_heads, v_dim = v_slots.shape
+    row_stride, head_stride, last_stride = q.stride()
+    if last_stride != 1:
+        q = q.contiguous()
+        row_stride, head_stride, _ = q.stride()
+    plan, slot_index = plan.contiguous(), slot_index.contiguous()
+    sinks, alibi_slopes = _per_head(sinks), _per_head(alibi_slopes)
+    out = q.new_empty(num_tokens, heads, v_dim)
+    lse = q.new_empty(num_tokens, heads, dtype=torch.float32)
+    _core.tree_attention(
+        dtype,
+        q.data_ptr(),
+        row_stride,
+        head_stride,
+        rows,
+        heads,
+        k_dim,
+        k_slots.data_ptr(),
+        v_slots.data_ptr(),
+        num_slots,
+        kv_heads,
+        v_dim,
+        plan.data_ptr(),
+        plan.numel(),
+        slot_index.data_ptr(),
+        slot_index.numel(),
+        scale,
+        softcap,
+        0 if sinks is None else sinks.data_ptr(),
+        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        num_tokens,
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def _per_head(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()

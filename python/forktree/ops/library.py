@@ -1,0 +1,71 @@
+"""The operations as torch sees them: `torch.ops.forktree.*`, with what `torch.compile` needs to know of them.
+
+They check their arguments themselves. Defined through `torch.library.Library`, as a `custom_op` costs ten times as
+much a call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+from forktree.ops.checks import (
+    check_append_kv,
+    check_merge_states,
+    check_plan_tensors,
+    check_rotate_rows,
+    check_tree_attention,
+)
+from forktree.ops.cpu.append_kv import launch as append_kv
+from forktree.ops.cpu.merge_states import launch as merge_states
+from forktree.ops.cpu.rotate_rows import launch as rotate_rows
+from forktree.ops.cpu.tree_attention import launch as tree_attention
+
+LIBRARY = Library("forktree", "DEF")  # the operations live as long as this object
+
+for schema, launch in {
+    "append_kv(Tensor k, Tensor v, Tensor slots, Tensor(a!) k_slots, Tensor(b!) v_slots) -> ()": append_kv,
+    "rotate_rows(Tensor q, Tensor shift, Tensor inv_freq, bool interleaved, int rotary_dim) -> Tensor": rotate_rows,
+    "merge_states(Tensor o, Tensor lse, Tensor indptr, Tensor index) -> (Tensor, Tensor)": merge_states,
+    "tree_attention(Tensor q, Tensor k_slots, Tensor v_slots, Tensor plan, Tensor slot_index, int num_tokens, "
+    "float scale, float softcap, Tensor? sinks, Tensor? alibi_slopes) -> (Tensor, Tensor)": tree_attention,
+}.items():
+    LIBRARY.impl(LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,)), launch, "CPU")
+
+
+@register_fake("forktree::append_kv", lib=LIBRARY)
+def _(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
+    check_append_kv(k, v, slots, k_slots, v_slots)
+
+
+@register_fake("forktree::rotate_rows", lib=LIBRARY)
+def _(q: Tensor, shift: Tensor, inv_freq: Tensor, interleaved: bool, rotary_dim: int) -> Tensor:
+    check_rotate_rows(q, shift, inv_freq, rotary_dim)
+    return q.new_empty(q.shape)
+
+
+@register_fake("forktree::merge_states", lib=LIBRARY)
+def _(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    check_merge_states(o, lse, indptr, index)
+    tokens = indptr.shape[0] - 1
+    return o.new_empty(tokens, *o.shape[1:]), lse.new_empty(tokens, o.shape[1])
+
+
+@register_fake("forktree::tree_attention", lib=LIBRARY)
+def _(
+    q: Tensor,
+    k_slots: Tensor,
+    v_slots: Tensor,
+    plan: Tensor,
+    slot_index: Tensor,
+    num_tokens: int,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
+    check_plan_tensors(plan, slot_index, q.device)
+    shape = (num_tokens, q.shape[1], v_slots.shape[2])
+    return q.new_empty(shape), q.new_empty(shape[:2], dtype=torch.float32)

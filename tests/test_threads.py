@@ -1,0 +1,65 @@
+"""Results of the operations do not depend on the number of threads.
+
+Each piece of work is large enough for several of them, so that `make sanitize` sees them side by side.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from forktree import ops
+from forktree.plan import CPU, plan
+from layouts import shared_prompt
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def rotated() -> Tensor:
+    rows, heads, dim = 2048, 8, 64
+    return ops.rotate_rows(torch.randn(rows, heads, dim), torch.arange(rows), torch.rand(dim // 2))
+
+
+def appended() -> Tensor:
+    tokens, heads, dim = 2048, 8, 64
+    pools = [torch.zeros(tokens, heads, dim) for _ in "kv"]
+    ops.append_kv(torch.randn(tokens, heads, dim), torch.randn(tokens, heads, dim), torch.randperm(tokens), *pools)
+    return torch.stack(pools)
+
+
+def merged() -> Tensor:
+    states, heads, dim = 2048, 8, 64
+    indptr = torch.arange(0, states + 1, 8)
+    out, lse = ops.merge_states(
+        torch.randn(states, heads, dim), torch.randn(states, heads), indptr, torch.randperm(states)
+    )
+    return torch.cat([out, lse[..., None]], -1)
+
+
+def attended() -> Tensor:
+    """Several items, and partials to be merged."""
+    layout = shared_prompt(1, 2, 6000, 70)
+    made = plan(layout, num_qo_heads=8, num_kv_heads=4, head_dim=64, target=replace(CPU, grain=10**7))
+    assert len(made.item) > 4 and made.num_partials
+    k, v = torch.randn(2, layout.slot_index.size, 4, 64).bfloat16()
+    out = ops.tree_attention(torch.randn(2, 8, 64).bfloat16(), k, v, made)
+    assert isinstance(out, Tensor)
+    return out
+
+
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("work", [rotated, appended, merged, attended])
+def test_same_bits_on_any_number_of_threads(work: Callable[[], Tensor]) -> None:
+    results = []
+    for threads in (1, 4, 3):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        results.append(work())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
