@@ -10,6 +10,7 @@ from torch import nn
 from forktree.errors import InvalidInput, UnsupportedModel
 from forktree.model import LinearHead, OwnHead, Runner, attach
 from forktree.model.interface import IMPLEMENTATION, PackedModel
+from tiny import new_model
 
 SIZES = dict(
     vocab_size=99,
@@ -312,3 +313,10 @@ def test_a_model_without_head_gives_hidden_states_only():
     assert runner.spec.head is None and "no language-model head" in runner.spec.head_note
     with pytest.raises(InvalidInput, match="llama: expected a model with a language-model head"):
         runner.logits(torch.zeros(1, 32))
+
+
+@pytest.mark.parametrize(("name", "value"), [("FORKTREE_BACKEND", "cuda"), ("FORKTREE_BACKEND", "fast")])
+def test_a_setting_is_not_blamed_on_the_model(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidInput, match=f"{name}={value}: .*; available: reference, torch, cpu"):
+        attach(new_model())

@@ -23,6 +23,7 @@ from forktree.model.head import LinearHead, OwnHead, find_linear_head
 from forktree.model.interface import PackedModel, Window
 from forktree.model.layers import LayerKind, Pool, append_and_attend
 from forktree.model.proof_tree import ProofStep, ProofTree
+from forktree.ops import check_settings
 from forktree.plan import AttentionPlan
 
 NO_LIMIT = 2**31 - 1  # positions are int32
@@ -56,11 +57,16 @@ class ModelSpec:
 def attach(model: PreTrainedModel) -> ModelSpec:
     """Proves the model, in a few forward passes over 24 tokens, and leaves it as it was.
 
-    Raises UnsupportedModel, naming the model type, if the proof fails; InvalidInput in training mode.
+    Raises UnsupportedModel, naming the model type, if the proof fails; InvalidInput in training mode, or if the
+    environment asks for a backend or instruction set that is not there.
     """
     name = model.config.model_type
     if model.training:
         raise InvalidInput(f"{name}: expected evaluation mode, got training mode; call model.eval()")
+    try:
+        check_settings()
+    except ValueError as error:
+        raise InvalidInput(str(error)) from None
     try:
         return _prove(model)
     except _Refusal as refusal:

@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from forktree import _core
 from forktree.ops import cpu
 from forktree.ops import library as library  # registers torch.ops.forktree
 from forktree.ops.checks import (
@@ -155,6 +156,13 @@ def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple
 
 
 # ---------------------------------------------------------------------- dispatch
+
+
+def check_settings() -> None:
+    """Raises ValueError if FORKTREE_BACKEND or FORKTREE_ISA names what is not there."""
+    if name := os.environ.get("FORKTREE_BACKEND"):
+        _load(name)
+    _core.isa()
 
 
 def _backend(x: Tensor) -> str:
