@@ -14,6 +14,7 @@ test: $(STAMP) lint
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.hpp csrc/*.cpp
 	$(BIN)/mypy
 
 bench: $(STAMP)

@@ -40,6 +40,8 @@ def check_tree_attention(
     if k_slots.dtype != dtype or k_slots.device != device:
         raise ValueError(f"k_slots must be {dtype} on {device} as q is, got {k_slots.dtype} on {k_slots.device}")
     _, kv_heads, dim = k_slots.shape
+    if not v_slots.shape[2]:
+        raise ValueError(f"v_slots must be [slots, Hk, Dv] with Dv at least 1, got {list(v_slots.shape)}")
     if len(shape) != 3 or shape[2] != dim or not kv_heads or shape[1] % kv_heads:
         raise ValueError(
             f"q must be [R, Hq, {dim}] with Hq a multiple of the {kv_heads} heads of k_slots, got {list(shape)}"
