@@ -36,7 +36,7 @@ sanitize: $(STAMP)
 	CXXFLAGS="-fsanitize=thread -fno-openmp $(CHECKED)" \
 		$(BIN)/python setup.py -q build --build-base build/tsan --build-lib build/tsan/lib
 	$$(setarch -R true 2>/dev/null && echo setarch -R) env LD_PRELOAD="$(call RUNTIME,libtsan.so)" \
-		TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" \
+		TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1 allocator_may_return_null=1" \
 		OMP_NUM_THREADS=4 PYTHONPATH=build/tsan/lib $(BIN)/pytest -q --capture=sys $(SANITIZED)
 
 # Without a GPU the small CPU build of torch is installed first: a plain `torch` would bring gigabytes of CUDA.
