@@ -1,7 +1,9 @@
 #include "tree_attention.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -151,11 +153,17 @@ void tree_attention(Attention call, const AttentionSizes& sizes, int threads) {
     const int64_t steps = all * call.num_kv_heads * (call.key_dim + call.value_dim);
     threads = int(std::clamp<int64_t>(steps / 30000, 1, std::max(threads, 1)));
     const std::vector<AttentionTask> todo = tasks(call, work, all, threads);
+    std::atomic<bool> no_memory{false};
     parallel(int64_t(todo.size()), threads, [&](int64_t i) {
         const Item& item = plan.item[todo[i].item];
         const int64_t bytes = run.scratch(call, item.row_end - item.row_begin, todo[i].head_end - todo[i].head_begin);
-        run.run(call, todo[i], scratch.get(bytes));
+        try {
+            run.run(call, todo[i], scratch.get(bytes));
+        } catch (const std::bad_alloc&) {
+            no_memory = true;  // an exception may not leave its thread
+        }
     });
+    if (no_memory) throw std::bad_alloc();
     if (plan.header->partials)
         parallel(plan.header->tokens, threads, [&](int64_t token) {
             if (plan.merge_indptr[token] < plan.merge_indptr[token + 1])
