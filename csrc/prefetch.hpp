@@ -8,8 +8,8 @@ namespace forktree::FORKTREE_ISA {
 namespace {
 
 // Asks for the K and V of the chunk that comes next, a few cache lines at a time, in the order in which they lie in
-// memory. The heads of a chunk are worked through one after the other, in pieces of a row of the pool: reading memory
-// in that order would take twice the time.
+// memory. The heads of a chunk are worked through one after the other, in pieces of a row of the pool: memory
+// read in that order is slow.
 class Prefetch {
     static constexpr int64_t LINE = 64;
     const char* pools[2] = {};

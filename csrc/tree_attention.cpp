@@ -60,14 +60,12 @@ void expect(const char* what, int64_t planned, int64_t given) {
 }
 
 void check_slots(const Attention& call, int64_t num_slots, int64_t slot_index_size) {
-    const Header& header = *call.plan.header;
-    for (int32_t s = 0; s < header.segs; ++s) {
+    if (call.plan.index_end > slot_index_size)
+        throw std::invalid_argument("slot_index must have at least " + std::to_string(call.plan.index_end) +
+                                    " entries for this plan, got " + std::to_string(slot_index_size));
+    for (int32_t s = 0; s < call.plan.header->segs; ++s) {
         const Seg& seg = call.plan.seg[s];
         const int64_t tokens = seg_tokens(call.plan, seg), begin = int64_t(seg.index_begin) + seg.start;
-        if (tokens == 0) continue;
-        if (begin + tokens > slot_index_size)
-            throw std::invalid_argument("slot_index must have at least " + std::to_string(begin + tokens) +
-                                        " entries for this plan, got " + std::to_string(slot_index_size));
         int32_t low = 0, high = -1;
         for (int64_t i = begin; i < begin + tokens; ++i) {
             low = std::min(low, call.slot_index[i]);

@@ -1,6 +1,6 @@
 """Argument checks of the operations: every message names the argument, what it must be, and what it is.
 
-They run at every call, so what is read of a tensor is read once: each attribute costs 0.1 us.
+They run at every call, so what is read of a tensor is read once: attributes are not free.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The operations as torch sees them: `torch.ops.forktree.*`, with what `torch.compile` needs to know of them.
 
-They check their arguments themselves. Defined through `torch.library.Library`, as a `custom_op` costs ten times as
-much a call.
+They check their arguments themselves. Defined through `torch.library.Library`, as a `custom_op` costs more a call.
 """
 
 from __future__ import annotations
