@@ -102,7 +102,7 @@ def test_registrations_are_sound(dtype):
     made = plan(layout(), num_qo_heads=2 * HEADS, num_kv_heads=HEADS, head_dim=DIM)
     q, pool = torch.randn(4, 2 * HEADS, DIM).to(dtype), torch.randn(SLOTS, HEADS, DIM).to(dtype)
     for per_head in (None, torch.rand(2 * HEADS)):
-        arguments = (q, pool, pool, made.tensor, made.slots, 4, 0.3, 0.0, per_head, per_head)
+        arguments = (q, pool, pool, *made.on(q.device), 4, made.num_partials, 0.3, 0.0, per_head, per_head)
         opcheck(registered.tree_attention.default, arguments)
 
 

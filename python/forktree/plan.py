@@ -4,6 +4,7 @@
     seg  [Q, 8]  index_begin, start, stop or LIVE, node, row_lo, row_hi, pos, contiguous
     row  [R, 6]  row of the layout, token, tip, tail, last, mask
     merge        CSR: output token -> partials, in path order
+    clear [Z]    output tokens that no item writes and nothing is merged for
 
 Rows are numbered in plan order: contexts depth-first over the tree, so that the readers of every stretch of a
 node are consecutive. An item is a range of rows (a subtree of queries) that walks its segments, top first. A
@@ -39,6 +40,7 @@ ROW_BEGIN, ROW_END, SEG_BEGIN, SEG_END, PARTIAL = range(5)
 INDEX_BEGIN, START, STOP, NODE, ROW_LO, ROW_HI, POS, CONTIGUOUS = range(8)
 ROW, TOKEN, TIP, TAIL, LAST, MASK = range(6)
 HEADER = 16
+CLEARS = 13  # of the header
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class AttentionPlan:
     seg: IntArray  # [Q, 8]
     merge_indptr: IntArray  # [T+1]
     merge_partial: IntArray  # [P]
+    clear: IntArray  # [Z]
     row: IntArray  # [R, 6]
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what backends prepare once a plan
 
@@ -137,15 +140,16 @@ class AttentionPlan:
     def num_partials(self) -> int:
         return self.merge_partial.size
 
-    @cached_property
-    def tensor(self) -> Tensor:
-        """The buffer, for kernels."""
-        return torch.from_numpy(self.buffer)
-
-    @cached_property
-    def slots(self) -> Tensor:
-        """The layout's slot_index, for kernels."""
-        return torch.from_numpy(np.ascontiguousarray(self.layout.slot_index))
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The buffer and the layout's slot_index on a device, for kernels. On a GPU they arrive asynchronously."""
+        tensors: tuple[Tensor, Tensor] | None = self.cache.get(device)
+        if tensors is None:
+            host = (torch.from_numpy(x) for x in (self.buffer, np.ascontiguousarray(self.layout.slot_index)))
+            buffer, slots = (
+                host if device.type == "cpu" else (x.pin_memory().to(device, non_blocking=True) for x in host)
+            )
+            tensors = self.cache[device] = buffer, slots
+        return tensors
 
     @cached_property
     def seg_stop(self) -> IntArray:
@@ -170,7 +174,15 @@ class AttentionPlan:
                 f"causal or masked context of several rows, got {layout.node_len[node]}: plan anew"
             )
         buffer = self.buffer.copy()
-        begin = HEADER + self.item.size + self.seg.size + self.merge_indptr.size + self.num_partials + self.row.size
+        begin = (
+            HEADER
+            + self.item.size
+            + self.seg.size
+            + self.merge_indptr.size
+            + self.num_partials
+            + self.clear.size
+            + self.row.size
+        )
         end = begin + layout.num_nodes
         buffer[begin:end] = layout.node_len
         buffer[end : end + layout.num_rows] = layout.row_pos
@@ -253,7 +265,7 @@ def plan(
         2**31 - 1 if max_partials is None else max_partials,
         invariant,
     )
-    item, seg, merge_indptr, merge_partial, row = _sections(buffer)
+    item, seg, merge_indptr, merge_partial, clear, row = _sections(buffer)
     return AttentionPlan(
         layout,
         num_qo_heads,
@@ -267,23 +279,26 @@ def plan(
         seg,
         merge_indptr,
         merge_partial,
+        clear,
         row,
     )
 
 
-def _sections(buffer: IntArray) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray]:
-    """item, seg, merge_indptr, merge_partial and row of a buffer."""
+def _sections(buffer: IntArray) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray]:
+    """item, seg, merge_indptr, merge_partial, clear and row of a buffer."""
     rows, tokens, items, segs, _, partials = buffer[2:8].tolist()
     item_end = HEADER + 5 * items
     seg_end = item_end + 8 * segs
     indptr_end = seg_end + tokens + 1
     partial_end = indptr_end + partials
+    clear_end = partial_end + int(buffer[CLEARS])
     return (
         buffer[HEADER:item_end].reshape(items, 5),
         buffer[item_end:seg_end].reshape(segs, 8),
         buffer[seg_end:indptr_end],
         buffer[indptr_end:partial_end],
-        buffer[partial_end : partial_end + 6 * rows].reshape(rows, 6),
+        buffer[partial_end:clear_end],
+        buffer[clear_end : clear_end + 6 * rows].reshape(rows, 6),
     )
 
 
@@ -360,6 +375,8 @@ def check_plan(plan: AttentionPlan) -> None:
                 f"token {token} must be written once, got {direct[token]} direct items and {len(expected)} partials"
             )
         _check_path_order(layout, token, [partial_reads[p] for p in got])
+    if plan.clear.tolist() != [t for t, expected in enumerate(partials) if not expected and not direct[t]]:
+        raise ValueError(f"clear must be the tokens that nothing writes, got {plan.clear}")
     ids = np.sort(plan.merge_partial)
     if not np.array_equal(ids, np.arange(ids.size)):
         raise ValueError(f"merge_partial must name each partial once, got {ids}")
@@ -406,10 +423,10 @@ def _check_buffer(plan: AttentionPlan) -> None:
         raise ValueError(f"buffer must have the plan's heads and window, {heads}, got {buffer[9:13]}")
     mask = np.zeros(0, np.int32) if layout.mask_bits is None else layout.mask_bits.view(np.int32)
     sections = (*_sections(buffer), layout.node_len, layout.row_pos, mask)
-    parts = (plan.item, plan.seg, plan.merge_indptr, plan.merge_partial, plan.row, *sections[5:])
+    parts = (plan.item, plan.seg, plan.merge_indptr, plan.merge_partial, plan.clear, plan.row, *sections[6:])
     for part, section in zip(parts, sections, strict=True):
         if not np.array_equal(part, section):
             raise ValueError(f"buffer must hold the plan's arrays, got {section} for {part}")
-    tail = buffer[buffer.size - sum(x.size for x in sections[5:]) :]
-    if not np.array_equal(tail, np.concatenate(sections[5:])):
+    tail = buffer[buffer.size - sum(x.size for x in sections[6:]) :]
+    if not np.array_equal(tail, np.concatenate(sections[6:])):
         raise ValueError(f"buffer must end with node_len, row_pos and mask of the layout, got {tail}")

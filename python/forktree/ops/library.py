@@ -28,7 +28,7 @@ for schema, launch in {
     "rotate_rows(Tensor q, Tensor shift, Tensor inv_freq, bool interleaved, int rotary_dim) -> Tensor": rotate_rows,
     "merge_states(Tensor o, Tensor lse, Tensor indptr, Tensor index) -> (Tensor, Tensor)": merge_states,
     "tree_attention(Tensor q, Tensor k_slots, Tensor v_slots, Tensor plan, Tensor slot_index, int num_tokens, "
-    "float scale, float softcap, Tensor? sinks, Tensor? alibi_slopes) -> (Tensor, Tensor)": tree_attention,
+    "int max_partials, float scale, float softcap, Tensor? sinks, Tensor? alibi_slopes) -> (Tensor, Tensor)": tree_attention,
 }.items():
     LIBRARY.impl(LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,)), launch, "CPU")
 
@@ -59,6 +59,7 @@ def _(
     plan: Tensor,
     slot_index: Tensor,
     num_tokens: int,
+    max_partials: int,
     scale: float,
     softcap: float,
     sinks: Tensor | None,
