@@ -21,7 +21,7 @@ def walk(buffer):
     clears = int(buffer[13])
     assert buffer.min(initial=0) >= -(2**31)
     sizes = [5 * items, 8 * segs, tokens + 1, partials, clears, 6 * rows, nodes, rows, words]
-    item, seg, indptr, merge, clear, row, node_len, row_pos, _ = np.split(buffer[HEADER:], np.cumsum(sizes)[:-1])
+    item, seg, indptr, merge, _, row, node_len, row_pos, _ = np.split(buffer[HEADER:], np.cumsum(sizes)[:-1])
     item, seg, row = item.reshape(-1, 5), seg.reshape(-1, 8), row.reshape(-1, 6)
 
     def within(index, size):

@@ -144,10 +144,10 @@ class AttentionPlan:
         """The buffer and the layout's slot_index on a device, for kernels. On a GPU they arrive asynchronously."""
         tensors: tuple[Tensor, Tensor] | None = self.cache.get(device)
         if tensors is None:
-            host = (torch.from_numpy(x) for x in (self.buffer, np.ascontiguousarray(self.layout.slot_index)))
-            buffer, slots = (
-                host if device.type == "cpu" else (x.pin_memory().to(device, non_blocking=True) for x in host)
-            )
+            buffer = torch.from_numpy(self.buffer)
+            slots = torch.from_numpy(np.ascontiguousarray(self.layout.slot_index))
+            if device.type != "cpu":
+                buffer, slots = (x.pin_memory().to(device, non_blocking=True) for x in (buffer, slots))
             tensors = self.cache[device] = buffer, slots
         return tensors
 
