@@ -1,0 +1,79 @@
+"""`forktree.ops.append_kv`: one program a token, bits copied as integers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from forktree.ops.checks import check_append_kv
+from forktree.ops.cpu.dispatch import is_watched
+from forktree.ops.cpu.dtypes import dtype_number
+from forktree.triton_kernels.device import device_of
+
+BLOCK = 1024  # elements copied at once: 16 bytes for each of 128 threads in 16-bit types
+NUM_WARPS = 4
+INTEGERS = {2: torch.int16, 4: torch.int32}
+
+
+@triton.jit
+def _copy(x, pool, token, slot, row_stride, head_stride, last_stride, heads, D: tl.constexpr, BLOCK: tl.constexpr):
+    for first in range(0, heads * D, BLOCK):
+        element = first + tl.arange(0, BLOCK)
+        real = element < heads * D
+        at = token * row_stride + (element // D).to(tl.int64) * head_stride + (element % D) * last_stride
+        tl.store(pool + slot * (heads * D) + element, tl.load(x + at, mask=real), mask=real)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def _append_kv(
+    k,
+    v,
+    slots,
+    k_slots,
+    v_slots,
+    k_row_stride,
+    k_head_stride,
+    k_last_stride,
+    v_row_stride,
+    v_head_stride,
+    v_last_stride,
+    heads,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (tokens,)."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot >= 0:
+        _copy(k, k_slots, token, slot, k_row_stride, k_head_stride, k_last_stride, heads, DK, BLOCK)
+        _copy(v, v_slots, token, slot, v_row_stride, v_head_stride, v_last_stride, heads, DV, BLOCK)
+
+
+def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
+    call = torch.ops.forktree.append_kv.default if is_watched(k) else launch
+    call(k, v, slots, k_slots, v_slots)
+
+
+def launch(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
+    check_append_kv(k, v, slots, k_slots, v_slots)
+    dtype_number("k_slots", k_slots)
+    tokens, heads, k_dim = k.shape
+    if not k.numel():
+        return
+    k, v, k_slots, v_slots = (x.view(INTEGERS[x.element_size()]) for x in (k, v, k_slots, v_slots))
+    with device_of(k):
+        _append_kv[(tokens,)](
+            k,
+            v,
+            slots.contiguous(),
+            k_slots,
+            v_slots,
+            *k.stride(),
+            *v.stride(),
+            heads,
+            k_dim,
+            v.shape[2],
+            BLOCK,
+            num_warps=NUM_WARPS,
+        )

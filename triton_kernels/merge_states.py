@@ -1,0 +1,111 @@
+"""`forktree.ops.merge_states`: one program for some outputs and elements, lists taken a few entries at a time, in order."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from forktree.ops.checks import check_merge_states
+from forktree.ops.cpu.dispatch import is_watched
+from forktree.ops.cpu.dtypes import dtype_number
+from forktree.triton_kernels.device import device_of
+
+LANES = 16  # (token, head) pairs of a program
+LISTED = 4  # entries of their lists read at once: 16 * 4 * 128 elements are 32 registers of 256 threads
+NUM_WARPS = 8
+
+
+@triton.jit
+def _merge(
+    o,
+    lse,
+    index,
+    begin,
+    count,
+    heads,
+    head,
+    m,
+    l,
+    d,
+    D: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LISTED: tl.constexpr,
+):
+    """Merges into state (0, m, l) of each lane the states index[begin : begin + count] of its head: output, lse.
+
+    Loads bypass the first-level cache, where states that other programs have just written may be missing.
+    """
+    acc = tl.zeros([LANES, BLOCK_D], tl.float32)
+    base = m
+    for first in range(0, tl.max(count), LISTED):
+        entry = first + tl.arange(0, LISTED)
+        real = entry[None, :] < count[:, None]
+        number = tl.load(index + begin[:, None] + entry[None, :], mask=real, other=0)
+        state = number.to(tl.int64) * heads + head[:, None]
+        e = tl.load(lse + state, mask=real, other=float("-inf"), cache_modifier=".cg")
+        stored = real[:, :, None] & (d < D)[None, None, :]
+        x = tl.load(o + state[:, :, None] * D + d[None, None, :], mask=stored, other=0.0, cache_modifier=".cg")
+        top = tl.maximum(m, tl.max(e, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)  # all empty: -inf - -inf would be NaN
+        weight = tl.exp(e - base[:, None])
+        decay = tl.exp(m - base)
+        l = l * decay + tl.sum(weight, 1)
+        acc = acc * decay[:, None] + tl.sum(weight[:, :, None] * x.to(tl.float32), 1)
+        m = top
+    mass = tl.where(l == 0, 1.0, l)
+    return acc / mass[:, None], tl.where(l == 0, float("-inf"), m + tl.log(mass))
+
+
+@triton.jit(do_not_specialize=["outputs", "heads"])
+def _merge_states(
+    o,
+    lse,
+    indptr,
+    index,
+    out,
+    total,
+    outputs,
+    heads,
+    D: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LISTED: tl.constexpr,
+):
+    """Grid: (lanes of outputs [T * Hq], blocks of D)."""
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    real = lane < outputs
+    token = lane // heads
+    begin = tl.load(indptr + token, mask=real, other=0)
+    end = tl.load(indptr + token + 1, mask=real, other=0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m = tl.full([LANES], float("-inf"), tl.float32)
+    merged, state_lse = _merge(
+        o, lse, index, begin, end - begin, heads, lane % heads, m, tl.zeros_like(m), d, D, LANES, BLOCK_D, LISTED
+    )
+    at = lane.to(tl.int64)
+    tl.store(out + at[:, None] * D + d[None, :], merged.to(out.dtype.element_ty), mask=real[:, None] & (d[None, :] < D))
+    tl.store(total + at, state_lse, mask=real & (tl.program_id(1) == 0))
+
+
+def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    call = torch.ops.forktree.merge_states.default if is_watched(o) else launch
+    merged: tuple[Tensor, Tensor] = call(o, lse, indptr, index)
+    return merged
+
+
+def launch(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    check_merge_states(o, lse, indptr, index)
+    dtype_number("o", o)
+    o, lse, indptr, index = o.contiguous(), lse.contiguous(), indptr.contiguous(), index.contiguous()
+    tokens, heads, dim = indptr.numel() - 1, *o.shape[1:]
+    out, total = o.new_empty(tokens, heads, dim), lse.new_empty(tokens, heads)
+    if not out.numel():
+        return out, total
+    block = min(triton.next_power_of_2(dim), 128)
+    grid = triton.cdiv(tokens * heads, LANES), triton.cdiv(dim, block)
+    with device_of(o):
+        _merge_states[grid](
+            o, lse, indptr, index, out, total, tokens * heads, heads, dim, LANES, block, LISTED, num_warps=NUM_WARPS
+        )
+    return out, total
