@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forktree import _core
-from forktree.plan import CPU, HEADER, LIVE, plan
+from forktree.plan import HEADER, LIVE, plan
+from forktree.target import CPU
 from layouts import KINDS, random_layout, shared_prompt
 
 HEADS = dict(num_qo_heads=4, num_kv_heads=2, head_dim=8)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from forktree import _core, ops
 from forktree.layout import TreeLayout
 from forktree.ops import choice, reference
-from forktree.plan import CPU, plan
+from forktree.plan import plan
+from forktree.target import CPU
 from layouts import KINDS, Case, chunk, naive_attention, random_layout, shared_prompt
 
 executor = importlib.import_module("forktree.ops.torch_backend.tree_attention")

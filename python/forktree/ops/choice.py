@@ -2,7 +2,7 @@
 
     tensors on  operation       dtype              backend  why
     CPU         all             fp32, bf16, fp16   cpu      compiled for this machine
-    GPU         tree_attention  bf16, fp16         cuda     narrow: see `NARROW`; Dk = Dv among `CUDA_DIMS`
+    GPU         tree_attention  bf16, fp16         cuda     narrow: see `forktree.target`; Dk = Dv among `CUDA_DIMS`
     GPU         tree_attention  fp32, bf16, fp16   triton   wide; any other head dim up to 256; fp32, which has no
                                                             exact product on tensor cores
     GPU         the others      fp32, bf16, fp16   cuda     one launch bound by memory: the cheaper one to launch
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from forktree import _core
+from forktree.target import NARROW
 
 BACKENDS = {
     "reference": "forktree.ops.reference",
@@ -36,11 +37,6 @@ BACKENDS = {
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the compiled kernels take
 CUDA_DIMS = (64, 96, 128, 256)
 MAX_DIM = 256  # of Triton's tiles: those of larger heads do not fit shared memory
-
-# Packed rows (query rows x heads of a group) of a step up to which reading K and V takes longer than arithmetic. A
-# packed row does 4 FLOP for an element of K and one of V, 4 bytes: an H200 with 790 TFLOP/s in bf16 and 4.3 TB/s needs
-# 790 / 4.3 = 180 of them to be busy. Below, `mma.sync` is as fast as memory; above, `wgmma` counts, which Triton emits.
-NARROW = 180
 
 
 def choose(operation: str, x: Tensor, *others: Any) -> str:
