@@ -7,6 +7,8 @@ import torch
 import tiny
 from forktree.kv import Branch, reassign
 from forktree.lane import Lane
+from forktree.model import Runner
+from graph_fake import FakeGraphs
 
 
 def compute(lane: Lane, branches: list[Branch]) -> torch.Tensor:
@@ -32,9 +34,11 @@ def assert_right(lane: Lane, branches: list[Branch]) -> None:
     lane.tree.check()
 
 
-@pytest.fixture
-def lane() -> Lane:
+@pytest.fixture(params=["eager", "captured"])
+def lane(request: pytest.FixtureRequest) -> Lane:
     lane = Lane(tiny.model(), num_slots=400)
+    if request.param == "captured":
+        lane.runner = Runner(lane.runner.spec, num_slots=400, graphs=FakeGraphs())
     for keys, values in lane.runner.pools:
         keys.fill_(torch.nan), values.fill_(torch.nan)
     return lane

@@ -16,6 +16,7 @@ from forktree.model.attach import ModelSpec
 from forktree.model.graphs import Graphs
 from forktree.model.layers import Pool
 from forktree.model.step import CapturedStep, Step
+from forktree.ops import check_fits
 from forktree.plan import AttentionPlan
 from forktree.plan_buffers import PlanBuffers
 from forktree.staging import Staging
@@ -37,6 +38,7 @@ class CapturedSteps:
     def __init__(self, spec: ModelSpec, pools: list[Pool], graphs: Graphs) -> None:
         kinds = list(dict.fromkeys(spec.layers))
         self.max_partials = [kind.max_partials(SCRATCH) for kind in kinds]  # of each kind's plans
+        self._shapes = [(kind.num_qo_heads, kind.head_dim, pools[spec.layers.index(kind)][0].shape) for kind in kinds]
         self._spec, self._pools, self._graphs = spec, pools, graphs
         self._kind = [kinds.index(kind) for kind in spec.layers]
         self._buckets = [bucket for bucket in BUCKETS if bucket >= spec.packed.min_rows]
@@ -48,6 +50,8 @@ class CapturedSteps:
 
     def forward(self, tokens: Inputs, positions: Inputs, slots: Inputs, plans: Sequence[AttentionPlan]) -> Tensor:
         """tokens, positions, slots [T], arrays of the host or tensors of the device; plans of each kind -> [T, H]."""
+        for plan, (heads, dim, pool) in zip(plans, self._shapes, strict=True):  # a graph does not look
+            check_fits(torch.Size((len(tokens), heads, dim)), pool, plan)
         if self._plans.hold(plans):
             self._steps.clear()  # they read the former memory
         count = len(tokens)

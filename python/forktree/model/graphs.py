@@ -60,9 +60,9 @@ class CudaGraphs:
 
 
 class NoHostReads(TorchDispatchMode):
-    """Runs operations, but refuses those for which the host would wait: they end a capture.
+    """Runs operations, but refuses those for which the host would wait: they would end a capture.
 
-    It is seen here first because a capture that fails leaves torch's allocator in disorder.
+    Better to end it here, before it begins: a capture that fails leaves torch's allocator in disorder.
     """
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,9 +74,15 @@ class NoHostReads(TorchDispatchMode):
         if reads_on_host(operation, args):
             raise RuntimeError(f"{operation} needs values on the host")
         result = operation(*args, **kwargs)
-        if operation in COPIES and any(isinstance(x, Tensor) and x.device != result.device for x in args):
-            raise RuntimeError(f"{operation} copies between devices")
+        if copies_between_devices(operation, args, result):
+            raise RuntimeError(f"{operation} copies between host and device")
         return result
+
+
+def copies_between_devices(operation: Any, args: Any, result: Any) -> bool:
+    if operation is torch.ops.aten.lift_fresh.default:  # the end of torch.tensor(...)
+        return bool(result.device.type != "cpu")
+    return operation in COPIES and any(isinstance(x, Tensor) and x.device != result.device for x in args)
 
 
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)

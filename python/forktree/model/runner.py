@@ -50,7 +50,7 @@ class Runner:
         tokens, positions, slots: [T] integers in the order of the layout's rows (row_token = 0 .. T-1).
         Slot -1: not stored. plans: of a layout whose nodes contain these tokens.
 
-        Raises InvalidInput if lengths differ, or if values on the host are out of range (those on a device
+        Raises InvalidInput if lengths differ, also from that of the plans' layout, or if values on the host are out of range (those on a device
         are not looked at: that would wait for it).
         """
         packed = self.spec.packed
@@ -63,6 +63,10 @@ class Runner:
             raise InvalidInput(
                 "tokens, positions and slots must have one length of at least 1, got "
                 f"{len(ids)}, {len(at)} and {len(to)}"
+            )
+        if any(plans[kind].layout.num_tokens != len(ids) for kind in self.kinds):
+            raise InvalidInput(
+                f"plans must be of a layout of {len(ids)} tokens, got {[p.layout.num_tokens for p in plans.values()]}"
             )
         if self._captured is not None:
             return self._captured.forward(ids, at, to, [plans[kind] for kind in self.kinds])
