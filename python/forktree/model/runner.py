@@ -50,8 +50,8 @@ class Runner:
         tokens, positions, slots: [T] integers in the order of the layout's rows (row_token = 0 .. T-1).
         Slot -1: not stored. plans: of a layout whose nodes contain these tokens.
 
-        Raises InvalidInput if lengths differ, also from that of the plans' layout, or if values on the host are out of range (those on a device
-        are not looked at: that would wait for it).
+        Raises InvalidInput if lengths differ, also from that of the plans' layout, or if values on the host are
+        out of range (those on a device are not looked at: that would wait for it).
         """
         packed = self.spec.packed
         if packed.model.training:
