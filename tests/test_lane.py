@@ -87,23 +87,10 @@ def test_a_whole_prompt_that_is_reused(lane: Lane) -> None:
         assert_right(lane, [again, longer])
 
 
-def test_a_token_computed_again_elsewhere(lane: Lane) -> None:
-    """The same node at the same length, but its slot has gone to another."""
-    branch, other = lane.open([3]), lane.open([7, 8])
-    assert_right(lane, [branch])
-    lane.tree.evict(np.zeros(lane.tree.num_nodes, np.int32), 400)
-    for keys, values in lane.runner.pools:
-        keys.fill_(torch.nan), values.fill_(torch.nan)
-    lane.tree.reserve(lane.tree.pending([other]))
-    for token in range(3):
-        assert_right(lane, [branch])
-        branch.append([token])
-
-
 @pytest.mark.parametrize("lane", ["captured"], indirect=True)
 def test_decoding_sends_what_has_changed(lane: Lane) -> None:
     """Three numbers for each node's length, each row's position and each new slot; now and then a new plan."""
-    root = lane.open(range(1, 40 // 2))
+    root = lane.open(range(1, 20))
     assert_right(lane, [root])
     branches = root.fork(4)
     lane.tree.append(branches, [1, 2, 3, 4])

@@ -423,7 +423,6 @@ class Tree:
         node = node[: int(np.searchsorted(freed, wanted)) + 1]
         before = self.slots.num_free
         self._release(node, view)
-        self.version += 1  # what is computed again has other slots
         return self.slots.num_free - before
 
     # ---------------------------------------------------------------- layout
