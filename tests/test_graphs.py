@@ -1,14 +1,18 @@
 """Steps as captured graphs, on the CPU by `graph_fake`: what eager forward passes give, while plans change."""
 
+import gc
 import warnings
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from forktree import plan_buffers
+import tiny as models
+from forktree import TokenLogits, lane, plan_buffers, search
 from forktree.errors import InvalidInput
 from forktree.model import Runner, attach, captured
 from forktree.model.graphs import CudaGraphs, NoHostReads
@@ -173,6 +177,25 @@ def test_plans_of_another_step_are_refused():
         pair.captured.forward(tokens, positions, slots, beyond)
 
 
+@pytest.mark.parametrize(
+    "search",
+    [
+        search.Greedy(),
+        search.BeamSearch(num_beams=4),
+        search.ParticleFilter(num_particles=4, max_step_tokens=3, scorer=TokenLogits([1, 2])),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_searches(monkeypatch, search):
+    prompts = models.prompts(5)
+    want = models.decoder().search(prompts, search, max_new_tokens=12)
+    graphs = FakeGraphs()
+    monkeypatch.setattr(lane, "Runner", partial(Runner, graphs=graphs))
+    got = models.decoder().search(prompts, search, max_new_tokens=12)
+    assert models.texts(got) == models.texts(want)
+    assert graphs.replays >= 12 > graphs.captures > 0
+
+
 # ---- what a capture forbids ----
 
 X = torch.arange(4.0)
@@ -241,6 +264,7 @@ class Cuda:
 
     def __init__(self, monkeypatch, fail_at=0):
         self.log, self.runs, self.fail_at = [], 0, fail_at
+        self.graphs = weakref.WeakSet()
         for name in ("Stream", "CUDAGraph", "graph_pool_handle", "stream", "current_stream"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
 
@@ -262,18 +286,7 @@ class Cuda:
             self.log.append(f"leave {stream.name}")
 
     def CUDAGraph(self):
-        return self
-
-    def capture_begin(self, pool, capture_error_mode):
-        self.log.append(f"begin {pool} {capture_error_mode}")
-
-    def capture_end(self):
-        self.log.append("end")
-        if self.fail_at:
-            raise RuntimeError("capture was invalidated")
-
-    def replay(self):
-        self.log.append("replay")
+        return _Graph(self)
 
     def function(self):
         self.runs += 1
@@ -281,6 +294,27 @@ class Cuda:
         if self.runs == self.fail_at:
             raise ValueError("the model's own")
         return X + 0
+
+
+class _Graph:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def capture_begin(self, pool, capture_error_mode):
+        # as torch asserts it
+        assert len(self.cuda.graphs) > 0 or not any(entry.startswith("begin") for entry in self.cuda.log), (
+            "pool is gone"
+        )
+        self.cuda.graphs.add(self)
+        self.cuda.log.append(f"begin {pool} {capture_error_mode}")
+
+    def capture_end(self):
+        self.cuda.log.append("end")
+        if self.cuda.fail_at:
+            raise RuntimeError("capture was invalidated")
+
+    def replay(self):
+        self.cuda.log.append("replay")
 
 
 class _Stream:
@@ -297,6 +331,15 @@ def test_calls_to_cuda(monkeypatch):
     replay()
     inside = ["run", "run", "begin pool thread_local", "run", "end"]
     assert cuda.log == ["side waits for main", "enter side", *inside, "leave side", "main waits for side", "replay"]
+
+
+def test_the_pool_outlives_graphs_that_are_dropped(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    graphs = CudaGraphs(torch.device("cuda"))
+    for _ in range(3):
+        graphs.capture(cuda.function)
+        gc.collect()
+    assert cuda.log.count("begin pool thread_local") == 3
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3])

@@ -35,6 +35,7 @@ class CudaGraphs:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._newest: torch.cuda.CUDAGraph | None = None  # once the last graph of a pool is gone, torch takes no other
 
     def capture(self, function: Function) -> tuple[Callable[[], None], Tensor]:
         now = torch.cuda.current_stream(self._device)
@@ -52,6 +53,7 @@ class CudaGraphs:
                     graph.capture_end()
                 raise
             graph.capture_end()
+        self._newest = graph
         now.wait_stream(self._stream)
         return graph.replay, result
 
