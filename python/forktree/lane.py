@@ -88,7 +88,7 @@ class Lane:
         computed, and is `UNKNOWN` to the tree until that is told (`Tree.name_newest`) or it is retracted."""
         self.tree.append(branches, np.full(len(branches), UNKNOWN))
         node, _ = self.tree.positions_of(branches)
-        self._drawn = _with_rows(self._drawn, self.tree.num_nodes)
+        self._make_room()
         self._drawn[upload(node.astype(np.int64), self._drawn.device)] = tokens
 
     def retract(self, branches: Sequence[Branch], hidden: Tensor) -> None:
@@ -107,6 +107,7 @@ class Lane:
     def forward(self, chunks: Sequence[Chunk]) -> None:
         """One forward pass over `chunks`, whose slots are reserved and whose ancestors are computed or among them."""
         tree, device = self.tree, self._hidden.device
+        self._make_room()
         ids, positions = tree.tokens_of(chunks)
         node = np.array([c.node for c in chunks])
         last = np.cumsum([c.stop - c.begin for c in chunks]) - 1
@@ -117,11 +118,17 @@ class Lane:
             newest = tokens[end]
             tokens[end] = torch.where(newest == UNKNOWN, self._drawn[to], newest)
         hidden = self.runner.forward(tokens, at, slots, self._plans_for(chunks))
-        self._hidden = _with_rows(self._hidden, tree.num_nodes)
         self._hidden[to] = hidden[end]
         tree.mark_computed(chunks)
         self.tokens_computed += total
         self.forwards += 1
+
+    def _make_room(self) -> None:
+        """Rows for every node."""
+        missing = self.tree.num_nodes - len(self._hidden)
+        if missing > 0:
+            self._hidden = torch.cat([self._hidden, self._hidden.new_empty(missing, self._hidden.shape[1])])
+            self._drawn = torch.cat([self._drawn, self._drawn.new_empty(missing)])
 
     def _plans_for(self, chunks: Sequence[Chunk]) -> Any:
         """Plans for the step; those of the last step, grown, if since then its tips have only grown, and not by more
@@ -142,9 +149,3 @@ class Lane:
             self._plans = self.runner.plans(tree.layout(chunks))
         self._planned_for = key
         return self._plans
-
-
-def _with_rows(values: Tensor, count: int) -> Tensor:
-    """`values [n, …]` with room for at least `count` rows."""
-    missing = count - len(values)
-    return values if missing <= 0 else torch.cat([values, values.new_empty(missing, *values.shape[1:])])
