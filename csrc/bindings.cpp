@@ -48,7 +48,7 @@ void tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_s
                     int32_t num_qo_heads, int32_t key_dim, Address k, Address v, int64_t num_slots,
                     int32_t num_kv_heads, int32_t value_dim, Address plan, int64_t plan_size, Address slot_index,
                     int64_t slot_index_size, float scale, float softcap, Address sinks, Address alibi_slopes,
-                    Address out, Address lse, int64_t num_tokens, int threads) {
+                    Address out, Address lse, int64_t num_tokens, int64_t max_partials, int threads) {
     forktree::Attention call{};
     call.dtype = forktree::Dtype(dtype);
     call.q = at<void>(q);
@@ -67,8 +67,8 @@ void tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_s
     call.alibi_slopes = at<float>(alibi_slopes);
     call.out = at<void>(out);
     call.lse = at<float>(lse);
-    forktree::tree_attention(call, {at<int32_t>(plan), plan_size, rows, num_tokens, num_slots, slot_index_size},
-                             threads);
+    forktree::tree_attention(
+        call, {at<int32_t>(plan), plan_size, rows, num_tokens, max_partials, num_slots, slot_index_size}, threads);
 }
 
 using Ints = py::array_t<int32_t, py::array::c_style>;

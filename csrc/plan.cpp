@@ -195,7 +195,8 @@ private:
 
     // Rows of tokens with several rows need partials whatever is done; if the cap is passed, no others get any.
     void keep_cap() {
-        if (partials > o.max_partials && several[rows()] <= o.max_partials && !o.invariant) {
+        if (o.invariant) return;  // what is needed shows once all is cut
+        if (partials > o.max_partials && several[rows()] <= o.max_partials) {
             const auto needs = [&](int32_t row) { return several[row + 1] > several[row]; };
             for (size_t i = 0; i < work.size();) {
                 int32_t row = work[i].row_begin + 1;
@@ -204,7 +205,7 @@ private:
                 else ++i;
             }
         }
-        if (partials > o.max_partials) refuse_cap(o.invariant ? partials : several[rows()]);
+        if (partials > o.max_partials) refuse_cap(several[rows()]);
     }
 
     [[noreturn]] void refuse_cap(int64_t needed) const {
@@ -513,6 +514,9 @@ private:
         std::vector<int32_t> count(l.tokens);
         for (const Work& w : work)
             for (int32_t r = w.row_begin; r < w.row_end; ++r) ++count[s.row[r].token];
+        std::vector<int32_t> clear;
+        for (int32_t t = 0; t < l.tokens; ++t)
+            if (!count[t]) clear.push_back(t);
         int64_t segs = 0;
         partials = 0;
         std::vector<int32_t> first(work.size(), -1);
@@ -527,8 +531,8 @@ private:
         }
         if (partials > o.max_partials) refuse_cap(partials);
         const int64_t words = l.mask_indptr ? l.mask_words : 0;
-        const int64_t size =
-            16 + 5 * int64_t(work.size()) + 8 * segs + l.tokens + 1 + partials + 6 * l.rows + l.nodes + l.rows + words;
+        const int64_t size = 16 + 5 * int64_t(work.size()) + 8 * segs + l.tokens + 1 + partials +
+                             int64_t(clear.size()) + 6 * l.rows + l.nodes + l.rows + words;
         if (size > INT32_MAX)
             throw std::invalid_argument("a plan must have less than 2**31 entries, got " + std::to_string(size));
 
@@ -551,6 +555,7 @@ private:
                    int32_t(o.num_kv_heads),
                    int32_t(o.head_dim),
                    int32_t(o.window),
+                   int32_t(clear.size()),
                    {}});
         int32_t seg = 0;
         for (size_t i : order) {
@@ -576,6 +581,7 @@ private:
             for (int32_t r = work[i].row_begin; first[i] >= 0 && r < work[i].row_end; ++r)
                 at[count[s.row[r].token]++] = first[i] + r - work[i].row_begin;
         at += partials;
+        at = std::copy(clear.begin(), clear.end(), at);
         for (const Row& row : s.row) put(row);
         at = std::copy(l.node_len, l.node_len + l.nodes, at);
         at = std::copy(l.row_pos, l.row_pos + l.rows, at);

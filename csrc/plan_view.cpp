@@ -1,5 +1,6 @@
 #include "plan_view.hpp"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,17 +19,18 @@ constexpr int64_t HEADER = sizeof(Header) / 4, ITEM = sizeof(Item) / 4, SEG = si
 void check_header(const Header& h, int64_t size) {
     if (h.magic != Header::MAGIC)
         refuse("begin with " + std::to_string(Header::MAGIC) + ", got " + std::to_string(h.magic));
-    for (int32_t value : {h.rows, h.tokens, h.items, h.segs, h.nodes, h.partials, h.mask_words, h.window})
+    for (int32_t value : {h.rows, h.tokens, h.items, h.segs, h.nodes, h.partials, h.mask_words, h.window, h.clears})
         if (value < 0) refuse("have sizes and a window of at least 0, got " + std::to_string(value));
     for (int32_t value : {h.num_qo_heads, h.num_kv_heads, h.head_dim})
         if (value < 1) refuse("have heads and a head_dim of at least 1, got " + std::to_string(value));
     if (h.num_qo_heads % h.num_kv_heads)
         refuse("have num_qo_heads that are a multiple of num_kv_heads, got " + std::to_string(h.num_qo_heads) +
                " and " + std::to_string(h.num_kv_heads));
-    const int64_t needed = HEADER + ITEM * h.items + SEG * h.segs + h.tokens + 1 + h.partials + ROW * h.rows + h.nodes +
-                           h.rows + h.mask_words;
-    if (h.size != size || needed != size)
-        refuse("have " + std::to_string(needed) + " entries as its header says, got " + std::to_string(size));
+    const int64_t needed = HEADER + ITEM * h.items + SEG * h.segs + h.tokens + 1 + h.partials + h.clears +
+                           ROW * h.rows + h.nodes + h.rows + h.mask_words;
+    if (h.size != needed || needed > size)
+        refuse("have " + std::to_string(needed) + " entries as its header says, got " +
+               std::to_string(std::min<int64_t>(h.size, size)));
 }
 
 void check_nodes(const PlanView& v) {
@@ -98,6 +100,19 @@ void check_merges(const PlanView& v) {
     if (!ok) refuse("have partials of its own in merge_partial");
 }
 
+void check_clear(const PlanView& v) {
+    const Header& h = *v.header;
+    std::vector<bool> written(h.tokens);
+    for (int32_t t = 0; t < h.tokens; ++t) written[t] = v.merge_indptr[t] < v.merge_indptr[t + 1];
+    for (int32_t w = 0; w < h.items; ++w)
+        for (int32_t r = v.item[w].row_begin; v.item[w].partial < 0 && r < v.item[w].row_end; ++r)
+            written[v.row[r].token] = true;
+    int32_t i = 0;
+    for (int32_t t = 0; t < h.tokens; ++t)
+        if (!written[t] && (i == h.clears || v.clear[i++] != t)) refuse("clear", t, "which no item writes");
+    if (i != h.clears) refuse("clear", v.clear[i], "only if no item writes it");
+}
+
 }  // namespace
 
 PlanView plan_view(const int32_t* buffer, int64_t size) {
@@ -116,6 +131,7 @@ PlanView plan_view(const int32_t* buffer, int64_t size) {
     v.seg = reinterpret_cast<const Seg*>(next(SEG * h.segs));
     v.merge_indptr = next(int64_t(h.tokens) + 1);
     v.merge_partial = next(h.partials);
+    v.clear = next(h.clears);
     v.row = reinterpret_cast<const Row*>(next(ROW * h.rows));
     v.node_len = next(h.nodes);
     v.row_pos = next(h.rows);
@@ -124,6 +140,7 @@ PlanView plan_view(const int32_t* buffer, int64_t size) {
     check_rows(v);
     v.index_end = check_items(v);
     check_merges(v);
+    check_clear(v);
     return v;
 }
 

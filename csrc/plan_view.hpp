@@ -4,6 +4,7 @@
 //   item [W, 5]          row_begin, row_end, seg_begin, seg_end, first partial or -1 (writes the output itself)
 //   seg [Q, 8]           index_begin, start, stop or LIVE, node, row_lo, row_hi, pos, contiguous
 //   merge_indptr [T+1], merge_partial [P]   CSR: output token -> partials, in path order
+//   clear [Z]            output tokens that no item writes and nothing is merged for, ascending
 //   row [R, 6]           of each plan row: see Row
 //   node_len [N]         tokens of each node now  } rewritten when nodes grow,
 //   row_pos [R]          by layout row            } all else stays
@@ -25,7 +26,8 @@ struct Header {
     int32_t rows, tokens, items, segs, nodes, partials, mask_words;  // R, T, W, Q, N, P
     int32_t num_qo_heads, num_kv_heads, head_dim;
     int32_t window;  // 0 = none
-    int32_t reserved[3];
+    int32_t clears;  // Z
+    int32_t reserved[2];
 };
 
 struct Item {
@@ -45,13 +47,15 @@ struct Row {
     int32_t mask;  // word of `mask` where the row's bits begin (bit j: may it see offset tail + j), or -1
 };
 
-// Typed pointers into a buffer. `plan_view` throws std::invalid_argument unless the buffer is a well-formed plan.
+// Typed pointers into a buffer. `plan_view` throws std::invalid_argument unless the buffer begins with a well-formed
+// plan; what lies behind it is room for a larger one.
 struct PlanView {
     const Header* header;
     const Item* item;
     const Seg* seg;
     const int32_t* merge_indptr;
     const int32_t* merge_partial;
+    const int32_t* clear;
     const Row* row;
     const int32_t* node_len;
     const int32_t* row_pos;

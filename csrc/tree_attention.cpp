@@ -59,6 +59,13 @@ void expect(const char* what, int64_t planned, int64_t given) {
                                     " as in the plan, got " + std::to_string(given));
 }
 
+// Of arguments that may have room for a larger plan.
+void expect_at_least(const char* what, int64_t planned, int64_t given) {
+    if (planned > given)
+        throw std::invalid_argument(std::string(what) + " must be at least " + std::to_string(planned) +
+                                    " as in the plan, got " + std::to_string(given));
+}
+
 void check_slots(const Attention& call, int64_t num_slots, int64_t slot_index_size) {
     if (call.plan.index_end > slot_index_size)
         throw std::invalid_argument("slot_index must have at least " + std::to_string(call.plan.index_end) +
@@ -108,15 +115,12 @@ std::vector<AttentionTask> tasks(const Attention& call, const std::vector<int64_
     return result;
 }
 
-// Outputs that nothing is computed for: 0, and the log-sum-exp of nothing or of the sink alone.
-void clear_unseen(const Attention& call, const std::vector<bool>& written) {
+// An output that nothing is computed for: 0, and the log-sum-exp of nothing or of the sink alone.
+void clear(const Attention& call, int64_t token) {
     const int64_t heads = call.num_qo_heads, row = heads * call.value_dim * item_size(int(call.dtype));
-    for (int64_t token = 0; token < call.plan.header->tokens; ++token) {
-        if (written[token] || call.plan.merge_indptr[token] < call.plan.merge_indptr[token + 1]) continue;
-        std::memset(static_cast<char*>(call.out) + token * row, 0, row);
-        for (int64_t head = 0; head < heads; ++head)
-            call.lse[token * heads + head] = call.sinks ? call.sinks[head] : -__builtin_inff();
-    }
+    std::memset(static_cast<char*>(call.out) + token * row, 0, row);
+    for (int64_t head = 0; head < heads; ++head)
+        call.lse[token * heads + head] = call.sinks ? call.sinks[head] : -__builtin_inff();
 }
 
 }  // namespace
@@ -124,8 +128,9 @@ void clear_unseen(const Attention& call, const std::vector<bool>& written) {
 void tree_attention(Attention call, const AttentionSizes& sizes, int threads) {
     call.plan = plan_view(sizes.plan, sizes.plan_size);
     const PlanView& plan = call.plan;
-    expect("rows of q", plan.header->rows, sizes.rows);
-    expect("num_tokens", plan.header->tokens, sizes.tokens);
+    expect_at_least("rows of q", plan.header->rows, sizes.rows);
+    expect_at_least("num_tokens", plan.header->tokens, sizes.tokens);
+    expect_at_least("max_partials", plan.header->partials, sizes.max_partials);
     expect("query heads", plan.header->num_qo_heads, call.num_qo_heads);
     expect("KV heads", plan.header->num_kv_heads, call.num_kv_heads);
     expect("head_dim", plan.header->head_dim, call.key_dim);
@@ -139,11 +144,8 @@ void tree_attention(Attention call, const AttentionSizes& sizes, int threads) {
     call.partial_max = call.partial_out + states * call.value_dim;
     call.partial_mass = call.partial_max + states;
 
-    std::vector<bool> written(plan.header->tokens);
-    for (int32_t i = 0; i < plan.header->items; ++i)
-        if (plan.item[i].partial < 0)
-            for (int32_t r = plan.item[i].row_begin; r < plan.item[i].row_end; ++r) written[plan.row[r].token] = true;
-    clear_unseen(call, written);
+    for (int32_t i = 0; i < plan.header->clears; ++i) clear(call, plan.clear[i]);
+    for (int64_t token = plan.header->tokens; token < sizes.tokens; ++token) clear(call, token);
 
     // A thread is worth calling for some 10 us of work: 30,000 multiply-adds of vectors.
     const std::vector<int64_t> work = work_of(call);

@@ -64,7 +64,7 @@ AttentionKernel attention_kernel(const Attention& call);
 // What the arguments were made for, to be compared with the plan.
 struct AttentionSizes {
     const int32_t* plan;
-    int64_t plan_size, rows, tokens, num_slots, slot_index_size;
+    int64_t plan_size, rows, tokens, max_partials, num_slots, slot_index_size;  // all but num_slots: at least
 };
 
 // The whole operation; `group`, `plan` and the partials are filled in here. Throws std::invalid_argument, naming what

@@ -102,7 +102,7 @@ def test_registrations_are_sound(dtype):
     made = plan(layout(), num_qo_heads=2 * HEADS, num_kv_heads=HEADS, head_dim=DIM)
     q, pool = torch.randn(4, 2 * HEADS, DIM).to(dtype), torch.randn(SLOTS, HEADS, DIM).to(dtype)
     for per_head in (None, torch.rand(2 * HEADS)):
-        arguments = (q, pool, pool, made.tensor, made.slots, 4, 0.3, 0.0, per_head, per_head)
+        arguments = (q, pool, pool, *made.on(q.device), 4, made.num_partials, 0.3, 0.0, per_head, per_head)
         opcheck(registered.tree_attention.default, arguments)
 
 
@@ -116,9 +116,10 @@ def test_backends_must_be_able_to(monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", "cpu")
     wide = torch.zeros(2, 1, 4, dtype=torch.float64)
     shift, inv_freq = torch.arange(2), torch.ones(2)
-    with pytest.raises(ValueError, match=r"FORKTREE_BACKEND=cpu is for fp32, .* got torch.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"FORKTREE_BACKEND=cpu: expected fp32, .* got torch.float64"):
         ops.rotate_rows(wide, shift, inv_freq)
-    with pytest.raises(ValueError, match=r"FORKTREE_BACKEND=cpu is for .* got torch.float32 on meta"):
+    with pytest.raises(ValueError, match=r"FORKTREE_BACKEND=cpu: expected tensors on the CPU, got meta"):
         ops.rotate_rows(wide.float().to("meta"), shift, inv_freq)
+    monkeypatch.delenv("FORKTREE_BACKEND")
     with pytest.raises(ValueError, match=r"q must be fp32, bf16 or fp16 .* got torch.float64"):
         torch.ops.forktree.rotate_rows.default(wide, shift, inv_freq, False, 4)

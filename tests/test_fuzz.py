@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from forktree import ops
 from forktree.ops import reference
-from forktree.plan import CPU, plan
+from forktree.plan import plan
+from forktree.target import CPU
 from layouts import KINDS, random_layout
 
 fuzz = settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -189,17 +190,19 @@ def test_a_plan_that_was_tampered_with(data):
     """The registered operation reads any plan buffer: what it cannot trust is refused, nothing else is touched."""
     arguments, case = attention_arguments(data)
     made = arguments.pop("made")
-    buffer, slots = made.tensor.clone(), made.slots.clone()
+    buffer, slots = (x.clone() for x in made.on(torch.device("cpu")))
     for _ in range(data.draw(st.integers(0, 3))):
         at = data.draw(st.integers(0, 15) | st.integers(0, buffer.numel() - 1))
         buffer[at] = data.draw(st.integers(-3, 40) | st.sampled_from([2**31 - 1, -(2**31), 2**30, int(buffer[at]) ^ 1]))
     buffer = buffer[: data.draw(st.sampled_from([None] * 9 + [0, 5, 16, -1]))]
     slots = slots[: data.draw(st.sampled_from([None] * 9 + [0, 1, -1]))]
     arguments = tampered(data, {**arguments, "plan": buffer, "slot_index": slots})
-    tokens = data.draw(st.sampled_from([case.layout.num_tokens] * 9 + [0, -1, 2**40]))
+    tokens = data.draw(st.sampled_from([case.layout.num_tokens] * 9 + [0, 99, -1, 2**40]))
+    partials = data.draw(st.sampled_from([made.num_partials] * 9 + [0, 99, -1]))
     before = {name: x.clone() for name, x in arguments.items() if name.endswith("_slots") and x.numel() < 2**20}
     with suppress(REFUSED):
-        torch.ops.forktree.tree_attention.default(num_tokens=tokens, scale=0.3, softcap=0.0, **arguments)
+        sizes = {"num_tokens": tokens, "max_partials": partials}
+        torch.ops.forktree.tree_attention.default(**sizes, scale=0.3, softcap=0.0, **arguments)
     for name, x in before.items():
         if x.layout == torch.strided and not x.is_meta:
             assert torch.equal(arguments[name].nan_to_num(), x.nan_to_num())

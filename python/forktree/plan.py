@@ -4,6 +4,7 @@
     seg  [Q, 8]  index_begin, start, stop or LIVE, node, row_lo, row_hi, pos, contiguous
     row  [R, 6]  row of the layout, token, tip, tail, last, mask
     merge        CSR: output token -> partials, in path order
+    clear [Z]    output tokens that no item writes and nothing is merged for
 
 Rows are numbered in plan order: contexts depth-first over the tree, so that the readers of every stretch of a
 node are consecutive. An item is a range of rows (a subtree of queries) that walks its segments, top first. A
@@ -22,7 +23,7 @@ The predicted time is that of all items spread over `Target.units`, or that of t
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.layout import Array, IntArray, TreeLayout
+from forktree.target import Target, target_for
 
 LIVE = TreeLayout.ALL  # stop of a segment that ends where its node does, also after growing
 
@@ -39,59 +41,7 @@ ROW_BEGIN, ROW_END, SEG_BEGIN, SEG_END, PARTIAL = range(5)
 INDEX_BEGIN, START, STOP, NODE, ROW_LO, ROW_HI, POS, CONTIGUOUS = range(8)
 ROW, TOKEN, TIP, TAIL, LAST, MASK = range(6)
 HEADER = 16
-
-
-@dataclass(frozen=True)
-class Target:
-    """What work costs, in picoseconds. A segment of r rows and t tokens costs, for each KV head,
-
-        max(bytes of K and V, multiply-adds and exponentials) + rescaled sums, once every 64 tokens,
-
-    bytes at 2 an element, arithmetic for r rows x heads of the group rounded up to full lanes.
-    """
-
-    units: int  # pieces of work that keep all workers busy; a constant, so bits do not depend on threads
-    heads_per_item: int  # KV heads of an item that are one piece of work
-    lanes: int  # packed rows (query row x head of its group) processed together
-    max_lanes: int  # packed rows an item may have
-    memory: int  # a byte of K or V read first
-    cache: int  # a byte read again by another item
-    mac: int  # a multiply-add, per (lane, token, element)
-    exp: int  # an exponential, per (lane, token)
-    partial: int  # a byte of a partial, written and merged
-    segment: int  # an element of the sums, per (lane, element)
-    item: int  # starting on an item
-    grain: int  # what costs less is not cut
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            least, most = (1, 1 << 16) if f.name in COUNTS else (0, 1 << 40 if f.name in TIMES else 1 << 20)
-            if not least <= value <= most:
-                raise ValueError(f"{f.name} must be in [{least}, {most}], got {value}")
-
-    @cached_property
-    def values(self) -> tuple[int, ...]:
-        """All fields, as `_core` wants them."""
-        return astuple(self)
-
-
-COUNTS = ("units", "heads_per_item", "lanes", "max_lanes")
-TIMES = ("item", "grain")
-CPU = Target(
-    units=16,
-    heads_per_item=1,
-    lanes=16,
-    max_lanes=1024,
-    memory=100,
-    cache=30,
-    mac=10,
-    exp=200,
-    partial=60,
-    segment=50,
-    item=500_000,
-    grain=100_000_000,
-)
+CLEARS = 13  # of the header
 
 
 @dataclass(frozen=True)
@@ -125,6 +75,7 @@ class AttentionPlan:
     seg: IntArray  # [Q, 8]
     merge_indptr: IntArray  # [T+1]
     merge_partial: IntArray  # [P]
+    clear: IntArray  # [Z]
     row: IntArray  # [R, 6]
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what backends prepare once a plan
 
@@ -137,15 +88,16 @@ class AttentionPlan:
     def num_partials(self) -> int:
         return self.merge_partial.size
 
-    @cached_property
-    def tensor(self) -> Tensor:
-        """The buffer, for kernels."""
-        return torch.from_numpy(self.buffer)
-
-    @cached_property
-    def slots(self) -> Tensor:
-        """The layout's slot_index, for kernels."""
-        return torch.from_numpy(np.ascontiguousarray(self.layout.slot_index))
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The buffer and the layout's slot_index on a device, for kernels. On a GPU they arrive asynchronously."""
+        tensors: tuple[Tensor, Tensor] | None = self.cache.get(device)
+        if tensors is None:
+            buffer = torch.from_numpy(self.buffer)
+            slots = torch.from_numpy(np.ascontiguousarray(self.layout.slot_index))
+            if device.type != "cpu":
+                buffer, slots = (x.pin_memory().to(device, non_blocking=True) for x in (buffer, slots))
+            tensors = self.cache[device] = buffer, slots
+        return tensors
 
     @cached_property
     def seg_stop(self) -> IntArray:
@@ -170,7 +122,15 @@ class AttentionPlan:
                 f"causal or masked context of several rows, got {layout.node_len[node]}: plan anew"
             )
         buffer = self.buffer.copy()
-        begin = HEADER + self.item.size + self.seg.size + self.merge_indptr.size + self.num_partials + self.row.size
+        begin = (
+            HEADER
+            + self.item.size
+            + self.seg.size
+            + self.merge_indptr.size
+            + self.num_partials
+            + self.clear.size
+            + self.row.size
+        )
         end = begin + layout.num_nodes
         buffer[begin:end] = layout.node_len
         buffer[end : end + layout.num_rows] = layout.row_pos
@@ -212,7 +172,8 @@ def plan(
     """Decides who reads which tokens together, for all layers of one head shape and window.
 
     Args:
-        target: what work costs; default: `CPU`.
+        device: where it will be executed.
+        target: what work costs; default: that of the device.
         max_partials: rows of partials there may be; tokens with several rows need one for each.
         invariant: plan each root tree as if it were alone in the step, so that a row's bits do not depend on
             strangers. Costs balance where many trees are large, nothing where there is one.
@@ -226,7 +187,8 @@ def plan(
         raise ValueError(f"window must be in [1, 2**31) or None, got {window}")
     if max_partials is not None and max_partials < 0:
         raise ValueError(f"max_partials must be at least 0 or None, got {max_partials}")
-    target = target or CPU
+    if target is None:
+        target = target_for(torch.device(device), layout.num_rows * num_qo_heads // num_kv_heads)
     buffer = _core.plan(
         layout.slot_index,
         layout.node_begin,
@@ -253,7 +215,7 @@ def plan(
         2**31 - 1 if max_partials is None else max_partials,
         invariant,
     )
-    item, seg, merge_indptr, merge_partial, row = _sections(buffer)
+    item, seg, merge_indptr, merge_partial, clear, row = _sections(buffer)
     return AttentionPlan(
         layout,
         num_qo_heads,
@@ -267,23 +229,26 @@ def plan(
         seg,
         merge_indptr,
         merge_partial,
+        clear,
         row,
     )
 
 
-def _sections(buffer: IntArray) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray]:
-    """item, seg, merge_indptr, merge_partial and row of a buffer."""
+def _sections(buffer: IntArray) -> tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray]:
+    """item, seg, merge_indptr, merge_partial, clear and row of a buffer."""
     rows, tokens, items, segs, _, partials = buffer[2:8].tolist()
     item_end = HEADER + 5 * items
     seg_end = item_end + 8 * segs
     indptr_end = seg_end + tokens + 1
     partial_end = indptr_end + partials
+    clear_end = partial_end + int(buffer[CLEARS])
     return (
         buffer[HEADER:item_end].reshape(items, 5),
         buffer[item_end:seg_end].reshape(segs, 8),
         buffer[seg_end:indptr_end],
         buffer[indptr_end:partial_end],
-        buffer[partial_end : partial_end + 6 * rows].reshape(rows, 6),
+        buffer[partial_end:clear_end],
+        buffer[clear_end : clear_end + 6 * rows].reshape(rows, 6),
     )
 
 
@@ -360,6 +325,8 @@ def check_plan(plan: AttentionPlan) -> None:
                 f"token {token} must be written once, got {direct[token]} direct items and {len(expected)} partials"
             )
         _check_path_order(layout, token, [partial_reads[p] for p in got])
+    if plan.clear.tolist() != [t for t, expected in enumerate(partials) if not expected and not direct[t]]:
+        raise ValueError(f"clear must be the tokens that nothing writes, got {plan.clear}")
     ids = np.sort(plan.merge_partial)
     if not np.array_equal(ids, np.arange(ids.size)):
         raise ValueError(f"merge_partial must name each partial once, got {ids}")
@@ -406,10 +373,10 @@ def _check_buffer(plan: AttentionPlan) -> None:
         raise ValueError(f"buffer must have the plan's heads and window, {heads}, got {buffer[9:13]}")
     mask = np.zeros(0, np.int32) if layout.mask_bits is None else layout.mask_bits.view(np.int32)
     sections = (*_sections(buffer), layout.node_len, layout.row_pos, mask)
-    parts = (plan.item, plan.seg, plan.merge_indptr, plan.merge_partial, plan.row, *sections[5:])
+    parts = (plan.item, plan.seg, plan.merge_indptr, plan.merge_partial, plan.clear, plan.row, *sections[6:])
     for part, section in zip(parts, sections, strict=True):
         if not np.array_equal(part, section):
             raise ValueError(f"buffer must hold the plan's arrays, got {section} for {part}")
-    tail = buffer[buffer.size - sum(x.size for x in sections[5:]) :]
-    if not np.array_equal(tail, np.concatenate(sections[5:])):
+    tail = buffer[buffer.size - sum(x.size for x in sections[6:]) :]
+    if not np.array_equal(tail, np.concatenate(sections[6:])):
         raise ValueError(f"buffer must end with node_len, row_pos and mask of the layout, got {tail}")

@@ -26,9 +26,9 @@ def tree_attention(
         q,
         k_slots,
         v_slots,
-        plan.tensor,
-        plan.slots,
+        *plan.on(q.device),
         plan.layout.num_tokens,
+        plan.num_partials,
         scale,
         softcap or 0.0,
         sinks,
@@ -44,6 +44,7 @@ def launch(
     plan: Tensor,
     slot_index: Tensor,
     num_tokens: int,
+    max_partials: int,
     scale: float,
     softcap: float,
     sinks: Tensor | None,
@@ -90,6 +91,7 @@ def launch(
         out.data_ptr(),
         lse.data_ptr(),
         num_tokens,
+        max_partials,
         torch.get_num_threads(),
     )
     return out, lse
