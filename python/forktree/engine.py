@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from forktree.errors import Cancelled, OutOfMemory
+from forktree.errors import Cancelled, NonFinite, OutOfMemory
 from forktree.kv import Branch, OutOfSlots
 from forktree.kv.tree import Chunk
 from forktree.lane import Lane
@@ -33,7 +33,7 @@ from forktree.sampling import choose, uniforms
 from forktree.scoring import Subject
 from forktree.search.request import Extend, Extension, NextLogits, Request, Score
 from forktree.transfer import Download, upload
-from forktree.work import Drawn, ExtendWork, LogitsWork, ScoreWork, Work, non_finite
+from forktree.work import Drawn, ExtendWork, LogitsWork, ScoreWork, Work
 
 _INDICES = itertools.count()  # a search's number, and the owner of its branches in every tree it uses
 LOGIT_BYTES = 256 << 20  # rows of logits held at once: at most this many bytes
@@ -181,7 +181,7 @@ class Engine:
         if isinstance(request, Extend):
             return ExtendWork(request, self.lane)
         if isinstance(request, NextLogits):
-            return LogitsWork(self.lane, request.branches)
+            return LogitsWork(request, self.lane)
         if isinstance(request, Score):
             task.counters.scorer_calls += len(request.branches)
             subject = Subject(self.lane, request.branches, task.prompt, task.prompt_length, self.tokenizer)
@@ -360,7 +360,7 @@ class Engine:
             self.lane.retract([branches[k] for k in gone], drawn.hidden[upload(gone, drawn.hidden.device)])
         for work, bad in failed:
             task = next(t for t in self._tasks if t.work is work)
-            self._resume(task, None, non_finite("logits", bad, work.branches[bad]))
+            self._resume(task, None, NonFinite.of("logits", bad, work.branches[bad].length))
 
     def _answer_rest(self) -> bool:
         """Answers what needs all its branches at once: rewards and rows of logits."""
@@ -369,12 +369,12 @@ class Engine:
             work = task.work
             if isinstance(work, LogitsWork) and (hidden := work.collect()) is not None:
                 logits = self.lane.runner.logits(hidden)
-                finite = logits.amax(dim=-1).isfinite().cpu().numpy()
+                finite = logits.amax(dim=-1).isfinite().cpu().numpy() if work.checked else np.ones(1, bool)
                 if finite.all():
                     self._resume(task, logits)
                 else:
                     bad = int(np.argmin(finite))
-                    self._resume(task, None, non_finite("logits", bad, work.branches[bad]))
+                    self._resume(task, None, NonFinite.of("logits", bad, work.branches[bad].length))
                 answered = True
             elif isinstance(work, ScoreWork):
                 hidden = work.collect() if work.reading.lane is not None else None

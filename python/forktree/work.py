@@ -12,7 +12,7 @@ from forktree.errors import NonFinite, ScorerError
 from forktree.kv import Branch
 from forktree.lane import Lane
 from forktree.scoring import Reading, Subject
-from forktree.search.request import Extend, Rewards
+from forktree.search.request import Extend, NextLogits, Rewards
 from forktree.transfer import Download
 
 
@@ -59,12 +59,14 @@ class ScoreWork(Work):
             raise ScorerError(f"a scorer must give {n} rewards and errors, one a branch, got {len(rewards.values)}")
         for i in np.flatnonzero(~np.isfinite(rewards.values)).tolist():
             if hidden is not None or rewards.errors[i] is None:  # the model's own numbers: not one branch's fault
-                raise non_finite("reward", i, (self.branches or self.scored)[i])
+                raise NonFinite.of("reward", i, (self.branches or self.scored)[i].length)
         return rewards
 
 
 class LogitsWork(Work):
-    pass
+    def __init__(self, request: NextLogits, lane: Lane) -> None:
+        super().__init__(lane, request.branches)
+        self.checked = request.checked
 
 
 class ExtendWork(Work):
@@ -129,11 +131,3 @@ class Drawn:
     def branches(self) -> list[Branch]:
         """Whose tokens they are, `[n]`."""
         return [work.branches[i] for work, rows in zip(self.works, self.rows, strict=True) for i in rows]
-
-
-def non_finite(what: str, i: int, branch: Branch) -> NonFinite:
-    """The error of branch `i` of a request."""
-    return NonFinite(
-        f"{what} of branch {i} at position {branch.length} must be finite, got NaN or infinity: "
-        "the model overflows at this dtype, or its weights are damaged"
-    )
