@@ -7,9 +7,9 @@ Sides: `forktree` as it chooses by itself, then held to each of its backends, an
 the L2 cache holds nothing of them; launching is hidden behind work that keeps the GPU busy. Every side's result is
 compared with an fp32 computation before it is timed.
 
-Planning is not in those times. It is done once a tree for all layers; here one layer bears all of it. `included`: a plan
-for every step. `amortised`: a plan for as many steps as it serves, all rows growing by a token a step until the tree is a
-quarter larger, and growing it in between.
+Planning is not in those times. It is done once a tree for all layers; here one layer bears all of it. `included`: a
+plan for every step. `amortised`: a plan for as many steps as it serves, all rows growing by a token a step until the
+tree is a quarter larger, and growing it in between.
 """
 
 import argparse
@@ -38,7 +38,7 @@ HEADS = (32, 8, 128)
 TOLERANCE = 0.02  # of the largest output
 SLOTS_TREE = star(64, 8192, 64)
 EXTENTS = {"contiguous": None, "extents of 8": 8, "scattered": 1}
-COMPILED = [*FIVE, "beam", "particles", "64 branches, 8k"]  # cases that FlexAttention is compiled for; it takes seconds
+COMPILED = [*FIVE, "beam", "particles", "64 branches, 8k"]  # cases FlexAttention is compiled for
 TINY = {"1,2,4/9,5,3": levels([1, 2, 4], [9, 5, 3]), "3 branches": star(3, 20, 4)}
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 Call = Callable[[], Any]
+PACKAGES = ("torch", "triton", "transformers", "numpy", "flashinfer-python", "xformers")  # versions in a report
 
 
 def summary(us: list[float]) -> dict[str, float]:
@@ -40,7 +41,7 @@ class Stopwatch:
         self._busy: dict[str, float] = {}  # us that the device must be kept busy while the host hands a call over
 
     def us(self, name: str, call: Call) -> float:
-        """Of one call. On a GPU the device is kept busy until the whole call is in its queue: launching is not timed."""
+        """Of one call. A GPU is kept busy until the whole call is in its queue: launching is not timed."""
         self._cold.sum()
         if self.device == "cpu":
             began = time.perf_counter()
