@@ -195,7 +195,8 @@ private:
 
     // Rows of tokens with several rows need partials whatever is done; if the cap is passed, no others get any.
     void keep_cap() {
-        if (partials > o.max_partials && several[rows()] <= o.max_partials && !o.invariant) {
+        if (o.invariant) return;  // what is needed shows once all is cut
+        if (partials > o.max_partials && several[rows()] <= o.max_partials) {
             const auto needs = [&](int32_t row) { return several[row + 1] > several[row]; };
             for (size_t i = 0; i < work.size();) {
                 int32_t row = work[i].row_begin + 1;
@@ -204,7 +205,7 @@ private:
                 else ++i;
             }
         }
-        if (partials > o.max_partials) refuse_cap(o.invariant ? partials : several[rows()]);
+        if (partials > o.max_partials) refuse_cap(several[rows()]);
     }
 
     [[noreturn]] void refuse_cap(int64_t needed) const {

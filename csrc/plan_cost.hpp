@@ -1,5 +1,5 @@
 // What work costs, in picoseconds, so that ways of cutting it can be compared. All integers: the same step gives the
-// same plan on every machine. A model, not a measurement: its constants are those of forktree.plan.Target.
+// same plan on every machine. A model, not a measurement: its constants are those of forktree.target.
 #pragma once
 
 #include <algorithm>
@@ -15,9 +15,9 @@ struct Target {
     int64_t lanes;           // packed rows (query row x head of its group) processed together
     int64_t max_lanes;       // packed rows an item may have
     int64_t memory, cache;   // a byte of K or V, read by the first item; read again by others
-    int64_t mac, exp;        // a multiply-add, an exponential
+    int64_t mac, exp;        // a multiply-add, an exponential, of all lanes
     int64_t partial;         // a byte of a partial, written and merged
-    int64_t segment;         // an element of the sums, rescaled for each block of tokens
+    int64_t segment;         // an element of the sums of all lanes, rescaled for each block of tokens
     int64_t item;            // starting on an item
     int64_t grain;           // work smaller than this is not cut
 };
@@ -34,8 +34,8 @@ public:
           dim(head_dim),
           token_memory(4 * dim * target.memory),
           token_cache(4 * dim * target.cache),  // K and V, 2 bytes each
-          token_math(target.lanes * (2 * dim * target.mac + target.exp)),
-          rescale(target.lanes * dim * target.segment),
+          token_math(2 * dim * target.mac + target.exp),
+          rescale(dim * target.segment),
           partial_row(group * (dim + 2) * 4 * target.partial) {}
 
     int64_t lane_groups(int64_t rows) const { return ceil_div(rows * group, target.lanes); }

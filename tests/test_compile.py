@@ -116,9 +116,10 @@ def test_backends_must_be_able_to(monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", "cpu")
     wide = torch.zeros(2, 1, 4, dtype=torch.float64)
     shift, inv_freq = torch.arange(2), torch.ones(2)
-    with pytest.raises(ValueError, match=r"FORKTREE_BACKEND=cpu is for fp32, .* got torch.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"FORKTREE_BACKEND=cpu: expected fp32, .* got torch.float64"):
         ops.rotate_rows(wide, shift, inv_freq)
-    with pytest.raises(ValueError, match=r"FORKTREE_BACKEND=cpu is for .* got torch.float32 on meta"):
+    with pytest.raises(ValueError, match=r"FORKTREE_BACKEND=cpu: expected tensors on the CPU, got meta"):
         ops.rotate_rows(wide.float().to("meta"), shift, inv_freq)
+    monkeypatch.delenv("FORKTREE_BACKEND")
     with pytest.raises(ValueError, match=r"q must be fp32, bf16 or fp16 .* got torch.float64"):
         torch.ops.forktree.rotate_rows.default(wide, shift, inv_freq, False, 4)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import forktree
-from forktree import _core, ops
+from forktree import _core
+from forktree.ops.choice import available
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +36,7 @@ def test_json_holds_versions_build_and_choices() -> None:
     assert [isa["name"] for isa in told["isas"] if isa["chosen"]] == [best]
     assert all(isa["built"] for isa in told["isas"] if isa["runs"])
     assert all(isa["why"] for isa in told["isas"] if not isa["runs"])
-    assert {b["name"] for b in told["backends"] if b["available"]} == set(ops.BACKENDS)
+    assert {b["name"] for b in told["backends"] if b["available"]} == set(available())
 
 
 def test_tables_show_what_was_named() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from forktree import ops
 from forktree.ops import reference
-from forktree.plan import CPU, plan
+from forktree.plan import plan
+from forktree.target import CPU
 from layouts import KINDS, random_layout
 
 fuzz = settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

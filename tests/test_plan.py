@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forktree.layout import TreeLayout
-from forktree.plan import CONTIGUOUS, CPU, LAST, LIVE, PARTIAL, ROW, START, STOP, TOKEN, Target, check_plan
+from forktree.plan import CONTIGUOUS, LAST, LIVE, PARTIAL, ROW, START, STOP, TOKEN, check_plan
+from forktree.target import CPU, Target
 from layouts import KINDS, random_layout, shared_prompt
 
 planning = importlib.import_module("forktree.plan")  # the package may export the function by this name

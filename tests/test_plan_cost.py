@@ -7,7 +7,8 @@ import numpy as np
 
 from forktree import _core
 from forktree.layout import TreeLayout
-from forktree.plan import NODE, PARTIAL, ROW_HI, ROW_LO, START, Target, plan
+from forktree.plan import NODE, PARTIAL, ROW_HI, ROW_LO, START, plan
+from forktree.target import Target
 
 DIM = 8
 
@@ -18,17 +19,17 @@ class Model:
     heads: int  # KV heads
     group: int
 
-    def lanes(self, rows):
-        return -(-rows * self.group // self.target.lanes) * self.target.lanes
+    def lane_groups(self, rows):
+        return -(-rows * self.group // self.target.lanes)
 
     def segment(self, rows, tokens, again):
         t = self.target
         read = 4 * DIM * ((tokens - again) * t.memory + again * t.cache)
-        math = tokens * self.lanes(rows) * (2 * DIM * t.mac + t.exp)
-        return max(read, math) + -(-tokens // 64) * self.lanes(rows) * DIM * t.segment
+        math = tokens * self.lane_groups(rows) * (2 * DIM * t.mac + t.exp)
+        return max(read, math) + -(-tokens // 64) * self.lane_groups(rows) * DIM * t.segment
 
     def item(self, rows, partial=False):
-        start = self.target.item + self.lanes(rows) * DIM * self.target.segment
+        start = self.target.item + self.lane_groups(rows) * DIM * self.target.segment
         return start + partial * rows * self.group * (DIM + 2) * 4 * self.target.partial
 
     def time(self, costs):
@@ -119,17 +120,18 @@ def tiny_tree(rng):
 
 
 def random_model(rng):
+    lanes = int(rng.choice([1, 2, 4]))
     target = Target(
         units=int(rng.integers(1, 9)),
         heads_per_item=1,
-        lanes=int(rng.choice([1, 2, 4])),
+        lanes=lanes,
         max_lanes=1000,
         memory=int(rng.choice([10, 100])),
         cache=int(rng.choice([3, 10])),
-        mac=int(rng.choice([1, 10])),
-        exp=int(rng.choice([0, 200])),
+        mac=lanes * int(rng.choice([1, 10])),
+        exp=lanes * int(rng.choice([0, 200])),
         partial=int(rng.choice([1, 10, 60])),
-        segment=int(rng.choice([1, 50])),
+        segment=lanes * int(rng.choice([1, 50])),
         item=int(rng.choice([1000, 100_000])),
         grain=0,
     )

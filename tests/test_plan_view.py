@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forktree import _core
-from forktree.plan import CPU, HEADER, LIVE, plan
+from forktree.plan import HEADER, LIVE, plan
+from forktree.target import CPU
 from layouts import KINDS, random_layout, shared_prompt
 
 HEADS = dict(num_qo_heads=4, num_kv_heads=2, head_dim=8)
@@ -21,7 +22,7 @@ def walk(buffer):
     clears = int(buffer[13])
     assert buffer.min(initial=0) >= -(2**31)
     sizes = [5 * items, 8 * segs, tokens + 1, partials, clears, 6 * rows, nodes, rows, words]
-    item, seg, indptr, merge, clear, row, node_len, row_pos, _ = np.split(buffer[HEADER:], np.cumsum(sizes)[:-1])
+    item, seg, indptr, merge, _, row, node_len, row_pos, _ = np.split(buffer[HEADER:], np.cumsum(sizes)[:-1])
     item, seg, row = item.reshape(-1, 5), seg.reshape(-1, 8), row.reshape(-1, 6)
 
     def within(index, size):

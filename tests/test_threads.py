@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from forktree import ops
-from forktree.plan import CPU, plan
+from forktree.plan import plan
+from forktree.target import CPU
 from layouts import shared_prompt
 
 

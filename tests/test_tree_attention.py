@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from forktree import _core, ops
 from forktree.layout import TreeLayout
-from forktree.ops import reference
-from forktree.plan import CPU, plan
+from forktree.ops import choice, reference
+from forktree.plan import plan
+from forktree.target import CPU
 from layouts import KINDS, Case, chunk, naive_attention, random_layout, shared_prompt
 
 executor = importlib.import_module("forktree.ops.torch_backend.tree_attention")
@@ -307,13 +308,27 @@ def test_bad_input_is_refused_by_name(change, message):
         ops.tree_attention(**arguments)
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda", "fast"])
-def test_an_absent_backend_says_why(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("fast", "there is no such backend"),
+        ("triton", "Triton is not installed"),
+        ("triton", "there is no GPU"),
+        ("cuda", "the core was built without CUDA"),
+    ],
+)
+def test_an_absent_backend_says_why(name, why, monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", name)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_core, "build", {})
+    if "installed" in why:
+        monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    choice.missing.cache_clear()
     case = random_layout(0)
-    why = "there is no such backend" if name == "fast" else "not part of this build"
-    with pytest.raises(ValueError, match=f"FORKTREE_BACKEND={name}: .*{why}; available: reference, torch"):
+    with pytest.raises(ValueError, match=f"FORKTREE_BACKEND={name}: {why}.*; available: reference, torch, cpu$"):
         attend(case, *tensors(case))
+    choice.missing.cache_clear()
 
 
 DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # tolerance on outputs of size 1

@@ -10,6 +10,8 @@ class Build(TypedDict):
     flags: str
     isas: str
     openmp: bool
+    cuda: str  # architectures it has kernels for, "emulated" or ""
+    why_no_cuda: str
 
 build: Build
 
@@ -95,6 +97,7 @@ def tree_attention(
     out: int,
     lse: int,
     num_tokens: int,
+    max_partials: int,
     threads: int,
     /,
 ) -> None: ...

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 import forktree
-from forktree import _core, ops
+from forktree import _core
 from forktree.errors import InvalidInput
+from forktree.ops.choice import BACKENDS, available, missing
 
 
 def describe() -> dict[str, Any]:
@@ -66,21 +67,24 @@ def _isas() -> list[dict[str, Any]]:
         raise InvalidInput(str(error)) from None
     forced = os.environ.get("FORKTREE_ISA")
     rows = []
-    for name, missing in _core.isas():
-        why = missing
+    for name, why_not in _core.isas():
+        why = why_not
         if name == chosen:
             why = "FORKTREE_ISA names it" if forced else "the best of those that run here"
         built = name in _core.build["isas"].split()
-        rows.append({"name": name, "built": built, "runs": not missing, "chosen": name == chosen, "why": why})
+        rows.append({"name": name, "built": built, "runs": not why_not, "chosen": name == chosen, "why": why})
     return rows
 
 
 def _backends() -> list[dict[str, Any]]:
     forced = os.environ.get("FORKTREE_BACKEND")
-    if forced and forced not in ops.BACKENDS:
-        why = ops.ABSENT.get(forced, "there is no such backend")
-        raise InvalidInput(f"FORKTREE_BACKEND must be one of {', '.join(ops.BACKENDS)}, got {forced!r}: {why}")
-    present = [
-        {"name": n, "available": True, "why": "FORKTREE_BACKEND names it" if n == forced else ""} for n in ops.BACKENDS
+    if forced and (why := missing(forced)):
+        raise InvalidInput(f"FORKTREE_BACKEND must be one of {', '.join(available())}, got {forced!r}: {why}")
+    return [
+        {
+            "name": name,
+            "available": not missing(name),
+            "why": missing(name) or ("FORKTREE_BACKEND names it" if name == forced else ""),
+        }
+        for name in BACKENDS
     ]
-    return present + [{"name": name, "available": False, "why": why} for name, why in ops.ABSENT.items()]

@@ -23,7 +23,7 @@ The predicted time is that of all items spread over `Target.units`, or that of t
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.layout import Array, IntArray, TreeLayout
+from forktree.target import Target, target_for
 
 LIVE = TreeLayout.ALL  # stop of a segment that ends where its node does, also after growing
 
@@ -41,59 +42,6 @@ INDEX_BEGIN, START, STOP, NODE, ROW_LO, ROW_HI, POS, CONTIGUOUS = range(8)
 ROW, TOKEN, TIP, TAIL, LAST, MASK = range(6)
 HEADER = 16
 CLEARS = 13  # of the header
-
-
-@dataclass(frozen=True)
-class Target:
-    """What work costs, in picoseconds. A segment of r rows and t tokens costs, for each KV head,
-
-        max(bytes of K and V, multiply-adds and exponentials) + rescaled sums, once every 64 tokens,
-
-    bytes at 2 an element, arithmetic for r rows x heads of the group rounded up to full lanes.
-    """
-
-    units: int  # pieces of work that keep all workers busy; a constant, so bits do not depend on threads
-    heads_per_item: int  # KV heads of an item that are one piece of work
-    lanes: int  # packed rows (query row x head of its group) processed together
-    max_lanes: int  # packed rows an item may have
-    memory: int  # a byte of K or V read first
-    cache: int  # a byte read again by another item
-    mac: int  # a multiply-add, per (lane, token, element)
-    exp: int  # an exponential, per (lane, token)
-    partial: int  # a byte of a partial, written and merged
-    segment: int  # an element of the sums, per (lane, element)
-    item: int  # starting on an item
-    grain: int  # what costs less is not cut
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            least, most = (1, 1 << 16) if f.name in COUNTS else (0, 1 << 40 if f.name in TIMES else 1 << 20)
-            if not least <= value <= most:
-                raise ValueError(f"{f.name} must be in [{least}, {most}], got {value}")
-
-    @cached_property
-    def values(self) -> tuple[int, ...]:
-        """All fields, as `_core` wants them."""
-        return astuple(self)
-
-
-COUNTS = ("units", "heads_per_item", "lanes", "max_lanes")
-TIMES = ("item", "grain")
-CPU = Target(
-    units=16,
-    heads_per_item=1,
-    lanes=16,
-    max_lanes=1024,
-    memory=100,
-    cache=30,
-    mac=10,
-    exp=200,
-    partial=60,
-    segment=50,
-    item=500_000,
-    grain=100_000_000,
-)
 
 
 @dataclass(frozen=True)
@@ -144,10 +92,10 @@ class AttentionPlan:
         """The buffer and the layout's slot_index on a device, for kernels. On a GPU they arrive asynchronously."""
         tensors: tuple[Tensor, Tensor] | None = self.cache.get(device)
         if tensors is None:
-            host = (torch.from_numpy(x) for x in (self.buffer, np.ascontiguousarray(self.layout.slot_index)))
-            buffer, slots = (
-                host if device.type == "cpu" else (x.pin_memory().to(device, non_blocking=True) for x in host)
-            )
+            buffer = torch.from_numpy(self.buffer)
+            slots = torch.from_numpy(np.ascontiguousarray(self.layout.slot_index))
+            if device.type != "cpu":
+                buffer, slots = (x.pin_memory().to(device, non_blocking=True) for x in (buffer, slots))
             tensors = self.cache[device] = buffer, slots
         return tensors
 
@@ -224,7 +172,8 @@ def plan(
     """Decides who reads which tokens together, for all layers of one head shape and window.
 
     Args:
-        target: what work costs; default: `CPU`.
+        device: where it will be executed.
+        target: what work costs; default: that of the device.
         max_partials: rows of partials there may be; tokens with several rows need one for each.
         invariant: plan each root tree as if it were alone in the step, so that a row's bits do not depend on
             strangers. Costs balance where many trees are large, nothing where there is one.
@@ -238,7 +187,8 @@ def plan(
         raise ValueError(f"window must be in [1, 2**31) or None, got {window}")
     if max_partials is not None and max_partials < 0:
         raise ValueError(f"max_partials must be at least 0 or None, got {max_partials}")
-    target = target or CPU
+    if target is None:
+        target = target_for(torch.device(device), layout.num_rows * num_qo_heads // num_kv_heads)
     buffer = _core.plan(
         layout.slot_index,
         layout.node_begin,

@@ -2,16 +2,14 @@
 
 Letters: `T` tokens, `R` query rows, `Hq`/`Hk` query and KV heads, `G = Hq / Hk` (query head h reads KV head
 h // G), `Dk`/`Dv` head dims. Every function checks its arguments and hands over to a backend: `reference`
-(dense, the specification), `torch` (any device) or `cpu` (compiled; fp32, bf16 and fp16). `FORKTREE_BACKEND` names
-one; else device and dtype choose.
+(dense, the specification), `torch` (any device), or `cpu`, `triton` and `cuda` (compiled; fp32, bf16 and fp16).
+`FORKTREE_BACKEND` names one; else `forktree.ops.choice` decides.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
-from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -28,20 +26,12 @@ from forktree.ops.checks import (
     check_slots,
     check_tree_attention,
 )
-from forktree.ops.cpu.dtypes import DTYPES
+from forktree.ops.choice import available, choose, load, missing
 from forktree.plan import AttentionPlan
 
 __all__ = ["append_kv", "merge_states", "rotate_rows", "tree_attention"]
 
-BACKENDS = {
-    "reference": "forktree.ops.reference",
-    "torch": "forktree.ops.torch_backend",
-    "cpu": "forktree.ops.cpu",
-}
-ABSENT = {
-    "triton": "the Triton kernels are not part of this build",
-    "cuda": "the CUDA kernels are not part of this build",
-}
+CHECK_HERE = ("reference", "torch")  # the compiled backends check their arguments themselves
 
 
 def tree_attention(
@@ -75,8 +65,8 @@ def tree_attention(
     Math is done in fp32, for fp64 inputs in fp64. Raises ValueError on any mismatch before computing
     anything.
     """
-    backend = _backend(q)
-    if backend != "cpu":
+    backend = choose("tree_attention", q, k_slots, v_slots)
+    if backend in CHECK_HERE:
         check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
     if not torch.compiler.is_compiling():
         _check_plan(q, k_slots, plan)
@@ -106,8 +96,8 @@ def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Ten
     Raises ValueError on any mismatch before anything is written. Slot numbers are checked on the CPU only:
     elsewhere that would wait for the device.
     """
-    backend = _backend(k)
-    if backend != "cpu":
+    backend = choose("append_kv", k)
+    if backend in CHECK_HERE:
         check_append_kv(k, v, slots, k_slots, v_slots)
         if slots.is_cpu:
             check_slots(slots, k_slots.shape[0])
@@ -130,8 +120,8 @@ def rotate_rows(
     """
     if rotary_dim is None:
         rotary_dim = q.shape[-1] if q.ndim else 0
-    backend = _backend(q)
-    if backend != "cpu":
+    backend = choose("rotate_rows", q)
+    if backend in CHECK_HERE:
         check_rotate_rows(q, shift, inv_freq, rotary_dim)
     rotated: Tensor = _load(backend).rotate_rows(q, shift, inv_freq, interleaved=interleaved, rotary_dim=rotary_dim)
     return rotated
@@ -147,8 +137,8 @@ def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple
 
     Returns: out [T, Hq, Dv] in o's dtype, lse [T, Hq]. Nothing but empty states, or none, gives (0, -inf).
     """
-    backend = _backend(o)
-    if backend != "cpu":
+    backend = choose("merge_states", o)
+    if backend in CHECK_HERE:
         check_merge_states(o, lse, indptr, index)
         check_lists(indptr, index, o.shape[0])
     merged: tuple[Tensor, Tensor] = _load(backend).merge_states(o, lse, indptr, index)
@@ -160,35 +150,14 @@ def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple
 
 def check_settings() -> None:
     """Raises ValueError if FORKTREE_BACKEND or FORKTREE_ISA names what is not there."""
-    if name := os.environ.get("FORKTREE_BACKEND"):
-        _load(name)
+    name = os.environ.get("FORKTREE_BACKEND")
+    if name and (why := missing(name)):
+        raise ValueError(f"FORKTREE_BACKEND={name}: {why}; available: {', '.join(available())}")
     _core.isa()
 
 
-def _backend(x: Tensor) -> str:
-    """Name of the backend for x. The operations of `cpu` check their arguments themselves."""
-    name = os.environ.get("FORKTREE_BACKEND")
-    compiled = x.is_cpu and x.dtype in DTYPES
-    if not name:
-        return "cpu" if compiled else "torch"
-    if name == "cpu" and not compiled:
-        raise ValueError(
-            f"FORKTREE_BACKEND=cpu is for fp32, bf16 and fp16 tensors on the CPU, got {x.dtype} on {x.device}: "
-            f"leave it to the torch backend"
-        )
-    return name
-
-
 def _load(name: str) -> ModuleType:
-    return cpu if name == "cpu" else _import(name)  # torch.compile does not trace imports
-
-
-@lru_cache
-def _import(name: str) -> ModuleType:
-    if name in BACKENDS:
-        return importlib.import_module(BACKENDS[name])
-    why = ABSENT.get(name, "there is no such backend")
-    raise ValueError(f"FORKTREE_BACKEND={name}: {why}; available: {', '.join(BACKENDS)}")
+    return cpu if name == "cpu" else load(name)  # torch.compile does not trace imports
 
 
 def _check_plan(q: Tensor, k_slots: Tensor, plan: AttentionPlan) -> None:

@@ -5,6 +5,9 @@ They check their arguments themselves. Defined through `torch.library.Library`, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake
@@ -16,21 +19,33 @@ from forktree.ops.checks import (
     check_rotate_rows,
     check_tree_attention,
 )
-from forktree.ops.cpu.append_kv import launch as append_kv
-from forktree.ops.cpu.merge_states import launch as merge_states
-from forktree.ops.cpu.rotate_rows import launch as rotate_rows
-from forktree.ops.cpu.tree_attention import launch as tree_attention
+from forktree.ops.choice import choose, launcher
 
 LIBRARY = Library("forktree", "DEF")  # the operations live as long as this object
 
-for schema, launch in {
-    "append_kv(Tensor k, Tensor v, Tensor slots, Tensor(a!) k_slots, Tensor(b!) v_slots) -> ()": append_kv,
-    "rotate_rows(Tensor q, Tensor shift, Tensor inv_freq, bool interleaved, int rotary_dim) -> Tensor": rotate_rows,
-    "merge_states(Tensor o, Tensor lse, Tensor indptr, Tensor index) -> (Tensor, Tensor)": merge_states,
+SCHEMAS = (
+    "append_kv(Tensor k, Tensor v, Tensor slots, Tensor(a!) k_slots, Tensor(b!) v_slots) -> ()",
+    "rotate_rows(Tensor q, Tensor shift, Tensor inv_freq, bool interleaved, int rotary_dim) -> Tensor",
+    "merge_states(Tensor o, Tensor lse, Tensor indptr, Tensor index) -> (Tensor, Tensor)",
     "tree_attention(Tensor q, Tensor k_slots, Tensor v_slots, Tensor plan, Tensor slot_index, int num_tokens, "
-    "int max_partials, float scale, float softcap, Tensor? sinks, Tensor? alibi_slopes) -> (Tensor, Tensor)": tree_attention,
-}.items():
-    LIBRARY.impl(LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,)), launch, "CPU")
+    "int max_partials, float scale, float softcap, Tensor? sinks, Tensor? alibi_slopes) -> (Tensor, Tensor)",
+)
+
+
+def _implementation(operation: str) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        backend = choose(operation, *arguments)
+        if backend in ("reference", "torch"):  # follow plan objects
+            backend = "cpu" if arguments[0].is_cpu else "triton"
+        return launcher(backend, operation)(*arguments)
+
+    return call
+
+
+for schema in SCHEMAS:
+    name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, _implementation(name), key)
 
 
 @register_fake("forktree::append_kv", lib=LIBRARY)
