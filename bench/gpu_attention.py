@@ -3,9 +3,9 @@
     python bench/gpu_attention.py --out attention.json
     python bench/gpu_attention.py --dry-run --out /tmp/attention.json    # tiny trees on the CPU: proves the script only
 
-Sides: `forktree` as it chooses by itself, then held to each of its backends, and `baselines.py`. All are interleaved;
-the L2 cache holds nothing of them; launching is hidden behind work that keeps the GPU busy. Every side's result is
-compared with an fp32 computation before it is timed.
+Sides: `forktree` as it chooses by itself; held to each of its backends, on plans for narrow and for wide steps
+(`forktree.target`); and `baselines.py`. All are interleaved; the L2 cache holds nothing of them; launching is hidden
+behind work that keeps the GPU busy. Every side's result is compared with an fp32 computation before it is timed.
 
 Planning is not in those times. It is done once a tree for all layers; here one layer bears all of it. `included`: a
 plan for every step. `amortised`: a plan for as many steps as it serves, all rows growing by a token a step until the
@@ -31,8 +31,9 @@ from rich.table import Table
 from torch import Tensor
 from workloads import EXTENT, FIVE, STARS, Tree, layout, levels, slots, star, trace
 
-from forktree import ops
-from forktree.plan import plan
+from forktree import TreeLayout, ops
+from forktree.plan import AttentionPlan, plan
+from forktree.target import Target, multiprocessors, narrow_gpu, wide_gpu
 
 HEADS = (32, 8, 128)
 TOLERANCE = 0.02  # of the largest output
@@ -58,30 +59,38 @@ def backend(name: str) -> Iterator[None]:
 
 def ours(p: Problem, names: list[str]) -> tuple[dict[str, Side], dict[str, float]]:
     """forktree's sides, and what planning costs: microseconds of a plan, of growing it, and steps it serves."""
-    heads, kv_heads, dim = p.q.shape[1], p.k_slots.shape[1], p.q.shape[2]
-    made = partial(plan, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim, device=p.device)
     tree = layout(p.tree, p.slot_of)
-    chosen = made(tree)
-
-    def attend(name: str) -> Tensor:
-        with backend(name):
-            out = ops.tree_attention(p.q, p.k_slots, p.v_slots, chosen)
-        assert isinstance(out, Tensor)
-        return out
-
-    found = {f"forktree {name}".strip(): Side(partial(attend, name)) for name in ("", *names)}
+    device, sms = p.q.device, multiprocessors(p.q.device)
+    chosen = made_for(p, tree)
+    found = {"forktree": Side(partial(attend, p, chosen, ""))}
+    for kind, target in (("narrow", narrow_gpu(sms)), ("wide", wide_gpu(sms))):
+        held = made_for(p, tree, target)
+        found |= {f"forktree {name} {kind}": Side(partial(attend, p, held, name)) for name in names}
     costs = dict(
-        plan_us=host_us(lambda: made(tree).on(p.q.device)),
-        grow_us=host_us(lambda: chosen.grow(tree.node_len, tree.row_pos).on(p.q.device)),
+        plan_us=host_us(lambda: made_for(p, tree).on(device)),
+        grow_us=host_us(lambda: chosen.grow(tree.node_len, tree.row_pos).on(device)),
         steps=max(1, p.tree.distinct // 4 // len(p.tree.rows)),
     )
     return found, costs
 
 
+def made_for(p: Problem, tree: TreeLayout, target: Target | None = None) -> AttentionPlan:
+    """A plan for the problem's heads and device."""
+    heads = dict(num_qo_heads=p.q.shape[1], num_kv_heads=p.k_slots.shape[1], head_dim=p.q.shape[2])
+    return plan(tree, **heads, device=p.q.device, target=target)
+
+
+def attend(p: Problem, made: AttentionPlan, name: str) -> Tensor:
+    """By the backend of that name."""
+    with backend(name):
+        out = ops.tree_attention(p.q, p.k_slots, p.v_slots, made)
+    assert isinstance(out, Tensor)
+    return out
+
+
 def check(p: Problem, made: dict[str, Side]) -> tuple[dict[str, float], dict[str, str]]:
     """Largest errors of the sides that are right, in parts of the largest output; and what is wrong with the others."""
-    tree = plan(layout(p.tree, p.slot_of), num_qo_heads=p.q.shape[1], num_kv_heads=p.k_slots.shape[1],
-                head_dim=p.q.shape[2], device=p.device)  # fmt: skip
+    tree = made_for(p, layout(p.tree, p.slot_of))
     with backend("torch"):
         expected = ops.tree_attention(p.q.float(), p.k_slots.float(), p.v_slots.float(), tree)
     assert isinstance(expected, Tensor)
@@ -101,8 +110,7 @@ def check(p: Problem, made: dict[str, Side]) -> tuple[dict[str, float], dict[str
 
 def measured(tree: Tree, watch: Stopwatch, rates: dict[str, float], args: Any, leave_out: dict[str, str]) -> Any:
     """The report of one case."""
-    heads, kv_heads, dim = args.heads
-    p = problem(tree, slots(tree, EXTENT), heads, kv_heads, dim, watch.device)
+    p = problem(tree, slots(tree, EXTENT), *args.heads, watch.device)
     mine, planning = ours(p, args.backends)
     others, absent = sides(p, leave_out)
     made = mine | others
@@ -112,13 +120,13 @@ def measured(tree: Tree, watch: Stopwatch, rates: dict[str, float], args: Any, l
     for name, us in times.items():
         prepare = made[name].plan
         found[name] = summary(us) | dict(error=errors[name])
-        if name in mine:
+        if name == "forktree":
             median, steps = found[name]["median_us"], planning["steps"]
             shared = (planning["plan_us"] + (steps - 1) * planning["grow_us"]) / steps
             found[name] |= dict(included_us=median + planning["plan_us"], amortised_us=median + shared)
         elif prepare is not None:
             found[name] |= dict(plan_us=host_us(_waited(prepare, watch), 3))
-    least = floor(tree, heads, kv_heads, dim, p.q.element_size())
+    least = floor(tree, *args.heads, p.q.element_size())
     floors = least.us(rates)
     medians = {name: side["median_us"] for name, side in found.items()}
     return dict(
@@ -129,7 +137,7 @@ def measured(tree: Tree, watch: Stopwatch, rates: dict[str, float], args: Any, l
         attended=tree.attended,
         bytes=least.bytes,
         flops=least.flops,
-        partial_bytes_unfolded=partial_bytes(tree, heads, dim),
+        partial_bytes_unfolded=partial_bytes(tree, args.heads[0], args.heads[2]),
         floor_us=floors,
         planning=planning,
         sides=found,
@@ -164,14 +172,15 @@ def _waited(call: Call, watch: Stopwatch) -> Call:
     return run
 
 
-def show(report: dict[str, Any]) -> None:
-    """Prints a table: us, and how many of the targets are met."""
+def show(report: dict[str, Any], backends: list[str]) -> None:
+    """Prints a table: us, that of each backend on the plan it is faster with, and how many of the targets are met."""
     table = Table(title="attention of one layer, us: median")
-    for column in ("", "floor", "limit", "forktree", "triton", "cuda", "best baseline", "", "targets met"):
+    for column in ("", "floor", "limit", "forktree", *backends, "best baseline", "", "targets met"):
         table.add_column(column, justify="right")
 
     def us(case: dict[str, Any], name: str) -> str:
-        return f"{case['sides'][name]['median_us']:.1f}" if name in case["sides"] else "-"
+        times = [side["median_us"] for found, side in case["sides"].items() if found.startswith(name)]
+        return f"{min(times):.1f}" if times else "-"
 
     for name, case in report["cases"].items():
         limit = max(case["floor_us"], key=case["floor_us"].get)
@@ -182,8 +191,9 @@ def show(report: dict[str, Any]) -> None:
             name,
             f"{case['floor_us'][limit]:.1f}",
             limit,
-            *(us(case, side) for side in ("forktree", "forktree triton", "forktree cuda")),
-            us(case, best),
+            f"{case['sides']['forktree']['median_us']:.1f}" if "forktree" in case["sides"] else "-",
+            *(us(case, f"forktree {name}") for name in backends),
+            f"{others[best]:.1f}" if best else "-",
             best,
             f"{sum(a['met'] for a in aims)} of {len(aims)}",
         )
@@ -229,13 +239,18 @@ def main() -> None:
             report.setdefault("left_out_for_time", []).append(name)
             continue
         slow = {} if name in COMPILED or args.dry_run else {"flex": "compiled for other cases only: it takes seconds"}
-        report["cases"][name] = measured(tree, watch, rates, args, slow | leave_out)
+        try:
+            report["cases"][name] = measured(tree, watch, rates, args, slow | leave_out)
+        except Exception as error:  # the cases that follow are measured all the same
+            report.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"[:400]
         if device == "cuda":
             torch.cuda.empty_cache()
         write()
     report["slots"] = scattered(TINY["3 branches"] if args.dry_run else SLOTS_TREE, watch, args)
     write()
-    show(report)
+    show(report, args.backends)
+    if "failed" in report:
+        raise SystemExit(f"failed: {report['failed']}")
 
 
 if __name__ == "__main__":
