@@ -7,7 +7,6 @@ why (`Absent`). None of them is charged for gathering keys and values into the f
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from workloads import Tree, slots, star
@@ -319,7 +319,7 @@ def main() -> None:
             report[name] = time.perf_counter() - began
         except Exception as error:
             report[name] = str(error) if isinstance(error, Absent) else f"{type(error).__name__}: {error}"[:400]
-        args.report.write_text(json.dumps(report, indent=1) + "\n")
+        write(args.report, report)
         print(f"{name}: {report[name]}", flush=True)
 
 

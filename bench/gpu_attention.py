@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from baselines import Problem, Side, problem, sides
 from floors import floor, partial_bytes, targets
-from measure import Call, Stopwatch, about, ceilings, gpu, host_us, summary
+from measure import Call, Stopwatch, about, ceilings, gpu, host_us, summary, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -229,11 +229,11 @@ def main() -> None:
     watch = Stopwatch(device)
     report: dict[str, Any] = dict(about=about(device), heads=args.heads, dtype="bf16", ceilings=rates, cases={})
 
-    def write() -> None:
+    def keep() -> None:
         report["gpu_after"] = gpu()
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        write(args.out, report)
 
-    write()
+    keep()
     for name, tree in cases.items():
         if time.perf_counter() - began > args.seconds:
             report.setdefault("left_out_for_time", []).append(name)
@@ -245,9 +245,9 @@ def main() -> None:
             report.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"[:400]
         if device == "cuda":
             torch.cuda.empty_cache()
-        write()
+        keep()
     report["slots"] = scattered(TINY["3 branches"] if args.dry_run else SLOTS_TREE, watch, args)
-    write()
+    keep()
     show(report, args.backends)
     if "failed" in report:
         raise SystemExit(f"failed: {report['failed']}")

@@ -10,7 +10,6 @@ Its floor: all weights read once at copy bandwidth, plus the floor of attention 
 """
 
 import argparse
-import json
 import statistics
 import time
 from argparse import Namespace
@@ -23,7 +22,7 @@ import torch
 from decode import Case, build
 from decode import sides as search_sides
 from floors import floor
-from measure import about, ceilings, gpu, summary
+from measure import about, ceilings, gpu, summary, write
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -155,16 +154,16 @@ def main() -> None:
     model = build(shape, args.device)
     report: dict[str, Any] = dict(about=about(args.device), shape=shape, branches=args.width, prompts={})
 
-    def write() -> None:
+    def keep() -> None:
         report["gpu_after"] = gpu()
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        write(args.out, report)
 
     for prompt in prompts:
         report["prompts"][str(prompt)] = dict(step=measured_steps(model, prompt, args, rates))
-        write()
+        keep()
     for prompt in prompts:
         report["prompts"][str(prompt)]["search"] = measured_search(model, prompt, args)
-        write()
+        keep()
     show(report)
 
 

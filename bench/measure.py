@@ -1,5 +1,6 @@
 """Measuring: calls in turns with cold caches, what the machine does at best, and what a report says of its run."""
 
+import json
 import os
 import platform
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,6 +121,13 @@ def about(device: str) -> dict[str, Any]:
             for name in ("torch", "triton", "transformers", "numpy", "flashinfer-python", "xformers")
         },
     )
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """All of a report or, if the process is killed, the one before."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(report, indent=1) + "\n")
+    new.replace(path)
 
 
 def gpu() -> dict[str, str]:
