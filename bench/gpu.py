@@ -146,7 +146,7 @@ def sanitizers(command: list[str]) -> list[Step]:
             options = ["--tool", check, "--error-exitcode", "3"]
             steps.append(
                 Step(
-                    f"{check} {backend}",
+                    f"{check}-{backend}",
                     [tool or "compute-sanitizer", *options, *command],
                     45,
                     dict(FORKTREE_BACKEND=backend, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
@@ -166,11 +166,11 @@ def dry_steps(folder: Path, runner: Runner) -> None:
     attention = ["bench/gpu_attention.py", "--dry-run", "--out", f"{out}/attention.json", "--warm", f"{out}/warm.json"]
     runner.run(Step("attention", [python, *attention], 60))
     runner.run(Step("decode", [python, "bench/gpu_decode.py", "--dry-run", "--out", f"{out}/decode.json"], 90))
-    runner.run(Step("small case", [python, "bench/small_case.py", "--device", "cpu"], 60))
+    runner.run(Step("small-case", [python, "bench/small_case.py", "--device", "cpu"], 60))
 
 
 def deliver(runner: Runner, about: dict[str, Any], target: Path, out: str | None) -> None:
-    """Writes the report: what ran, and what each benchmark wrote, complete or not. A copy, and the logs, go to `out`."""
+    """Writes the report: what ran, and what each benchmark wrote. A copy, and the logs, go to `out`."""
     report: dict[str, Any] = dict(about=about, seconds=round(time.monotonic() - runner.began, 1), steps=runner.results)
     for name in ("warm", "attention", "decode"):
         path = runner.folder / f"{name}.json"
