@@ -14,9 +14,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from measure import about, write
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +26,7 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "gpu"
 LIMIT = 550  # seconds for everything
+TAIL = 5000  # characters of a failed step's log that a report holds
 UNSUPPORTED = ("Device not supported", "no CUDA-capable device")  # what compute-sanitizer says where it cannot work
 
 
@@ -87,7 +90,7 @@ class Runner:
             timed_out = True
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        tail = self._log(step).read_text(errors="replace")[-3000:]
+        tail = self._log(step).read_text(errors="replace")[-TAIL:]
         result: dict[str, Any] = dict(rc=process.returncode, seconds=round(time.monotonic() - running.began, 1))
         if timed_out:
             result["timed_out"] = True
@@ -120,16 +123,18 @@ class Runner:
 def gpu_steps(folder: Path, runner: Runner) -> None:
     """All of them on a GPU, most important first. Baselines are compiled while the tests run."""
     python = [sys.executable]
-    bench = [sys.executable, "bench/"]
 
     def script(name: str, *arguments: str) -> list[str]:
-        return [bench[0], bench[1] + name, *arguments]
+        return [sys.executable, f"bench/{name}", *arguments]
 
     out = {name: str(folder / f"{name}.json") for name in ("warm", "attention", "decode")}
     build = ["setup.py", "-q", "build", "--build-base", str(BUILD), "--build-lib", str(BUILD / "lib")]
     runner.run(Step("build", python + build, 150))
     warm = runner.start(Step("warm", script("baselines.py", "--report", out["warm"]), 200))
-    runner.run(Step("tests", [*python, "-P", "-m", "pytest", "-q", "-m", "gpu", "--durations=8", "tests"], 200))
+    options = ["-q", "-rfE", "-m", "gpu", "--durations=8"]
+    options += ["-n", "8"] if find_spec("xdist") else []  # Triton compiles many instances
+    options += ["--timeout", "100"] if find_spec("pytest_timeout") else []
+    runner.run(Step("tests", [*python, "-P", "-m", "pytest", *options, "tests"], 210))
     runner.finish(warm)
     runner.run(Step("attention", script("gpu_attention.py", "--out", out["attention"], "--warm", out["warm"]), 170))
     runner.run(Step("decode", script("gpu_decode.py", "--out", out["decode"]), 110))
@@ -203,6 +208,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="everything on the CPU, tiny; writes no result file")
     dry = parser.parse_args().dry_run
+    if not dry and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU that this torch can use; --dry-run needs none")
     folder = BUILD / ("dry" if dry else "run")
     shutil.rmtree(folder, ignore_errors=True)
     package = "python" if dry else str(BUILD / "lib")

@@ -66,7 +66,7 @@ def test_searches_side_by_side_equal_those_alone() -> None:
 @pytest.mark.parametrize("name", test_models.CONFIGS)
 @torch.no_grad()
 def test_a_model_on_the_gpu_equals_itself_on_the_cpu(name: str) -> None:
-    """Random trees through prefill, forks and steps of several tokens, in fp32; by captured graphs if at all possible."""
+    """Random trees through prefill, forks and steps of several tokens, in fp32; by captured graphs where possible."""
     model = test_models.tiny(name)
     cpu = Runner(attach(model), num_slots=test_models.NUM_SLOTS)
     gpu = Runner(attach(test_models.tiny(name).to(DEVICE)), num_slots=test_models.NUM_SLOTS)
