@@ -231,6 +231,7 @@ def _workspace(device: str) -> Tensor:
 def xformers_tree(p: Problem) -> Side:
     """Its tree_attention: the first node as prefix, all others as one block under a dense bias."""
     _imported("xformers.ops", p)
+    from xformers.ops.fmha import triton_splitk
     from xformers.ops.fmha.attn_bias import BlockDiagonalPaddedKeysMask
     from xformers.ops.tree_attention import tree_attention
 
@@ -253,7 +254,7 @@ def xformers_tree(p: Problem) -> Side:
 
     prefix = plan()
     parts = k[:, prompt:], v[:, prompt:], k[:, :prompt], v[:, :prompt]
-    return Side(lambda: tree_attention(q, *parts, bias, prefix)[0], plan)
+    return Side(lambda: tree_attention(q, *parts, bias, prefix, prefix_op=triton_splitk.FwOp)[0], plan)
 
 
 def _imported(module: str, p: Problem) -> Any:
