@@ -165,7 +165,7 @@ def sanitizers(command: list[str]) -> list[Step]:
 def dry_steps(folder: Path, runner: Runner) -> None:
     """The same scripts on the CPU, on tiny sizes, with the core that is there; the tests are only collected."""
     python, out = sys.executable, str(folder)
-    collect = ["-P", "-m", "pytest", "-q", "-m", "gpu", "--collect-only", "tests/test_gpu.py"]
+    collect = ["-P", "-m", "pytest", "-q", "-m", "gpu", "--collect-only", "tests/test_gpu.py", "tests/test_gpu_ops.py"]
     runner.run(Step("warm", [python, "bench/baselines.py", "--device", "cpu", "--report", f"{out}/warm.json"], 60))
     runner.run(Step("tests", [python, *collect], 60))
     attention = ["bench/gpu_attention.py", "--dry-run", "--out", f"{out}/attention.json", "--warm", f"{out}/warm.json"]
