@@ -40,21 +40,26 @@ class CudaGraphs:
     def capture(self, function: Function) -> tuple[Callable[[], None], Tensor]:
         now = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(now)
+        try:
+            with torch.cuda.stream(self._stream):
+                with NoHostReads():
+                    function()
+                function()  # loads kernels and allocates what they keep, neither of which may happen while capturing
+                return self._record(function)
+        finally:
+            now.wait_stream(self._stream)
+
+    def _record(self, function: Function) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            with NoHostReads():
-                function()
-            function()  # loads kernels and allocates what they keep, neither of which may happen while capturing
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads go on
-            try:
-                result = function()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # it would only say that the capture failed
-                    graph.capture_end()
-                raise
-            graph.capture_end()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads go on
+        try:
+            result = function()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # it would only say that the capture failed
+                graph.capture_end()
+            raise
+        graph.capture_end()
         self._newest = graph
-        now.wait_stream(self._stream)
         return graph.replay, result
 
     def mark(self) -> Event:
