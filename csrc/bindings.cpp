@@ -9,6 +9,7 @@
 #include "plan.hpp"
 #include "rotate_rows.hpp"
 #include "tree_attention.hpp"
+#include "tree_attention_gpu.hpp"
 
 namespace py = pybind11;
 
@@ -70,6 +71,34 @@ void tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_s
     forktree::tree_attention(
         call, {at<int32_t>(plan), plan_size, rows, num_tokens, max_partials, num_slots, slot_index_size}, threads);
 }
+
+#ifdef FORKTREE_CUDA
+void cuda_tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_stride, int32_t num_qo_heads,
+                         int32_t head_dim, Address k, Address v, int32_t num_kv_heads, Address plan, Address slot_index,
+                         float scale, float softcap, Address sinks, Address alibi_slopes, Address out, Address lse,
+                         int32_t num_tokens, Address partials, int64_t max_partials, Address counters, int device,
+                         Address stream) {
+    forktree::GpuAttention call{};
+    call.q = at<void>(q);
+    call.q_row_stride = q_row_stride;
+    call.q_head_stride = q_head_stride;
+    call.k = at<void>(k);
+    call.v = at<void>(v);
+    call.num_qo_heads = num_qo_heads;
+    call.num_kv_heads = num_kv_heads;
+    call.num_tokens = num_tokens;
+    call.plan = at<int32_t>(plan);
+    call.slot_index = at<int32_t>(slot_index);
+    call.scale = scale;
+    call.softcap = softcap;
+    call.sinks = at<float>(sinks);
+    call.alibi_slopes = at<float>(alibi_slopes);
+    call.out = at<void>(out);
+    call.lse = at<float>(lse);
+    call.counters = at<int32_t>(counters);
+    forktree::gpu_tree_attention(dtype, head_dim, max_partials, at<float>(partials), call, {device, at<void>(stream)});
+}
+#endif
 
 using Ints = py::array_t<int32_t, py::array::c_style>;
 using Words = py::array_t<uint32_t, py::array::c_style>;
@@ -143,6 +172,9 @@ PYBIND11_MODULE(_core, m) {
     m.def("rotate_rows", &rotate_rows, Unlocked());
     m.def("merge_states", &merge_states, Unlocked());
     m.def("tree_attention", &tree_attention, Unlocked());
+#ifdef FORKTREE_CUDA
+    m.def("cuda_tree_attention", &cuda_tree_attention, py::call_guard<py::gil_scoped_release>());
+#endif
     m.def("plan", &plan);
     m.def("plan_count", &plan_count, py::arg("buffer"), py::arg("target"));
     m.def(

@@ -13,7 +13,7 @@ void check_aligned(const char* name, const void* address) {
 }
 
 template <class T>
-void launch_dim(int32_t head_dim, const GpuAttention& call, bool biased, void* stream) {
+void launch_dim(int32_t head_dim, const GpuAttention& call, bool biased, GpuStream stream) {
     switch (head_dim) {
         case 64: return launch_attention<T, 64>(call, biased, stream);
         case 96: return launch_attention<T, 96>(call, biased, stream);
@@ -26,7 +26,7 @@ void launch_dim(int32_t head_dim, const GpuAttention& call, bool biased, void* s
 }  // namespace
 
 void gpu_tree_attention(int dtype, int32_t head_dim, int64_t max_partials, float* partials, GpuAttention call,
-                        void* stream) {
+                        GpuStream stream) {
     check_aligned("q", call.q);
     check_aligned("k_slots", call.k);
     check_aligned("v_slots", call.v);

@@ -33,14 +33,19 @@ struct GpuAttention {
     int32_t* counters;          // [num_tokens, Hk]: partials that are there; 0 between launches
 };
 
+struct GpuStream {
+    int device;  // the current one
+    void* stream;
+};
+
 // Runs the kernel of one element type and head dim, with as many blocks as the device holds. biased: softcap, ALiBi or
 // a scale that is not positive.
 template <class T, int D>
-void launch_attention(const GpuAttention& call, bool biased, void* stream);
+void launch_attention(const GpuAttention& call, bool biased, GpuStream stream);
 
-// The whole operation on device tensors; group and partials are filled in here. partials: [P, Hq, D + 2] fp32, room for
-// what the items leave. Throws std::invalid_argument, naming what does not fit.
+// The whole operation on device tensors; group and partials are filled in here. partials: [max_partials, Hq, D + 2]
+// fp32, room for what the items leave. Throws std::invalid_argument, naming what does not fit.
 void gpu_tree_attention(int dtype, int32_t head_dim, int64_t max_partials, float* partials, GpuAttention call,
-                        void* stream);
+                        GpuStream stream);
 
 }  // namespace forktree

@@ -6,6 +6,7 @@
 // has 16 rows and all tokens.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -757,11 +758,13 @@ FORKTREE_KERNEL void FORKTREE_BOUNDS(ATTENTION_THREADS, 2) kernel(const GpuAtten
 }  // namespace attention
 
 template <class T, int D>
-void launch_attention(const GpuAttention& call, bool biased, void* stream) {
+void launch_attention(const GpuAttention& call, bool biased, GpuStream stream) {
     const auto kernel = biased ? attention::kernel<T, D, true> : attention::kernel<T, D, false>;
-    constexpr int bytes = sizeof(attention::Shared<D>);
-    const int blocks = gpu::resident_blocks(kernel, ATTENTION_THREADS, bytes);
-    gpu::launch(kernel, blocks, ATTENTION_THREADS, bytes, stream, call);
+    constexpr int BYTES = sizeof(attention::Shared<D>), DEVICES = 64;
+    static std::atomic<int> known[2][DEVICES];  // resident blocks: asking takes longer than launching
+    std::atomic<int>& blocks = known[biased][stream.device % DEVICES];
+    if (!blocks) blocks = gpu::resident_blocks(kernel, ATTENTION_THREADS, BYTES);
+    gpu::launch(kernel, blocks.load(), ATTENTION_THREADS, BYTES, stream.stream, call);
 }
 
 }  // namespace forktree
