@@ -1,6 +1,6 @@
 """`forktree.ops.tree_attention` by `csrc/tree_attention.cu`: bf16 and fp16, Dk = Dv of 64, 96, 128 or 256."""
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -132,6 +132,6 @@ def _counters(device: torch.device, stream: int, size: int) -> Tensor:
     return _zeros(device, stream, max(1 << 16, 1 << (size - 1).bit_length()))
 
 
-@lru_cache(maxsize=None)  # never freed: captured graphs hold their addresses
+@cache  # never freed: captured graphs hold their addresses
 def _zeros(device: torch.device, stream: int, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
