@@ -71,6 +71,33 @@ void tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_s
         call, {at<int32_t>(plan), plan_size, rows, num_tokens, max_partials, num_slots, slot_index_size}, threads);
 }
 
+#if defined(FORKTREE_CUDA)
+
+void cuda_append_kv(int dtype, int64_t tokens, int64_t heads, int64_t num_slots, Address slots, bool wide, Address k,
+                    int64_t k_row_stride, int64_t k_head_stride, int64_t k_dim, Address k_slots, Address v,
+                    int64_t v_row_stride, int64_t v_head_stride, int64_t v_dim, Address v_slots, Address stream) {
+    forktree::cuda::append_kv(dtype, heads, num_slots, {at<void>(slots), wide, tokens},
+                              {at<void>(k), k_row_stride, k_head_stride, k_dim, at<void>(k_slots)},
+                              {at<void>(v), v_row_stride, v_head_stride, v_dim, at<void>(v_slots)}, at<void>(stream));
+}
+
+void cuda_rotate_rows(int dtype, Address q, int64_t row_stride, int64_t head_stride, int64_t rows, int64_t heads,
+                      int64_t dim, Address shift, bool wide, Address inv_freq, int64_t pairs, bool interleaved,
+                      Address out, Address stream) {
+    forktree::cuda::rotate_rows(dtype, at<void>(q), row_stride, head_stride, heads, dim, {at<void>(shift), wide, rows},
+                                {at<double>(inv_freq), pairs, interleaved}, at<void>(out), at<void>(stream));
+}
+
+void cuda_merge_states(int dtype, Address o, Address lse, int64_t states, int64_t heads, int64_t dim, Address indptr,
+                       bool indptr_wide, int64_t indptr_size, Address index, bool index_wide, int64_t index_size,
+                       Address out, Address total, Address stream) {
+    forktree::cuda::merge_states(dtype, at<void>(o), at<float>(lse), states, heads, dim,
+                                 {at<void>(indptr), indptr_wide, indptr_size}, {at<void>(index), index_wide, index_size},
+                                 at<void>(out), at<float>(total), at<void>(stream));
+}
+
+#endif
+
 using Ints = py::array_t<int32_t, py::array::c_style>;
 using Words = py::array_t<uint32_t, py::array::c_style>;
 using TargetTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
@@ -132,6 +159,8 @@ PYBIND11_MODULE(_core, m) {
 #else
     build["openmp"] = false;
 #endif
+    build["cuda"] = FORKTREE_CUDA_BUILT;
+    build["why_no_cuda"] = FORKTREE_WHY_NO_CUDA;
     m.attr("build") = build;
 
     m.def("isas", &forktree::isas);
@@ -143,6 +172,11 @@ PYBIND11_MODULE(_core, m) {
     m.def("rotate_rows", &rotate_rows, Unlocked());
     m.def("merge_states", &merge_states, Unlocked());
     m.def("tree_attention", &tree_attention, Unlocked());
+#if defined(FORKTREE_CUDA)
+    m.def("cuda_append_kv", &cuda_append_kv, Unlocked());
+    m.def("cuda_rotate_rows", &cuda_rotate_rows, Unlocked());
+    m.def("cuda_merge_states", &cuda_merge_states, Unlocked());
+#endif
     m.def("plan", &plan);
     m.def("plan_count", &plan_count, py::arg("buffer"), py::arg("target"));
     m.def(
