@@ -102,8 +102,9 @@ FORKTREE_DEVICE Chunk load16(const void* address) {
     return {{x.x, x.y, x.z, x.w}};
 }
 
+// A plain store of a uint4 becomes four where its parts were computed apart.
 FORKTREE_DEVICE void store16(void* address, Chunk x) {
-    *static_cast<uint4*>(address) = make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]);
+    __stcg(static_cast<uint4*>(address), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
 }
 
 FORKTREE_DEVICE float exp2(float x) {

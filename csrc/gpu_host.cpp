@@ -26,7 +26,7 @@
 #define FORKTREE_SANITIZED(statement)
 #endif
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__linux__)
 // swapcontext would save the signal mask, two system calls a switch; a switch of its own saves what a call must keep.
 extern "C" __attribute__((visibility("hidden"))) void forktree_switch(void** from, void* to);
 __asm__(

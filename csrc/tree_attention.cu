@@ -25,8 +25,8 @@ void launch_dim(int32_t head_dim, const GpuAttention& call, bool biased, GpuStre
 
 }  // namespace
 
-void gpu_tree_attention(int dtype, int32_t head_dim, int64_t max_partials, float* partials, GpuAttention call,
-                        GpuStream stream) {
+void cuda::tree_attention(int dtype, int32_t head_dim, int64_t max_partials, float* partials, GpuAttention call,
+                          GpuStream stream) {
     check_aligned("q", call.q);
     check_aligned("k_slots", call.k);
     check_aligned("v_slots", call.v);

@@ -45,7 +45,9 @@ void launch_attention(const GpuAttention& call, bool biased, GpuStream stream);
 
 // The whole operation on device tensors; group and partials are filled in here. partials: [max_partials, Hq, D + 2]
 // fp32, room for what the items leave. Throws std::invalid_argument, naming what does not fit.
-void gpu_tree_attention(int dtype, int32_t head_dim, int64_t max_partials, float* partials, GpuAttention call,
-                        GpuStream stream);
+namespace cuda {
+void tree_attention(int dtype, int32_t head_dim, int64_t max_partials, float* partials, GpuAttention call,
+                    GpuStream stream);
+}
 
 }  // namespace forktree
