@@ -170,7 +170,7 @@ def test_chunks(dim):
     compare(case, *tensors(case, 3, 1, dim, torch.float16), window=70, target=FINE)
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_layout_option_and_split(data):
     draw = data.draw
@@ -186,7 +186,7 @@ def test_any_layout_option_and_split(data):
         "alibi_slopes": draw(st.none() | st.just(torch.linspace(0.0, 0.1, heads))),
     }
     target = replace(CPU, units=draw(st.sampled_from([1, 16, 1000])), grain=draw(st.sampled_from([1, CPU.grain])))
-    case = random_layout(seed, kind, max_len=draw(st.sampled_from([9, 80])), room=draw(st.integers(0, 2)))
+    case = random_layout(seed, kind, max_len=draw(st.sampled_from([9, 150])), room=draw(st.integers(0, 2)))
     compare(case, *tensors(case, heads, kv_heads, dim, dtype, seed), target=target, **options)
 
 
