@@ -338,16 +338,17 @@ private:
 
     // Starts copying a tile of K or V. What is beyond the stream becomes 0: weights are 0 there, but 0 * NaN is NaN.
     FORKTREE_DEVICE void fetch(uint16_t* tile, const void* pool, int place) {
-        const T* const base = static_cast<const T*>(pool) + kv_head * D;
+        constexpr int AT_ONCE =
+            D == 96 ? 8 : ATTENTION_THREADS / CHUNKS;  // rows; with 96 a quarter of the threads rest
+        const int chunk = thread % CHUNKS, first = thread / CHUNKS, count = shared.count[place];
+        if (count == 0 || first >= AT_ONCE) return;
+        const T* const from = static_cast<const T*>(pool) + kv_head * D + 8 * chunk;
         const int64_t stride = int64_t(call.num_kv_heads) * D;
-        const int count = shared.count[place];
-        if (count == 0) return;
 #pragma unroll
-        for (int i = thread; i < COLUMNS * CHUNKS; i += ATTENTION_THREADS) {
-            const int row = i / CHUNKS, chunk = i % CHUNKS;
+        for (int i = 0; i < COLUMNS / AT_ONCE; ++i) {
+            const int row = first + AT_ONCE * i;
             const bool valid = row < count;
-            gpu::copy16(chunk_of(tile, row, chunk), base + (valid ? shared.slot[place][row] * stride + 8 * chunk : 0),
-                        valid);
+            gpu::copy16(chunk_of(tile, row, chunk), from + (valid ? shared.slot[place][row] * stride : 0), valid);
         }
     }
 
@@ -422,6 +423,7 @@ private:
             float top = -INF, mass = 0;
             for (int p = 0; p < parts; ++p) top = larger(top, shared.top[p * stride + m]);
             float weight[4];
+#pragma unroll
             for (int p = 0; p < 4; ++p) {
                 const bool some = p < parts && shared.top[p * stride + m] != -INF;
                 weight[p] = some ? gpu::exp2(shared.top[p * stride + m] - top) : 0.f;
@@ -431,7 +433,9 @@ private:
             const int head = kv_head * call.group + at % call.group;
             for (int d = 4 * lane; d < D; d += 128) {
                 float sum[4] = {};
-                for (int p = 0; p < parts; ++p) {
+#pragma unroll
+                for (int p = 0; p < 4; ++p) {
+                    if (p == parts) break;
                     const float* x = shared.sums() + (p * stride + m) * S::SUM_STRIDE + d;
                     for (int j = 0; j < 4; ++j) sum[j] += weight[p] * x[j];
                 }
