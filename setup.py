@@ -278,7 +278,9 @@ def write_rules(out: ninja_syntax.Writer, compiler: Compiler, cuda: Cuda, target
         out.build(name, "compile", str(CSRC / f"{source}.cpp"), variables={"flags": shell(flags)})
     linked = list(objects)
     if cuda.built:
-        out.rule("compile_cuda", f"{shell(cuda.command)} $flags -MD -MF $out.d -c $in -o $out", "$out.d", deps="gcc")
+        out.rule(
+            "compile_cuda", f"{shell(cuda.command)} $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc"
+        )
         for name, (source, flags) in CUDA.items():
             linked += out.build(
                 f"{name}.cu.o", "compile_cuda", str(CSRC / f"{source}.cu"), variables={"flags": shell(flags)}
