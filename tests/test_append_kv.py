@@ -1,10 +1,11 @@
 import pytest
 import torch
 
+from backends import BACKENDS
 from forktree import ops
 
 
-@pytest.fixture(params=["reference", "torch", "cpu"], autouse=True)
+@pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request, monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", request.param)
 

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
+from backends import BACKENDS, COMPILED
 from forktree import ops
 from forktree.ops import reference
 
 
-@pytest.fixture(params=["reference", "torch", "cpu"], autouse=True)
+@pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request, monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", request.param)
     return request.param
@@ -44,7 +45,7 @@ def test_equals_one_softmax_over_everything():
 
 
 def test_is_associative(backend):
-    _, _, o, lse = states([2, 3, 4], dtype=torch.float32 if backend == "cpu" else torch.float64)
+    _, _, o, lse = states([2, 3, 4], dtype=torch.float32 if backend in COMPILED else torch.float64)
     whole = merge(o, lse, [[0, 1, 2]])
     for pair, rest in (([0, 1], 2), ([1, 2], 0)):
         half = merge(o, lse, [pair])
