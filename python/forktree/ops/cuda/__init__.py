@@ -7,5 +7,6 @@ tensors' device. In a core built with FORKTREE_CUDA=emulate they take CPU tensor
 from forktree.ops.cuda.append_kv import append_kv
 from forktree.ops.cuda.merge_states import merge_states
 from forktree.ops.cuda.rotate_rows import rotate_rows
+from forktree.ops.cuda.tree_attention import tree_attention
 
-__all__ = ["append_kv", "merge_states", "rotate_rows"]
+__all__ = ["append_kv", "merge_states", "rotate_rows", "tree_attention"]

@@ -9,6 +9,7 @@ from forktree import _core
 from forktree.ops.checks import check_plan_tensors, check_tree_attention
 from forktree.ops.cpu.dispatch import is_watched
 from forktree.ops.cpu.dtypes import dtype_number
+from forktree.ops.cuda.stream import stream_of
 from forktree.plan import AttentionPlan
 
 HEAD_DIMS = (64, 96, 128, 256)
@@ -70,7 +71,7 @@ def launch(
     out = q.new_empty(num_tokens, heads, dim)
     lse = q.new_empty(num_tokens, heads, dtype=torch.float32)
     partials = q.new_empty(max_partials * heads * (dim + 2), dtype=torch.float32)
-    stream = torch.cuda.current_stream(device).cuda_stream if q.is_cuda else 0
+    stream = stream_of(q)
     with torch.cuda.device_of(q):
         _core.cuda_tree_attention(
             dtype_number("q", q),
