@@ -253,7 +253,11 @@ private:
             seg = plan.seg[next_seg + thread];
             low = max(seg.row_lo - first_row, 0);
             high = min(seg.row_hi - first_row, rows);
-            if (low < high) length = max(min(seg.stop, plan.node_len[seg.node]) - seg.start, 0);
+            if (low < high) {
+                length = max(min(seg.stop, plan.node_len[seg.node]) - seg.start, 0);
+            } else {
+                low = high = 0;  // of other rows than those done together
+            }
         }
         int end = length;
         for (int d = 1; d < 32; d *= 2) {
