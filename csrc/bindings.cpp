@@ -91,9 +91,9 @@ void cuda_rotate_rows(int dtype, Address q, int64_t row_stride, int64_t head_str
 void cuda_merge_states(int dtype, Address o, Address lse, int64_t states, int64_t heads, int64_t dim, Address indptr,
                        bool indptr_wide, int64_t indptr_size, Address index, bool index_wide, int64_t index_size,
                        Address out, Address total, Address stream) {
-    forktree::cuda::merge_states(dtype, at<void>(o), at<float>(lse), states, heads, dim,
-                                 {at<void>(indptr), indptr_wide, indptr_size}, {at<void>(index), index_wide, index_size},
-                                 at<void>(out), at<float>(total), at<void>(stream));
+    forktree::cuda::merge_states(
+        dtype, at<void>(o), at<float>(lse), states, heads, dim, {at<void>(indptr), indptr_wide, indptr_size},
+        {at<void>(index), index_wide, index_size}, at<void>(out), at<float>(total), at<void>(stream));
 }
 
 #endif
