@@ -15,7 +15,7 @@
 
 #include "gpu.cuh"
 
-#if !defined(__x86_64__)
+#if !(defined(__x86_64__) && defined(__linux__))
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
@@ -53,7 +53,7 @@ constexpr int MAX_THREADS = 1024, MAX_SHARED = 227 * 1024;  // of a block, on sm
 
 // ---------------------------------------------------------------------- switching stacks
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__linux__)
 
 struct Context {
     void* top;

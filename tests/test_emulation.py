@@ -64,7 +64,7 @@ def run(program, case):
 )
 def test_intrinsics_equal_plain_loops(program, case):
     result = run(program, case)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
