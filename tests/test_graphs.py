@@ -186,12 +186,15 @@ def test_plans_of_another_step_are_refused():
     ],
     ids=lambda s: type(s).__name__,
 )
-def test_searches(monkeypatch, search):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_searches(monkeypatch, search, ahead):
     prompts = models.prompts(5)
     want = models.decoder().search(prompts, search, max_new_tokens=12)
     graphs = FakeGraphs()
     monkeypatch.setattr(lane, "Runner", partial(Runner, graphs=graphs))
-    got = models.decoder().search(prompts, search, max_new_tokens=12)
+    decoder = models.decoder()
+    decoder.engine.ahead = ahead
+    got = decoder.search(prompts, search, max_new_tokens=12)
     assert models.texts(got) == models.texts(want)
     assert graphs.replays >= 12 > graphs.captures > 0
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from forktree.errors import InvalidInput
 from forktree.kv import Branch, PrefixIndex, Tree
+from forktree.kv.slots import Ints
 from forktree.kv.tree import NOBODY, UNKNOWN, Chunk
 from forktree.model import ModelSpec, Runner, attach
 from forktree.transfer import upload
@@ -111,16 +112,16 @@ class Lane:
         ids, positions = tree.tokens_of(chunks)
         node = np.array([c.node for c in chunks])
         last = np.cumsum([c.stop - c.begin for c in chunks]) - 1
-        rows = np.concatenate([ids, positions, tree.slots_of(chunks), node, last]).astype(np.int64)
-        total = len(ids)
-        tokens, at, slots, to, end = upload(rows, device).split([total] * 3 + [len(chunks)] * 2)
+        to, end = upload(np.stack([node, last]), device)
+        tokens: Ints | Tensor = ids
         if ids.min() == UNKNOWN:
+            tokens = upload(ids.astype(np.int64), device)
             newest = tokens[end]
             tokens[end] = torch.where(newest == UNKNOWN, self._drawn[to], newest)
-        hidden = self.runner.forward(tokens, at, slots, self._plans_for(chunks))
+        hidden = self.runner.forward(tokens, positions, tree.slots_of(chunks), self._plans_for(chunks))
         self._hidden[to] = hidden[end]
         tree.mark_computed(chunks)
-        self.tokens_computed += total
+        self.tokens_computed += len(ids)
         self.forwards += 1
 
     def _make_room(self) -> None:
