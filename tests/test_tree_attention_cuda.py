@@ -170,7 +170,7 @@ def test_chunks(dim):
     compare(case, *tensors(case, 3, 1, dim, torch.float16), window=70, target=FINE)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_layout_option_and_split(data):
     draw = data.draw
@@ -242,10 +242,10 @@ def test_a_branch_that_went_bad_leaves_others_alone(dim, bad):
     clean, clean_lse = attend(case, q, k, v)
     own = case.layout.node_begin[4] + np.arange(5)  # of the fourth branch
     others = [row for row in range(9) if row != 3]
-    for pools in ((k, v), (v,)):
+    for pools, tokens in (((k, v), own), ((v,), own[2:3])):
         dirty = {id(x): x.clone() for x in (k, v)}
         for x in pools:
-            dirty[id(x)][own] = bad
+            dirty[id(x)][tokens] = bad
         out, lse = attend(case, q, dirty[id(k)], dirty[id(v)])
         assert not out[3].isfinite().any()
         assert torch.equal(out[others], clean[others]) and torch.equal(lse[others], clean_lse[others])
