@@ -115,12 +115,16 @@ def triton_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         lse = meta(64, 8, dtype=torch.float32)
         yield f"merge_states/{name}", lambda x=x, s=lse: launcher("merge_states")(x, s, integers, integers)
     attention = launcher("tree_attention")
-    for (name, dtype), dim, all_options in itertools.product(DTYPES.items(), DIMS, (False, True)):
-        q, pool = meta(64, 32, dim, dtype=dtype), meta(4096, 8, dim, dtype=dtype)
-        per_head = meta(32, dtype=torch.float32) if all_options else None
-        arguments = (q, pool, pool, integers, integers, 64, 64, 0.1, 30.0 * all_options, per_head, per_head)
-        label = f"tree_attention/{name}/{dim}" + "/softcap,sinks,alibi" * all_options
-        yield label, lambda arguments=arguments: attention(*arguments)
+    for (name, dtype), dim in itertools.product(DTYPES.items(), DIMS):
+        for rows, width in ((8, "narrow"), (256, "wide")):
+            for options in (False, True):
+                if (options and name != "bf16") or (width == "wide" and name == "fp32"):
+                    continue  # the same tiles, in a type of the same size; the same tiles
+                q, pool = meta(rows, 32, dim, dtype=dtype), meta(4096, 8, dim, dtype=dtype)
+                per_head = meta(32, dtype=torch.float32) if options else None
+                arguments = (q, pool, pool, integers, integers, 64, 64, 0.1, 30.0 * options, per_head, per_head)
+                label = f"tree_attention/{name}/{dim}/{width}" + "/softcap,sinks,alibi" * options
+                yield label, lambda arguments=arguments: attention(*arguments)
 
 
 def compile_triton(name: str, arch: int) -> Row:
@@ -165,15 +169,22 @@ TRITON_TYPES = {
 # ---------------------------------------------------------------------- CUDA
 
 
-def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+def cuda_rows() -> tuple[str, dict[str, Row]]:
+    """nvcc's version, and every kernel of the core as setup.py builds it for CUDA_ARCHS."""
+    build = ROOT / "build" / "kernels"
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", build, "--build-lib", build / "lib"]
+    subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"FORKTREE_CUDA_ARCHS": CUDA_ARCHS}, check=True, stdout=subprocess.DEVNULL
+    )
+    (core,) = (build / "lib" / "forktree").glob("_core*.so")
+    found = subprocess.run([sys.executable, "-c", PRINT_BUILD, core], check=True, capture_output=True, text=True)
+    built, why, nvcc = found.stdout.splitlines()
+    if not built:
+        raise SystemExit(f"the CUDA kernels must be built to be looked at, but {why}")
+    return nvcc, read_machine_code(core)
 
 
-def cuda_sources() -> list[tuple[str, Path, list[str]]]:
-    """Name, source and flags of everything nvcc compiles, as setup.py says."""
-    sys.path.insert(0, str(ROOT))
-    raise NotImplementedError
+CUDA_ARCHS = "80;90a;100a"
 
 
 # ---------------------------------------------------------------------- machine code

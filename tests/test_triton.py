@@ -19,7 +19,7 @@ from layouts import KINDS, Case, chunk, naive_attention, random_layout, shared_p
 triton_kernels = pytest.importorskip("forktree.triton_kernels", reason="needs Triton")
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here: tests/test_gpu.py"),
-    pytest.mark.usefixtures("shuffled", "sentinels"),
+    pytest.mark.usefixtures("shuffled", "bf16_products", "sentinels"),
 ]
 SCATTERED = replace(CPU, units=1000, grain=1, item=100, segment=1, partial=1)  # cuts wherever it can
 NEW_EMPTY = torch.Tensor.new_empty
@@ -194,7 +194,7 @@ def test_row_tiles_of_all_sizes(branches):
 
 def test_a_few_outputs_wait_for_many_partials():
     target = replace(SCATTERED, units=64)
-    layout = shared_prompt(1, 3, 400, 2)
+    layout = shared_prompt(1, 3, 900, 2)
     assert make(case_of(layout), *tensors(case_of(layout))[:2], None, target).num_partials > 30
     against_reference(layout, target=target, sinks=torch.tensor([0.5, 0.0, -1.0, 2.0]))
 

@@ -16,11 +16,13 @@ from forktree.ops.checks import check_plan_tensors, check_tree_attention
 from forktree.ops.cpu.dispatch import is_watched
 from forktree.ops.cpu.dtypes import dtype_number
 from forktree.plan import AttentionPlan
+from forktree.target import NARROW
 from forktree.triton_kernels.device import architecture, device_of, multiprocessors
 from forktree.triton_kernels.merge_states import LANES, LISTED, _merge
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+SEGS = 32  # segments looked at together
 MAX_DIM = 256  # tiles of larger heads do not fit shared memory
 COUNTERS: dict[tuple[torch.device, int], list[Tensor]] = {}
 
@@ -150,6 +152,7 @@ def _row_tile(
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
     CAREFUL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Attention of packed rows to the item's stream: unnormalised output, max (base 2) and mass."""
     dk, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
@@ -182,7 +185,7 @@ def _row_tile(
         at, offset, slot, plain, run = _columns(
             seg, slot_index, row_fields, rows, window, first_seg, ends, total, 0, run, BLOCK_N, SEGS
         )
-        for tile in range(0, total, BLOCK_N):
+        for tile in tl.range(0, total, BLOCK_N, num_stages=STAGES):
             zero = tl.minimum(run[1], 0)
             inside = tile + tl.arange(0, BLOCK_N) < total
             k_at = k_head + slot.to(tl.int64)[None, :] * k_stride + dk[:, None]
@@ -273,6 +276,7 @@ def _item(
     SINKS: tl.constexpr,
     ALIBI: tl.constexpr,
     CAREFUL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Outputs or partials of an item for one KV head. Returns whether any is NaN."""
     dk, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
@@ -329,6 +333,7 @@ def _item(
             SOFTCAP,
             ALIBI,
             CAREFUL,
+            STAGES,
         )
         divisor = tl.where(mass == 0, 1.0, mass)
         o = acc / divisor[:, None]
@@ -457,10 +462,11 @@ def _tree_attention(
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SEGS: tl.constexpr,
-    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     ALIBI: tl.constexpr,
+    STAGES: tl.constexpr,
     LANES: tl.constexpr,
     LISTED: tl.constexpr,
 ):
@@ -492,133 +498,48 @@ def _tree_attention(
         head = unit % kv_heads
         row_begin, row_end, partial = tl.load(fields), tl.load(fields + 1), tl.load(fields + 4)
         seg_begin, seg_end = tl.load(fields + 2), tl.load(fields + 3)
-        packed = (row_end - row_begin) * group
-        if packed <= 16:
-            spoilt = _item(
-                q,
-                k_slots,
-                v_slots,
-                slot_index,
-                seg,
-                row,
-                node_len,
-                row_pos,
-                mask_words,
-                window,
-                sinks,
-                alibi_slopes,
-                out,
-                lse,
-                scratch,
-                partial_lse,
-                q_row_stride,
-                q_head_stride,
-                kv_heads,
-                group,
-                head,
-                row_begin,
-                row_end,
-                seg_begin,
-                seg_end,
-                partial,
-                scale,
-                softcap,
-                DK,
-                DV,
-                16,
-                BLOCK_N,
-                BLOCK_DK,
-                BLOCK_DV,
-                SEGS,
-                SOFTCAP,
-                SINKS,
-                ALIBI,
-                False,
-            )
-        elif packed <= 64:
-            spoilt = _item(
-                q,
-                k_slots,
-                v_slots,
-                slot_index,
-                seg,
-                row,
-                node_len,
-                row_pos,
-                mask_words,
-                window,
-                sinks,
-                alibi_slopes,
-                out,
-                lse,
-                scratch,
-                partial_lse,
-                q_row_stride,
-                q_head_stride,
-                kv_heads,
-                group,
-                head,
-                row_begin,
-                row_end,
-                seg_begin,
-                seg_end,
-                partial,
-                scale,
-                softcap,
-                DK,
-                DV,
-                64,
-                BLOCK_N,
-                BLOCK_DK,
-                BLOCK_DV,
-                SEGS,
-                SOFTCAP,
-                SINKS,
-                ALIBI,
-                False,
-            )
-        else:
-            spoilt = _item(
-                q,
-                k_slots,
-                v_slots,
-                slot_index,
-                seg,
-                row,
-                node_len,
-                row_pos,
-                mask_words,
-                window,
-                sinks,
-                alibi_slopes,
-                out,
-                lse,
-                scratch,
-                partial_lse,
-                q_row_stride,
-                q_head_stride,
-                kv_heads,
-                group,
-                head,
-                row_begin,
-                row_end,
-                seg_begin,
-                seg_end,
-                partial,
-                scale,
-                softcap,
-                DK,
-                DV,
-                WIDE,
-                BLOCK_N,
-                BLOCK_DK,
-                BLOCK_DV,
-                SEGS,
-                SOFTCAP,
-                SINKS,
-                ALIBI,
-                False,
-            )
+        spoilt = _item(
+            q,
+            k_slots,
+            v_slots,
+            slot_index,
+            seg,
+            row,
+            node_len,
+            row_pos,
+            mask_words,
+            window,
+            sinks,
+            alibi_slopes,
+            out,
+            lse,
+            scratch,
+            partial_lse,
+            q_row_stride,
+            q_head_stride,
+            kv_heads,
+            group,
+            head,
+            row_begin,
+            row_end,
+            seg_begin,
+            seg_end,
+            partial,
+            scale,
+            softcap,
+            DK,
+            DV,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_DK,
+            BLOCK_DV,
+            SEGS,
+            SOFTCAP,
+            SINKS,
+            ALIBI,
+            False,
+            STAGES,
+        )
         if spoilt > 0:
             # NaN or inf in V reaches rows that do not see it, as 0 * NaN is NaN: once more, with care.
             _item(
@@ -653,7 +574,7 @@ def _tree_attention(
                 DK,
                 DV,
                 16,
-                BLOCK_N,
+                16,
                 BLOCK_DK,
                 BLOCK_DV,
                 SEGS,
@@ -661,6 +582,7 @@ def _tree_attention(
                 SINKS,
                 ALIBI,
                 True,
+                1,
             )
         if partial >= 0:
             _merge_last(
@@ -695,18 +617,33 @@ def _tree_attention(
 
 @dataclass(frozen=True)
 class Config:
-    wide: int  # packed rows of the largest row tile
+    block_m: int  # packed rows of a row tile
     block_n: int  # columns of a tile
     num_warps: int
     num_stages: int
-    programs: int  # of a multiprocessor
+    programs: int  # of a multiprocessor: as many as fit, as each takes its share of the units from the beginning
 
 
 INTERPRETED = Config(64, 16, 4, 1, 3)  # few programs and small tiles: several of each for small tests
 
 
-def config(arch: int, dtype: torch.dtype, dim: int) -> Config:
-    return Config(128, 64, 8, 3, 1)
+def config(arch: int, dtype: torch.dtype, dim: int, packed_rows: int) -> Config:
+    """What is launched on an architecture (80, 90, ...) for heads of `dim` and a step of so many packed rows.
+
+    A tile of K and V takes 4 * block_n * dim bytes of shared memory in each stage but one, Q 2 * dim a row, in 16-bit
+    types: narrow ones leave room for two programs a multiprocessor (227 KB from sm_90 on, 164 KB on sm_80), so that one
+    loads while the other computes. A row tile of 64 is the least that `wgmma` takes; narrow steps wait for memory,
+    where rows to spare cost nothing. Wide ones have 128 rows, on two warpgroups: each tile is read half as often. fp32
+    products run on the ordinary cores, element by element: tiles are small, for the registers.
+    """
+    narrow = packed_rows <= NARROW
+    if dtype == torch.float32:
+        return Config(16, 32 if dim <= 128 else 16, 4, 2, 1)
+    if dim > 128:
+        return Config(64, 32, 8, 2, 1)
+    if arch < 90:
+        return Config(64, 32, 4, 3, 2) if narrow else Config(128, 32, 8, 3, 1)
+    return Config(64, 64, 4, 2, 2) if narrow else Config(128, 64, 8, 3, 1)
 
 
 def tree_attention(
@@ -767,7 +704,8 @@ def launch(
     if q.is_cpu:
         chosen, programs = INTERPRETED, INTERPRETED.programs
     else:
-        chosen = config(architecture(q.device), q.dtype, max(block_dk, block_dv))
+        group = heads // kv_heads
+        chosen = config(architecture(q.device), q.dtype, max(block_dk, block_dv), q.shape[0] * group)
         programs = chosen.programs * multiprocessors(q.device)
     with device_of(q):
         _tree_attention[(programs,)](
@@ -795,11 +733,12 @@ def launch(
             BLOCK_DK=block_dk,
             BLOCK_DV=block_dv,
             BLOCK_N=chosen.block_n,
-            SEGS=chosen.block_n,
-            WIDE=chosen.wide,
+            SEGS=SEGS,
+            BLOCK_M=chosen.block_m,
             SOFTCAP=softcap > 0,
             SINKS=sinks is not None,
             ALIBI=alibi_slopes is not None,
+            STAGES=chosen.num_stages,
             LANES=LANES,
             LISTED=LISTED,
             num_warps=chosen.num_warps,
