@@ -1,4 +1,4 @@
-"""`forktree.ops.merge_states`: one program for some outputs and elements, lists taken a few entries at a time, in order."""
+"""`forktree.ops.merge_states`: a program has some outputs and elements, and takes their lists some entries at once."""
 
 import torch
 import triton
@@ -25,14 +25,14 @@ def _merge(
     heads,
     head,
     m,
-    l,
+    mass,
     d,
     D: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     LISTED: tl.constexpr,
 ):
-    """Merges into state (0, m, l) of each lane the states index[begin : begin + count] of its head: output, lse.
+    """Merges into state (0, m, mass) of each lane the states index[begin : begin + count] of its head: output, lse.
 
     Loads bypass the first-level cache, where states that other programs have just written may be missing.
     """
@@ -50,11 +50,11 @@ def _merge(
         base = tl.where(top == float("-inf"), 0.0, top)  # all empty: -inf - -inf would be NaN
         weight = tl.exp(e - base[:, None])
         decay = tl.exp(m - base)
-        l = l * decay + tl.sum(weight, 1)
+        mass = mass * decay + tl.sum(weight, 1)
         acc = acc * decay[:, None] + tl.sum(weight[:, :, None] * x.to(tl.float32), 1)
         m = top
-    mass = tl.where(l == 0, 1.0, l)
-    return acc / mass[:, None], tl.where(l == 0, float("-inf"), m + tl.log(mass))
+    divisor = tl.where(mass == 0, 1.0, mass)
+    return acc / divisor[:, None], tl.where(mass == 0, float("-inf"), m + tl.log(divisor))
 
 
 @triton.jit(do_not_specialize=["outputs", "heads"])

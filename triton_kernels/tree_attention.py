@@ -1,4 +1,4 @@
-"""`forktree.ops.tree_attention`: persistent programs over the items of a plan (`csrc/plan_view.hpp`), one launch a layer.
+"""`forktree.ops.tree_attention`: persistent programs over the items of a plan (`csrc/plan_view.hpp`).
 
 A unit of work is an item and a KV head. Its packed rows m are plan row m // G and head m % G of the group; its segments
 are one stream of tokens, cut into tiles whatever the segments' lengths, so that hundreds of one-token nodes fill a
@@ -137,7 +137,7 @@ def _row_tile(
     row_pos,
     slope,
     m,
-    l,
+    mass,
     scale,
     softcap,
     DK: tl.constexpr,
@@ -208,7 +208,7 @@ def _row_tile(
             if ALIBI:
                 pos = tl.load(seg + 8 * at + 6, mask=inside, other=0) + offset
                 s += slope[:, None] * (pos[None, :] - tl.load(row_pos + tl.load(row_fields))[:, None])
-            # The branch yields the mask, not s: s would leave its registers, as Triton moves no layout through branches.
+            # The branch yields the mask: if it yielded s, Triton would do the softmax in another layout than that of s.
             seen = tl.full([BLOCK_M, BLOCK_N], True, tl.int1)
             if plain == 0:
                 seen = _seen(seg, row, row_pos, mask_words, lanes, tipped, window, at, offset, inside, zero, BLOCK_M)
@@ -218,7 +218,7 @@ def _row_tile(
             base = tl.where(top == float("-inf"), 0.0, top)  # -inf - -inf would be NaN
             p = tl.exp2(s - base[:, None])
             decay = tl.exp2(m - base)
-            l = l * decay + tl.sum(p, 1)
+            mass = mass * decay + tl.sum(p, 1)
             m = top
             acc *= decay[:, None]
             if CAREFUL:
@@ -229,7 +229,7 @@ def _row_tile(
                 acc = tl.where(spoilt[:, None], float("nan"), acc)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
             at, offset, slot, plain = next_at, next_offset, next_slot, next_plain
-    return acc, m, l
+    return acc, m, mass
 
 
 @triton.jit
@@ -289,15 +289,14 @@ def _item(
         q_at = q + layout_row.to(tl.int64) * q_row_stride + q_head.to(tl.int64) * q_head_stride
         q_tile = tl.load(q_at[:, None] + dk[None, :], mask=dk[None, :] < DK, other=0.0)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK_M], tl.float32)
-        slope = l
-        if SINKS:
-            if partial < 0:
-                m = tl.load(sinks + q_head) * LOG2E
-                l = tl.where(m > float("-inf"), 1.0, 0.0)
+        mass = tl.zeros([BLOCK_M], tl.float32)
+        slope = mass
+        if SINKS and partial < 0:
+            m = tl.load(sinks + q_head) * LOG2E
+            mass = tl.where(m > float("-inf"), 1.0, 0.0)
         if ALIBI:
             slope = tl.load(alibi_slopes + q_head) * LOG2E
-        acc, m, l = _row_tile(
+        acc, m, mass = _row_tile(
             q_tile,
             k_slots + head * DK,
             v_slots + head * DV,
@@ -317,7 +316,7 @@ def _item(
             row_pos,
             slope,
             m,
-            l,
+            mass,
             scale,
             softcap,
             DK,
@@ -331,9 +330,9 @@ def _item(
             ALIBI,
             CAREFUL,
         )
-        mass = tl.where(l == 0, 1.0, l)
-        o = acc / mass[:, None]
-        total = tl.where(l == 0, float("-inf"), (m + tl.log2(mass)) * LN2)
+        divisor = tl.where(mass == 0, 1.0, mass)
+        o = acc / divisor[:, None]
+        total = tl.where(mass == 0, float("-inf"), (m + tl.log2(divisor)) * LN2)
         spoilt = tl.maximum(spoilt, tl.max((o != o).to(tl.int32)))
         stored = real[:, None] & (dv[None, :] < DV)
         if partial < 0:
@@ -390,10 +389,10 @@ def _merge_last(
             tl.debug_barrier()  # what any thread has seen counted, all may read
             tl.store(counters + output, 0, mask=complete)  # for the next launch
             m = tl.full([LANES], float("-inf"), tl.float32)
-            l = tl.zeros([LANES], tl.float32)
+            mass = tl.zeros([LANES], tl.float32)
             if SINKS:
                 m = tl.load(sinks + q_head, mask=real, other=float("-inf"))
-                l = tl.where(m > float("-inf"), 1.0, 0.0)
+                mass = tl.where(m > float("-inf"), 1.0, 0.0)
             merged, total = _merge(
                 partial_out,
                 partial_lse,
@@ -403,7 +402,7 @@ def _merge_last(
                 kv_heads * group,
                 q_head,
                 m,
-                l,
+                mass,
                 d,
                 DV,
                 LANES,
@@ -419,13 +418,10 @@ def _merge_last(
 def _clear(token, sinks, out, lse, heads, DV: tl.constexpr, SINKS: tl.constexpr, CLEARED: tl.constexpr):
     """A token that sees nothing."""
     element = tl.arange(0, CLEARED)
+    zeros = tl.zeros([CLEARED], out.dtype.element_ty)
     for first in range(0, heads * DV, CLEARED):
         at = first + element
-        tl.store(
-            out + token.to(tl.int64) * (heads * DV) + at,
-            tl.zeros_like(at).to(out.dtype.element_ty),
-            mask=at < heads * DV,
-        )
+        tl.store(out + token.to(tl.int64) * (heads * DV) + at, zeros, mask=at < heads * DV)
     for first in range(0, heads, CLEARED):
         at = first + element
         total = tl.full([CLEARED], float("-inf"), tl.float32)
