@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here: tests/test_gpu.py"),
     pytest.mark.usefixtures("shuffled", "sentinels"),
 ]
-SCATTERED = replace(CPU, units=1000, grain=1, item=100, segment=1, partial=1)  # cuts wherever it can
+SCATTERED = replace(CPU, units=100, grain=1, item=100, segment=1, partial=1)  # cuts wherever it can
 NEW_EMPTY = torch.Tensor.new_empty
 DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # tolerance on outputs of size 1
 
@@ -105,7 +105,7 @@ def test_options(used):
         compare(case, *tensors(case), target=target, window=7 if used == "all" else None, **chosen)
 
 
-@settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_layout_option_and_split(data):
     """Against the specification in fp64, cut by targets that split everywhere."""
@@ -121,7 +121,9 @@ def test_any_layout_option_and_split(data):
         "sinks": draw(st.none() | st.just(torch.linspace(-1, 2, heads))),
         "alibi_slopes": draw(st.none() | st.just(torch.linspace(0.0, 0.1, heads))),
     }
-    case = random_layout(seed, kind, max_len=draw(st.sampled_from([9, 50])), room=draw(st.integers(0, 2)))
+    case = random_layout(
+        seed, kind, max_len=draw(st.sampled_from([5, 20])), num_contexts=4, room=draw(st.integers(0, 2))
+    )
     q, k, v = tensors(case, heads, kv_heads, dim, value_dim, dtype, seed)
     out, lse = attend(case, q, k, v, window, draw(st.sampled_from([CPU, SCATTERED])), **options)
     made = make(case, q, k, window)
