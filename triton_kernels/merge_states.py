@@ -85,7 +85,8 @@ def _merge_states(
     )
     at = lane.to(tl.int64)
     tl.store(out + at[:, None] * D + d[None, :], merged.to(out.dtype.element_ty), mask=real[:, None] & (d[None, :] < D))
-    tl.store(total + at, state_lse, mask=real & (tl.program_id(1) == 0))
+    if tl.program_id(1) == 0:
+        tl.store(total + at, state_lse, mask=real)
 
 
 def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
