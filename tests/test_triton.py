@@ -196,7 +196,7 @@ def test_row_tiles_of_all_sizes(branches):
 
 def test_a_few_outputs_wait_for_many_partials():
     target = replace(SCATTERED, units=64)
-    layout = shared_prompt(1, 3, 200, 2)
+    layout = shared_prompt(1, 3, 400, 2)
     assert make(case_of(layout), *tensors(case_of(layout))[:2], None, target).num_partials > 15
     against_reference(layout, target=target, sinks=torch.tensor([0.5, 0.0, -1.0, 2.0]))
 
