@@ -189,6 +189,13 @@ def test_causal_chunks(tokens, window):
     against_reference(chunk(tokens), window)
 
 
+@pytest.mark.parametrize("position", [30, 31, 46, 47, 48, 62])
+def test_windows_that_end_inside_and_between_tiles(position):
+    """Rows that look from before the last key, as those of joins do: both edges cut a long run."""
+    layout = shared_prompt(1, 3, 80, 2)
+    against_reference(replace(layout, row_pos=[position] * 3), window=32)
+
+
 @pytest.mark.parametrize("branches", [1, 4, 5, 16, 40])
 def test_row_tiles_of_all_sizes(branches):
     against_reference(shared_prompt(1, branches, 50, 3), sinks=torch.tensor([0.5, 0.0, -1.0, 2.0]))
