@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test proof lint bench sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/forktree demo
@@ -14,7 +14,7 @@ test: $(STAMP) lint
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.hpp csrc/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.hpp csrc/*.cpp csrc/*.cuh csrc/*.cu tests/*.cu
 	$(BIN)/mypy
 
 bench: $(STAMP)
@@ -38,6 +38,15 @@ sanitize: $(STAMP)
 	$$(setarch -R true 2>/dev/null && echo setarch -R) env LD_PRELOAD="$(call RUNTIME,libtsan.so)" \
 		TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1 allocator_may_return_null=1" \
 		OMP_NUM_THREADS=4 PYTHONPATH=build/tsan/lib $(BIN)/pytest -q --capture=sys $(SANITIZED)
+
+# What can be known of the GPU kernels without a GPU: the CUDA ones run on the CPU, under sanitizers.
+EMULATED := $(wildcard $(OPERATIONS:%=tests/test_%.py) tests/test_tree_attention_cuda.py)
+
+proof: $(STAMP)
+	FORKTREE_CUDA=emulate CXXFLAGS="-fsanitize=address,undefined $(CHECKED)" \
+		$(BIN)/python setup.py -q build --build-base build/emulated --build-lib build/emulated/lib
+	LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+		OMP_NUM_THREADS=2 PYTHONPATH=build/emulated/lib $(BIN)/pytest -q --capture=sys -k cuda $(EMULATED)
 
 # Without a GPU the small CPU build of torch is installed first: a plain `torch` would bring gigabytes of CUDA.
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)

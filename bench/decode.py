@@ -23,26 +23,43 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
 import forktree
 
 SHAPES = {  # what the name says; random weights
-    "qwen2-0.5b": dict(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151936,
+    "qwen2-0.5b": (
+        Qwen2Config,
+        dict(
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            vocab_size=151936,
+        ),
     ),
-    "tiny": dict(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=1000,
+    "llama-3.2-1b": (
+        LlamaConfig,
+        dict(
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128256,
+        ),
+    ),
+    "tiny": (
+        Qwen2Config,
+        dict(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=1000,
+        ),
     ),
 }
 
@@ -64,17 +81,19 @@ def case(text: str) -> Case:
     return Case(search, int(prompt), int(rounds))
 
 
-def build(shape: str, device: str) -> Qwen2ForCausalLM:
+def build(shape: str, device: str) -> PreTrainedModel:
     """A random bf16 model without an end-of-sequence token, so that every run makes all its tokens."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        **SHAPES[shape], max_position_embeddings=32768, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None
+    config_class, sizes = SHAPES[shape]
+    config = config_class(
+        **sizes, max_position_embeddings=32768, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None
     )
-    return Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16).eval().to(device)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def sides(
-    case: Case, model: Qwen2ForCausalLM, args: argparse.Namespace, proofs: list[float]
+    case: Case, model: PreTrainedModel, args: argparse.Namespace, proofs: list[float]
 ) -> dict[str, Callable[[], int]]:
     """Calls by name; each returns the bytes of its KV. `proofs` gets the seconds of the model's proof."""
     n = args.width

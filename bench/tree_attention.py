@@ -2,7 +2,7 @@
 
     python bench/tree_attention.py                      # every case, 2 threads, a few minutes
     python bench/tree_attention.py --case "64 branches" # those whose name contains it; writes no file
-    python bench/tree_attention.py --device cuda        # PyTorch backend; no instruction sets to compare
+    # on a GPU: bench/gpu_attention.py
 
 Sides: `forktree` (the op, its plan made beforehand), `avx2` (the same, held to AVX2), `grouped` (forktree's PyTorch
 backend), and `scaled_dot_product_attention` on the batch of all branches: `sdpa` as users write it, with enable_gqa,
@@ -13,7 +13,7 @@ as other layers' weights and keys are between two calls of a decoder's layer.
 
 GB/s counts every token once, however many branches see it; GFLOP/s counts (row, token) pairs that are seen. Beside
 them stands what the machine does in the same run: reading a large tensor, and a large square matrix product.
-Prints a table and writes bench/results/tree_attention-<device>.json.
+Prints a table and writes bench/results/tree_attention-cpu.json.
 """
 
 import argparse
@@ -24,23 +24,24 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+import workloads
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from workloads import Tree, levels, star
 
 from forktree import TreeLayout, _core
 from forktree.ops import tree_attention
 from forktree.plan import AttentionPlan, plan
 
-EXTENT = 16  # slots in a row that a growing branch gets
 SECONDS = 3.0  # a side gets no more rounds once it took this long, but three at least
 BF16, FP32 = torch.bfloat16, torch.float32
 TOLERANCE = {BF16: 0.02, FP32: 1e-4}  # of the largest output
@@ -49,71 +50,38 @@ TOLERANCE = {BF16: 0.02, FP32: 1e-4}  # of the largest output
 @dataclass(frozen=True)
 class Case:
     name: str
-    parent: list[int]  # of each node, -1 = root
-    length: list[int]
+    tree: Tree
     heads: tuple[int, int, int]  # Hq, Hk, D
     dtypes: tuple[torch.dtype, ...] = (BF16,)
     chunk: bool = False  # one causal chunk of all tokens instead of one row a leaf
 
 
-def star(branches: int, shared: int, own: int) -> tuple[list[int], list[int]]:
-    """Parents and lengths of a prompt and its branches."""
-    return [-1] + [0] * branches, [shared] + [own] * branches
-
-
-def binary(lengths: list[int]) -> tuple[list[int], list[int]]:
-    """Of a binary tree whose nodes have the length of their level."""
-    nodes = 2 ** len(lengths) - 1
-    return [(n - 1) // 2 for n in range(nodes)], [lengths[(n + 1).bit_length() - 1] for n in range(nodes)]
-
-
 CASES = [
-    Case("64 branches", *star(64, 4096, 64), (32, 8, 128), (BF16, FP32)),
-    Case("16 branches", *star(16, 1024, 64), (14, 2, 64), (BF16, FP32)),
-    Case("deep tree", *binary([256, 128, 64, 64, 32, 32, 16, 16, 16]), (32, 8, 128)),
-    Case("no sharing", [-1] * 16, [2048] * 16, (32, 8, 128)),
-    Case("prefill 32/8", [-1], [2048], (32, 8, 128), chunk=True),
-    Case("prefill 14/2", [-1], [2048], (14, 2, 64), chunk=True),
+    Case("64 branches", star(64, 4096, 64), (32, 8, 128), (BF16, FP32)),
+    Case("16 branches", star(16, 1024, 64), (14, 2, 64), (BF16, FP32)),
+    Case("deep tree", levels([2**i for i in range(9)], [256, 128, 64, 64, 32, 32, 16, 16, 16]), (32, 8, 128)),
+    Case("no sharing", Tree([-1] * 16, [2048] * 16, list(range(16))), (32, 8, 128)),
+    Case("prefill 32/8", Tree([-1], [2048], [0]), (32, 8, 128), chunk=True),
+    Case("prefill 14/2", Tree([-1], [2048], [0]), (14, 2, 64), chunk=True),
 ]
 
 
 def layout(case: Case) -> TreeLayout:
     """One row a leaf, or one chunk. Tips that grew from another node have their slots in scattered extents."""
-    parent, length = np.array(case.parent), np.array(case.length)
-    begin, pos = np.cumsum(length) - length, np.zeros_like(length)
-    for node, above in enumerate(parent.tolist()):
-        pos[node] = pos[above] + length[above] if above >= 0 else 0
-    leaf = np.setdiff1d(np.arange(parent.size), parent)
-    slot_index = np.arange(length.sum())
-    grown = np.concatenate([np.arange(0), *(begin[n] + np.arange(length[n]) for n in leaf if parent[n] >= 0)])
-    slot_index[grown] = np.random.default_rng(0).permutation(grown.reshape(-1, EXTENT)).ravel()
-    rows = length[0] if case.chunk else leaf.size
-    return TreeLayout(
-        slot_index=slot_index,
-        node_begin=begin,
-        node_len=length,
-        node_parent=parent,
-        node_fork=pos - np.where(parent >= 0, pos[parent], 0),
-        node_pos=pos,
-        row_indptr=[0, rows] if case.chunk else np.arange(rows + 1),
-        path_indptr=np.arange(leaf.size + 1),
-        path_node=leaf,
-        path_stop=np.full(leaf.size, TreeLayout.ALL),
-        path_top=np.full(leaf.size, -1),
-        causal=np.full(leaf.size, int(case.chunk)),
-        row_token=np.arange(rows),
-        row_pos=np.arange(rows) if case.chunk else pos[leaf] + length[leaf] - 1,
-    )
+    made = workloads.layout(case.tree, workloads.slots(case.tree, workloads.EXTENT))
+    if not case.chunk:
+        return made
+    rows = np.arange(case.tree.length[0])
+    return replace(made, row_indptr=[0, rows.size], causal=[1], row_token=rows, row_pos=rows)
 
 
-def sides(case: Case, dtype: torch.dtype, device: str, made: AttentionPlan) -> dict[str, Callable[[], Tensor]]:
+def sides(case: Case, dtype: torch.dtype, made: AttentionPlan) -> dict[str, Callable[[], Tensor]]:
     """Calls by name; all return [rows, Hq, D] values, SDPA's in a shape of its own."""
     heads, kv_heads, dim = case.heads
     torch.manual_seed(0)
-    where: Any = dict(dtype=dtype, device=device)
     tree = made.layout
-    q = torch.randn(tree.num_rows, heads, dim, **where)
-    k_slots, v_slots = torch.randn(2, tree.slot_index.size, kv_heads, dim, **where)
+    q = torch.randn(tree.num_rows, heads, dim, dtype=dtype)
+    k_slots, v_slots = torch.randn(2, tree.slot_index.size, kv_heads, dim, dtype=dtype)
 
     def ours() -> Tensor:
         out = tree_attention(q, k_slots, v_slots, made)
@@ -139,11 +107,9 @@ def sides(case: Case, dtype: torch.dtype, device: str, made: AttentionPlan) -> d
         batch, q_batch = [tree.visible(tree.num_rows - 1)[0]], q.transpose(0, 1)[None]
     else:
         batch, q_batch = [tree.visible(row)[0] for row in range(tree.num_rows)], q[:, :, None]
-    slots = torch.from_numpy(tree.slot_index[np.stack(batch)]).long().to(device)
+    slots = torch.from_numpy(tree.slot_index[np.stack(batch)]).long()
     k, v = (pool[slots].transpose(1, 2).contiguous() for pool in (k_slots, v_slots))  # [B, Hk, L, D]
-    calls = {"forktree": ours}
-    if device == "cpu":
-        calls |= {"avx2": avx2, "grouped": grouped}
+    calls = {"forktree": ours, "avx2": avx2, "grouped": grouped}
     calls["sdpa"] = lambda: sdpa(q_batch, k, v, is_causal=case.chunk, enable_gqa=True)
     if case.chunk:
         wide_k, wide_v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
@@ -166,61 +132,52 @@ def check(case: Case, dtype: torch.dtype, calls: dict[str, Callable[[], Tensor]]
         assert worst < TOLERANCE[dtype], f"{case.name}: {name} differs from sdpa by {worst:.2g} of the largest output"
 
 
-def milliseconds(call: Callable[[], Any], device: str) -> float:
+def milliseconds(call: Callable[[], Any]) -> float:
     """Of one call."""
-    if device == "cpu":
-        began = time.perf_counter()
-        call()
-        return (time.perf_counter() - began) * 1e3
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
+    began = time.perf_counter()
     call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+    return (time.perf_counter() - began) * 1e3
 
 
-def measure(calls: dict[str, Callable[[], Tensor]], rounds: int, device: str) -> dict[str, list[float]]:
+def measure(calls: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each side's calls, in turns."""
-    caches = torch.zeros(64 << 20, dtype=torch.uint8, device=device)
+    caches = torch.zeros(64 << 20, dtype=torch.uint8)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             if len(times[name]) >= 3 and sum(times[name]) > SECONDS * 1e3:
                 continue
             caches.view(torch.int64).sum()
-            times[name].append(milliseconds(call, device))
+            times[name].append(milliseconds(call))
     return times
 
 
-def planning(case: Case, device: str) -> tuple[AttentionPlan, float]:
+def planning(case: Case) -> tuple[AttentionPlan, float]:
     """The plan and the microseconds that making it takes."""
     heads, kv_heads, dim = case.heads
     tree = layout(case)
     times = []
     for _ in range(15):
         began = time.perf_counter()
-        made = plan(tree, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim, device=device)
+        made = plan(tree, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
         times.append(time.perf_counter() - began)
     return made, median(times) * 1e6
 
 
-def machine(device: str) -> dict[str, float]:
+def machine() -> dict[str, float]:
     """What it does at best: GB/s read, GFLOP/s of matrix products."""
-    large = torch.ones(128 << 20, device=device)
-    rates = {"read": max(large.nbytes / milliseconds(large.sum, device) for _ in range(8)) / 1e6}
-    size = 2048 if device == "cpu" else 8192
+    large = torch.ones(128 << 20)
+    rates = {"read": max(large.nbytes / milliseconds(large.sum) for _ in range(8)) / 1e6}
+    size = 2048
     for name, dtype in (("bf16", BF16), ("fp32", FP32)):
-        x = torch.randn(size, size, dtype=dtype, device=device)
+        x = torch.randn(size, size, dtype=dtype)
         x @ x
-        rates[name] = max(2 * size**3 / milliseconds(lambda x=x: x @ x, device) for _ in range(5)) / 1e6
+        rates[name] = max(2 * size**3 / milliseconds(lambda x=x: x @ x) for _ in range(5)) / 1e6
     return rates
 
 
-def processor(device: str) -> str:
+def processor() -> str:
     """Its name."""
-    if device != "cpu":
-        return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -232,11 +189,11 @@ def measured(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[dict
     for case in CASES:
         if args.case not in case.name:
             continue
-        made, plan_us = planning(case, args.device)
+        made, plan_us = planning(case)
         for dtype in case.dtypes:
-            calls = sides(case, dtype, args.device, made)
+            calls = sides(case, dtype, made)
             check(case, dtype, calls)
-            times = measure(calls, args.repeat, args.device)
+            times = measure(calls, args.repeat)
             stats = made.stats(dtype.itemsize)
             name = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
             seconds = median(times["forktree"]) / 1e3
@@ -288,21 +245,19 @@ def main() -> None:
     parser.add_argument("--case", default="", help="part of the names of the cases to run")
     parser.add_argument("--repeat", type=int, default=40, help="rounds; slow sides get fewer")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     isa = _core.isa()
-    name, rates = processor(args.device), machine(args.device)
+    name, rates = processor(), machine()
     report = list(measured(args, rates))
-    what = f"{args.threads} threads, {isa}" if args.device == "cpu" else "PyTorch backend"
-    show(report, f"tree_attention, {name}, {what}")
+    show(report, f"tree_attention, {name}, {args.threads} threads, {isa}")
     if not args.case:
         git = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
         about = dict(
             commit=commit,
             machine=name,
-            isa=isa if args.device == "cpu" else None,
+            isa=isa,
             threads=args.threads,
             torch=torch.__version__,
             numpy=np.__version__,
@@ -310,7 +265,7 @@ def main() -> None:
             rates=rates,
             cases=report,
         )
-        path = Path(__file__).parent / "results" / f"tree_attention-{args.device}.json"
+        path = Path(__file__).parent / "results" / "tree_attention-cpu.json"
         path.write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -19,4 +19,12 @@ struct Append {
 void append_kv(int dtype, int64_t heads, int64_t num_slots, Indices slots, const Append& k, const Append& v,
                int threads);
 
+namespace cuda {
+
+// The same on the current device, in order with what else `stream` does. Slots beyond the pool are not looked for, as
+// that would wait for the device: they are not stored. Throws std::runtime_error if the device does not take it.
+void append_kv(int dtype, int64_t heads, int64_t num_slots, Indices slots, const Append& k, const Append& v,
+               void* stream);
+
+}  // namespace cuda
 }  // namespace forktree

@@ -9,6 +9,7 @@
 #include "plan.hpp"
 #include "rotate_rows.hpp"
 #include "tree_attention.hpp"
+#include "tree_attention_gpu.hpp"
 
 namespace py = pybind11;
 
@@ -71,6 +72,59 @@ void tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_s
         call, {at<int32_t>(plan), plan_size, rows, num_tokens, max_partials, num_slots, slot_index_size}, threads);
 }
 
+#if defined(FORKTREE_CUDA)
+
+void cuda_append_kv(int dtype, int64_t tokens, int64_t heads, int64_t num_slots, Address slots, bool wide, Address k,
+                    int64_t k_row_stride, int64_t k_head_stride, int64_t k_dim, Address k_slots, Address v,
+                    int64_t v_row_stride, int64_t v_head_stride, int64_t v_dim, Address v_slots, Address stream) {
+    forktree::cuda::append_kv(dtype, heads, num_slots, {at<void>(slots), wide, tokens},
+                              {at<void>(k), k_row_stride, k_head_stride, k_dim, at<void>(k_slots)},
+                              {at<void>(v), v_row_stride, v_head_stride, v_dim, at<void>(v_slots)}, at<void>(stream));
+}
+
+void cuda_rotate_rows(int dtype, Address q, int64_t row_stride, int64_t head_stride, int64_t rows, int64_t heads,
+                      int64_t dim, Address shift, bool wide, Address inv_freq, int64_t pairs, bool interleaved,
+                      Address out, Address stream) {
+    forktree::cuda::rotate_rows(dtype, at<void>(q), row_stride, head_stride, heads, dim, {at<void>(shift), wide, rows},
+                                {at<double>(inv_freq), pairs, interleaved}, at<void>(out), at<void>(stream));
+}
+
+void cuda_merge_states(int dtype, Address o, Address lse, int64_t states, int64_t heads, int64_t dim, Address indptr,
+                       bool indptr_wide, int64_t indptr_size, Address index, bool index_wide, int64_t index_size,
+                       Address out, Address total, Address stream) {
+    forktree::cuda::merge_states(
+        dtype, at<void>(o), at<float>(lse), states, heads, dim, {at<void>(indptr), indptr_wide, indptr_size},
+        {at<void>(index), index_wide, index_size}, at<void>(out), at<float>(total), at<void>(stream));
+}
+
+void cuda_tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_stride, int32_t num_qo_heads,
+                         int32_t head_dim, Address k, Address v, int32_t num_kv_heads, Address plan, Address slot_index,
+                         float scale, float softcap, Address sinks, Address alibi_slopes, Address out, Address lse,
+                         int32_t num_tokens, Address partials, int64_t max_partials, Address counters, int device,
+                         Address stream) {
+    forktree::GpuAttention call{};
+    call.q = at<void>(q);
+    call.q_row_stride = q_row_stride;
+    call.q_head_stride = q_head_stride;
+    call.k = at<void>(k);
+    call.v = at<void>(v);
+    call.num_qo_heads = num_qo_heads;
+    call.num_kv_heads = num_kv_heads;
+    call.num_tokens = num_tokens;
+    call.plan = at<int32_t>(plan);
+    call.slot_index = at<int32_t>(slot_index);
+    call.scale = scale;
+    call.softcap = softcap;
+    call.sinks = at<float>(sinks);
+    call.alibi_slopes = at<float>(alibi_slopes);
+    call.out = at<void>(out);
+    call.lse = at<float>(lse);
+    call.counters = at<int32_t>(counters);
+    forktree::cuda::tree_attention(dtype, head_dim, max_partials, at<float>(partials), call,
+                                   {device, at<void>(stream)});
+}
+#endif
+
 using Ints = py::array_t<int32_t, py::array::c_style>;
 using Words = py::array_t<uint32_t, py::array::c_style>;
 using TargetTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
@@ -132,6 +186,8 @@ PYBIND11_MODULE(_core, m) {
 #else
     build["openmp"] = false;
 #endif
+    build["cuda"] = FORKTREE_CUDA_BUILT;
+    build["why_no_cuda"] = FORKTREE_WHY_NO_CUDA;
     m.attr("build") = build;
 
     m.def("isas", &forktree::isas);
@@ -143,6 +199,12 @@ PYBIND11_MODULE(_core, m) {
     m.def("rotate_rows", &rotate_rows, Unlocked());
     m.def("merge_states", &merge_states, Unlocked());
     m.def("tree_attention", &tree_attention, Unlocked());
+#if defined(FORKTREE_CUDA)
+    m.def("cuda_append_kv", &cuda_append_kv, Unlocked());
+    m.def("cuda_rotate_rows", &cuda_rotate_rows, Unlocked());
+    m.def("cuda_merge_states", &cuda_merge_states, Unlocked());
+    m.def("cuda_tree_attention", &cuda_tree_attention, Unlocked());
+#endif
     m.def("plan", &plan);
     m.def("plan_count", &plan_count, py::arg("buffer"), py::arg("target"));
     m.def(

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "numeric.hpp"
+
 namespace forktree {
 
 struct Indices {
@@ -10,7 +12,7 @@ struct Indices {
     bool wide;  // int64
     int64_t size;
 
-    int64_t operator[](int64_t i) const {
+    FORKTREE_INLINE int64_t operator[](int64_t i) const {
         return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
     }
 };

@@ -14,4 +14,13 @@ namespace forktree {
 void merge_states(int dtype, const void* o, const float* lse, int64_t states, int64_t heads, int64_t dim,
                   Indices indptr, Indices index, void* out, float* total, int threads);
 
+namespace cuda {
+
+// The same on the current device, in order with what else `stream` does. Lists are not checked, as that would wait for
+// the device: what they name beyond index or P is passed over. Throws std::runtime_error if the device does not take
+// it.
+void merge_states(int dtype, const void* o, const float* lse, int64_t states, int64_t heads, int64_t dim,
+                  Indices indptr, Indices index, void* out, float* total, void* stream);
+
+}  // namespace cuda
 }  // namespace forktree

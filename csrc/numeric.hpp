@@ -7,7 +7,11 @@
 #include <string>
 
 // Never a symbol of its own: a copy compiled for AVX-512 must not become the one that all others are linked to.
+#if defined(__CUDACC__)
+#define FORKTREE_INLINE __host__ __device__ inline __attribute__((always_inline))
+#else
 #define FORKTREE_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace forktree {
 

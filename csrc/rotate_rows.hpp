@@ -17,4 +17,12 @@ struct Rotation {
 void rotate_rows(int dtype, const void* q, int64_t row_stride, int64_t head_stride, int64_t heads, int64_t dim,
                  Indices shift, const Rotation& rotation, void* out, int threads);
 
+namespace cuda {
+
+// The same on the current device, in order with what else `stream` does. Throws std::runtime_error if the device does
+// not take it.
+void rotate_rows(int dtype, const void* q, int64_t row_stride, int64_t head_stride, int64_t heads, int64_t dim,
+                 Indices shift, const Rotation& rotation, void* out, void* stream);
+
+}  // namespace cuda
 }  // namespace forktree

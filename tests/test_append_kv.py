@@ -1,10 +1,11 @@
 import pytest
 import torch
 
+from backends import BACKENDS, off_alignment, sparse
 from forktree import ops
 
 
-@pytest.fixture(params=["reference", "torch", "cpu"], autouse=True)
+@pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request, monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", request.param)
 
@@ -40,6 +41,9 @@ STRIDES = {
     "heads first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "elements apart": lambda x: torch.stack([x, x], 3)[..., 1],
     "one head for all": expand,
+    "off alignment": off_alignment,
+    "rows an odd number apart": lambda x: torch.cat([x.flatten(1), x[:, 0, :1]], 1)[:, :-1].unflatten(1, x.shape[1:]),
+    "heads an odd number apart": lambda x: torch.cat([x, x[..., :1]], 2)[..., :-1],
 }
 
 
@@ -71,6 +75,19 @@ def test_bits_are_copied_not_numbers():
 def test_a_slot_named_twice_holds_one_of_both():
     k, pool = torch.arange(1000.0)[:, None, None].expand(1000, 2, 64), torch.zeros(2, 2, 64)
     ops.append_kv(k, k, torch.arange(1000) % 2, pool, pool.clone())
+
+
+def test_pools_beyond_2_31_elements():
+    slots = 2**23 + 3
+    k_slots, v_slots = (
+        sparse(slots, 2, 128, dtype=torch.bfloat16),
+        sparse(slots, 2, 8, dtype=torch.bfloat16),
+    )
+    k, v = torch.randn(3, 2, 128).bfloat16(), torch.randn(3, 2, 8).bfloat16()
+    ops.append_kv(k, v, torch.tensor([slots - 1, 0, 2**23]), k_slots, v_slots)
+    for token, slot in enumerate([slots - 1, 0, 2**23]):
+        assert torch.equal(k_slots[slot], k[token]) and torch.equal(v_slots[slot], v[token])
+    assert k_slots[slots - 2].eq(0).all() and k_slots[1].eq(0).all()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import forktree
 from forktree import _core
@@ -101,3 +102,82 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path, compiler: str | Non
     assert result.returncode == 1
     assert last.startswith("error: ") and "forktree needs a C++17 compiler (g++ 9" in last and says in last
     assert not any("Traceback" in line or "error:" in line for line in before)
+
+
+# Real probes; objects that are empty.
+HOLLOW = """#!/bin/sh
+for word; do [ "$before" = -o ] && out=$word; before=$word; done
+case "$*" in *csrc*|*.o\\ *) : > "$out"; : > "$out.d";; *) exec c++ "$@";; esac
+"""
+NVCC = """#!/bin/sh
+[ "$1" = --version ] && echo "Cuda compilation tools, release ${RELEASE:-13.0}, V" && exit
+for word; do [ "$before" = -o ] && out=$word; before=$word; done
+case "$*" in *$REFUSES*) echo "nvcc fatal: not that" >&2; exit 1;; esac
+: > "$out"; : > "$out.d"
+"""
+SMI = '#!/bin/sh\n[ -n "$CARDS" ] && printf "$CARDS"\n'
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs Linux and c++")
+@pytest.mark.parametrize(
+    ("settings", "built", "says"),
+    [
+        ({"CARDS": "8.6\\n9.0\\n9.0\\n"}, "sm_86 sm_90a", ""),
+        ({"CARDS": "9.0\\n", "FORKTREE_CUDA_ARCHS": "80;100a"}, "sm_80 sm_100a", ""),
+        ({"CARDS": "9.0\\n", "FORKTREE_CUDA": "0"}, "", ""),
+        ({"CARDS": "9.0\\n", "RELEASE": "11.8"}, "", "nvcc must be 12.0 or newer, got 'release 11.8'"),
+        ({"CARDS": "9.0\\n", "REFUSES": "probe"}, "", "nvcc release 13.0 does not build for 90a: nvcc fatal: not that"),
+        ({"CARDS": "9.0\\n", "REFUSES": "csrc"}, "", "nvcc did not compile csrc/"),
+        ({"FORKTREE_CUDA": "emulate"}, "emulated", ""),
+    ],
+    ids=["cards", "named", "off", "old nvcc", "nvcc refuses", "nvcc fails", "emulated"],
+)
+def test_cuda_is_built_for_what_is_there(tmp_path: Path, settings: dict[str, str], built: str, says: str) -> None:
+    pytest.importorskip("ninja")
+    pytest.importorskip("pybind11")
+    for name, script in {"cxx": HOLLOW, "nvcc": NVCC, "nvidia-smi": SMI}.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    ours = {"CXX": str(tmp_path / "cxx"), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "REFUSES": "nothing"}
+    named = ("CUDA_HOME", "CUDA_PATH", "FORKTREE_CUDA", "FORKTREE_CUDA_ARCHS", "CXXFLAGS")
+    clean = {name: value for name, value in os.environ.items() if name not in named}
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build"), "build_ext"]
+    result = subprocess.run(command, cwd=ROOT, env=clean | ours | settings, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (rules,) = (tmp_path / "build").glob("ninja.*/build.ninja")
+    text = re.sub(r"\s+(\$\n\s*)?", " ", rules.read_text())
+    assert f'FORKTREE_CUDA_BUILT="{built}"' in text
+    assert ("append_kv.cu.o" in text) == bool(built)
+    assert re.findall(r",code=(\S+)", text) == built.replace("emulated", "").split()
+    notices = [line for line in result.stderr.splitlines() if "without CUDA" in line]
+    assert len(notices) == bool(says) and all(line.endswith(says) for line in notices)
+    reason = says.partition("'")[0] or "FORKTREE_CUDA=0" * (not built)
+    assert reason in text  # `forktree env` tells it
+
+
+WITHOUT_DEVICE = """
+#include <cstdio>
+#include <exception>
+#include "append_kv.hpp"
+int main() {
+    const forktree::Append nothing{nullptr, 8, 8, 8, nullptr};
+    try {
+        forktree::cuda::append_kv(1, 1, 1, {nullptr, true, 1}, nothing, nothing, nullptr);
+    } catch (const std::exception& error) {
+        std::puts(error.what());
+    }
+}
+"""
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_a_call_without_a_device_says_so(tmp_path: Path) -> None:
+    (tmp_path / "main.cu").write_text(WITHOUT_DEVICE)
+    sources = [tmp_path / "main.cu", ROOT / "csrc/append_kv.cu"]
+    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-cudart", "static", f"-I{ROOT / 'csrc'}", *sources]
+    subprocess.run([*command, "-o", tmp_path / "main"], check=True)
+    result = subprocess.run([tmp_path / "main"], capture_output=True, text=True)
+    assert result.stdout.startswith("no CUDA device: cudaGetDeviceCount says ")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forktree import ops
+from forktree import _core, ops
 from forktree.ops import reference
 from forktree.plan import plan
 from forktree.target import CPU
@@ -184,6 +184,26 @@ def test_tree_attention(data):
         torch.testing.assert_close(got, expected, equal_nan=True)
 
 
+@pytest.mark.skipif(_core.build["cuda"] != "emulated", reason="needs a core built with FORKTREE_CUDA=emulate")
+@settings(fuzz, max_examples=100)
+@given(st.data())
+def test_tree_attention_cuda(monkeypatch, data):
+    """The same where head dims are mostly those there is a kernel for."""
+    monkeypatch.setenv("FORKTREE_BACKEND", "cuda")
+    dims = data.draw(st.sampled_from([(64,), (96,), (256,), (64, 80)]))
+    arguments, _ = attention_arguments(data, dims, dims)
+    made = arguments.pop("made")
+    arguments = tampered(data, arguments)
+    try:
+        got = ops.tree_attention(plan=made, **arguments)
+    except REFUSED:
+        return
+    if not on_meta(arguments):
+        scale = arguments["q"].shape[2] ** -0.5
+        expected, _ = reference.tree_attention(plan=made, scale=scale, softcap=None, **arguments)
+        torch.testing.assert_close(got, expected, equal_nan=True, rtol=2e-2, atol=2e-2)
+
+
 @settings(fuzz, max_examples=1500)
 @given(st.data())
 def test_a_plan_that_was_tampered_with(data):
@@ -208,10 +228,10 @@ def test_a_plan_that_was_tampered_with(data):
             assert torch.equal(arguments[name].nan_to_num(), x.nan_to_num())
 
 
-def attention_arguments(data):
+def attention_arguments(data, dims=(1, 2, 3, 8), value_dims=(0, 1, 2, 3, 8)):
     """Arguments of tree_attention, with `made`, a plan that cuts finely."""
-    kv_heads, group, dim = (data.draw(st.sampled_from([1, 2, 3, 8])) for _ in range(3))
-    value_dim = data.draw(st.sampled_from([0, 1, 2, 3, 8]))
+    kv_heads, group = (data.draw(st.sampled_from([1, 2, 3, 8])) for _ in range(2))
+    dim, value_dim = data.draw(st.sampled_from(dims)), data.draw(st.sampled_from(value_dims))
     case = random_layout(data.draw(st.integers(0, 10**4)), data.draw(st.sampled_from(KINDS)), room=1)
     dtype, heads = data.draw(NARROW), kv_heads * group
     sinks = data.draw(st.none() | st.just(torch.linspace(-1, 1, heads)))

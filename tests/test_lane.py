@@ -7,6 +7,8 @@ import torch
 import tiny
 from forktree.kv import Branch, reassign
 from forktree.lane import Lane
+from forktree.model import Runner
+from graph_fake import FakeGraphs
 
 
 def compute(lane: Lane, branches: list[Branch]) -> torch.Tensor:
@@ -32,9 +34,11 @@ def assert_right(lane: Lane, branches: list[Branch]) -> None:
     lane.tree.check()
 
 
-@pytest.fixture
-def lane() -> Lane:
+@pytest.fixture(params=["eager", "captured"])
+def lane(request: pytest.FixtureRequest) -> Lane:
     lane = Lane(tiny.model(), num_slots=400)
+    if request.param == "captured":
+        lane.runner = Runner(lane.runner.spec, num_slots=400, graphs=FakeGraphs())
     for keys, values in lane.runner.pools:
         keys.fill_(torch.nan), values.fill_(torch.nan)
     return lane
@@ -81,6 +85,23 @@ def test_a_whole_prompt_that_is_reused(lane: Lane) -> None:
     for token in range(3):
         again.append([token])
         assert_right(lane, [again, longer])
+
+
+@pytest.mark.parametrize("lane", ["captured"], indirect=True)
+def test_decoding_sends_what_has_changed(lane: Lane) -> None:
+    """Three numbers for each node's length, each row's position and each new slot; now and then a new plan."""
+    root = lane.open(range(1, 20))
+    assert_right(lane, [root])
+    branches = root.fork(4)
+    lane.tree.append(branches, [1, 2, 3, 4])
+    assert_right(lane, branches)
+    staging, sent = lane.runner._captured._plans._staging, []
+    write = staging.write
+    staging.write = lambda size: sent.append(size) or write(size)
+    for _ in range(16):
+        lane.tree.append(branches, [1, 2, 3, 4])
+        assert_right(lane, branches)
+    assert len(sent) == 16 and sent.count(3 * 3 * 4) >= 10
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
+from backends import BACKENDS, COMPILED, off_alignment, sparse
 from forktree import ops
 from forktree.ops import reference
 
 
-@pytest.fixture(params=["reference", "torch", "cpu"], autouse=True)
+@pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request, monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", request.param)
     return request.param
@@ -44,7 +45,7 @@ def test_equals_one_softmax_over_everything():
 
 
 def test_is_associative(backend):
-    _, _, o, lse = states([2, 3, 4], dtype=torch.float32 if backend == "cpu" else torch.float64)
+    _, _, o, lse = states([2, 3, 4], dtype=torch.float32 if backend in COMPILED else torch.float64)
     whole = merge(o, lse, [[0, 1, 2]])
     for pair, rest in (([0, 1], 2), ([1, 2], 0)):
         half = merge(o, lse, [pair])
@@ -108,6 +109,27 @@ def test_any_strides_any_number_of_threads(outputs, dtype, threads):
         results.append(ops.merge_states(o, lse, indptr, index))
         assert torch.equal(results[-1][0], results[0][0]) and torch.equal(results[-1][1], results[0][1])
     torch.testing.assert_close(results[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 40, 7])
+def test_states_at_any_address(dim, dtype):
+    o, lse = torch.randn(5, 3, dim).to(dtype), torch.randn(5, 3)
+    lists = [[0, 1, 2], [3], [4, 0]]
+    expected = merge(o, lse, lists)
+    assert all(torch.equal(*x) for x in zip(merge(off_alignment(o), lse, lists), expected, strict=True))
+    index, indptr = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([0, 3, 4, 6])
+    torch.testing.assert_close(expected, reference.merge_states(o, lse, indptr, index))
+
+
+def test_states_beyond_2_31_elements(backend):
+    if backend not in COMPILED:
+        pytest.skip("reads all states")
+    states = 2**22 + 2
+    o, lse = sparse(states, 4, 128, dtype=torch.bfloat16), sparse(states, 4, dtype=torch.float32)
+    o[-1], o[1], lse[1] = 3, 1, -torch.inf
+    out, _ = merge(o, lse, [[states - 1], [1, states - 1]])
+    assert out.eq(3).all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

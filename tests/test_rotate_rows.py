@@ -1,11 +1,12 @@
 import pytest
 import torch
 
+from backends import BACKENDS, COMPILED, off_alignment
 from forktree import ops
 from forktree.ops import reference
 
 
-@pytest.fixture(params=["reference", "torch", "cpu"], autouse=True)
+@pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request, monkeypatch):
     monkeypatch.setenv("FORKTREE_BACKEND", request.param)
     return request.param
@@ -39,7 +40,7 @@ def test_moves_rows_to_other_positions(rotary_dim, interleaved):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_keeps_the_dtype(backend, dtype):
-    if backend == "cpu" and dtype == torch.float64:
+    if backend in COMPILED and dtype == torch.float64:
         pytest.skip("fp64 is left to the torch backend")
     inv_freq = torch.tensor([1.0, 0.1])
     q = torch.randn(2, 1, 4).to(dtype)
@@ -57,7 +58,9 @@ def test_any_strides_any_number_of_threads(rows, interleaved, dtype, threads):
     inv_freq = 10000.0 ** (-torch.arange(0, 32, 2) / 32)
     shift = torch.randint(-(2**20), 2**20, (rows, 2))
     spread = torch.stack([packed, packed], 3)[..., 0]
-    for q in (packed, packed[:, 1:7], packed[:, ::3], packed.transpose(0, 1).contiguous().transpose(0, 1), spread):
+    heads_first = packed.transpose(0, 1).contiguous().transpose(0, 1)
+    odd = torch.cat([packed, packed[..., :1]], 2)[..., :-1]
+    for q in (packed, packed[:, 1:7], packed[:, ::3], heads_first, spread, odd, off_alignment(packed)):
         expected = reference.rotate_rows(q, shift[:, 0], inv_freq, interleaved=interleaved, rotary_dim=32)
         results = []
         for n in threads:

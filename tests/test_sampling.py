@@ -16,7 +16,7 @@ from transformers import (
 
 import tiny
 from forktree import BestOfN, InvalidInput, Sample, Sampling, TextScorer
-from forktree.sampling import draw, shaped_logits, uniforms
+from forktree.sampling import choose, draw, shaped_logits, uniforms
 
 SETTINGS = [
     Sampling(),
@@ -74,7 +74,7 @@ def test_draws_follow_the_shaped_distribution(sampling: Sampling) -> None:
     logits = 2 * torch.randn(1, 12)
     n = 20_000
     uniform = uniforms(np.arange(n, dtype=np.uint64), np.full(n, 7))
-    tokens = draw(logits.expand(n, -1), sampling, uniform)
+    tokens = draw(logits.expand(n, -1), sampling, torch.from_numpy(uniform))
     expected = n * by_transformers(logits, sampling)[0].double().numpy()
     expected *= n / expected.sum()
     assert chi_square(np.bincount(tokens.numpy(), minlength=12).astype(float), expected) > 1e-4
@@ -92,7 +92,7 @@ def test_tied_logits_are_kept_or_dropped_together_as_transformers_does() -> None
 def test_low_temperatures_come_to_the_most_likely_token(temperature: float) -> None:
     """Dividing by them would overflow fp32; the first and second logits differ by enough to leave no choice."""
     logits = torch.tensor([[5.0, 90.0, 70.0], [-3e4, -2e4, -4e4]])
-    uniform = np.array([0.999999, 1e-9])
+    uniform = torch.tensor([0.999999, 1e-9], dtype=torch.float64)
     assert draw(logits, Sampling(temperature), uniform).tolist() == [1, 1]
 
 
@@ -100,14 +100,49 @@ def test_temperature_zero_is_argmax_whatever_the_uniform() -> None:
     torch.manual_seed(2)
     logits = torch.randn(50, 9)
     for u in (0.0, 0.5, 1 - 2.0**-53):
-        assert torch.equal(draw(logits, Sampling(0.0), np.full(50, u)), logits.argmax(dim=-1))
+        uniform = torch.full((50,), u, dtype=torch.float64)
+        assert torch.equal(draw(logits, Sampling(0.0), uniform), logits.argmax(dim=-1))
 
 
 def test_extreme_uniforms_draw_no_excluded_token() -> None:
     """0 and the largest number below 1 fall on the first and the last token that is kept."""
     logits = torch.tensor([[-torch.inf, 1.0, 2.0, 0.0, -torch.inf]])
-    assert draw(logits, Sampling(), np.array([0.0])).item() == 1
-    assert draw(logits, Sampling(), np.array([1 - 2.0**-53])).item() == 3
+    assert draw(logits, Sampling(), torch.tensor([0.0], dtype=torch.float64)).item() == 1
+    assert draw(logits, Sampling(), torch.tensor([1 - 2.0**-53], dtype=torch.float64)).item() == 3
+
+
+def test_rows_drawn_in_different_ways_are_those_drawn_one_by_one() -> None:
+    torch.manual_seed(3)
+    logits = 3 * torch.randn(40, 17)
+    uniform = torch.rand(40, dtype=torch.float64)
+    kinds = [Sampling(0.0), *SETTINGS]
+    sampling = [kinds[i // 2 * 7 % len(kinds)] for i in range(40)]  # neighbours come in pairs
+    tokens, log_probs = choose(logits, sampling, uniform)
+    for i, kind in enumerate(sampling):
+        assert tokens[i] == draw(logits[i : i + 1], kind, uniform[i : i + 1])
+    exact = logits.double().log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
+    torch.testing.assert_close(log_probs, exact, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("sampling", [Sampling(0.0), *SETTINGS], ids=str)
+def test_rows_that_are_not_finite_draw_some_token_and_say_so(bad: float, sampling: Sampling) -> None:
+    torch.manual_seed(4)
+    logits = torch.randn(3, 11)
+    logits[1, 5] = bad
+    tokens, log_probs = choose(logits, [sampling] * 3, torch.full((3,), 0.5, dtype=torch.float64))
+    assert log_probs.isfinite().tolist() == [True, False, True]
+    assert tokens.min() >= 0 and tokens.max() < 11
+
+
+def test_drawing_reads_nothing_back() -> None:
+    """Tensors without values draw as well: the host never looks at them."""
+    kinds = [Sampling(0.0), *SETTINGS]
+    logits = torch.empty(2 * len(kinds), 31, device="meta")
+    uniform = torch.empty(len(logits), dtype=torch.float64, device="meta")
+    tokens, log_probs = choose(logits, kinds * 2, uniform)
+    assert (tokens.shape, tokens.dtype) == (uniform.shape, torch.long)
+    assert (log_probs.shape, log_probs.dtype) == (uniform.shape, torch.float64)
 
 
 def test_uniforms_are_uniform_and_independent_over_keys_and_positions() -> None:

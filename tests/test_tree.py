@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from forktree.kv import Branch, OutOfSlots, PrefixIndex, Tree, reassign
-from forktree.kv.tree import MAX_RESERVATION, Chunk
+from forktree.kv.tree import MAX_RESERVATION, UNKNOWN, Chunk
 from forktree.layout import TreeLayout
 from forktree.plan import check_plan, plan
 
@@ -64,6 +64,29 @@ class TreeMachine(RuleBasedStateMachine):
             self.tree.append(some, tokens)
             for branch, t in zip(some, tokens, strict=True):
                 self.naive[branch].append(Token(t, self.naive[branch][-1].position + 1))
+
+    @rule(data=st.data(), wanted=st.integers(0, 30))
+    def run_ahead(self, data: st.DataObject, wanted: int) -> None:
+        """Tokens unknown at first, perhaps computed meanwhile; then some are named, the others never were."""
+        if not self.naive:
+            return
+        some = data.draw(st.lists(st.sampled_from(list(self.naive)), min_size=1, unique=True))
+        keys = [b.key for b in some]
+        self.tree.append(some, [UNKNOWN] * len(some))
+        newest = [Token(UNKNOWN, self.naive[b][-1].position + 1) for b in some]
+        for branch, token in zip(some, newest, strict=True):
+            self.naive[branch].append(token)
+        self.compute(data)
+        if wanted:
+            self.evict(data, wanted)
+        self.tree.name_newest(some, [i % 4 for i in range(len(some))])
+        for i, token in enumerate(newest):
+            token.id = i % 4
+        gone = data.draw(st.lists(st.sampled_from(some), unique=True))
+        self.tree.retract(gone)
+        for branch in gone:
+            self.naive[branch].pop()
+        assert [b.key for b in some] == keys, "draws are what they would have been"
 
     @rule(branch=branches, data=st.data())
     def rewind(self, branch: Branch, data: st.DataObject) -> None:

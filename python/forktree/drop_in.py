@@ -13,6 +13,7 @@ refused with `InvalidInput`.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -26,6 +27,7 @@ from forktree.lane import Lane
 from forktree.model import attach
 from forktree.search.beam import BeamRules, Finished, beam_search
 from forktree.search.request import next_logits
+from forktree.transfer import upload
 
 _MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -142,11 +144,11 @@ class _Run:
         rows = self._rows
         branches = [branch for root in roots for branch in root.fork(self._copies)]
         open_rows = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        live = np.arange(len(rows))
         logits = None
         while True:
-            live = open_rows.nonzero().squeeze(1)
-            fresh = await next_logits([branches[i] for i in live.tolist()])
-            logits = fresh.clone() if logits is None else logits.index_copy(0, live, fresh)
+            fresh = await next_logits([branches[i] for i in live])
+            logits = fresh.clone() if logits is None else logits.index_copy(0, upload(live, rows.device), fresh)
             scores = self._processors(rows, logits)
             if self._scores is not None:
                 self._scores.append(scores)
@@ -158,14 +160,14 @@ class _Run:
                 tokens = torch.where(open_rows, tokens, self._pad.to(tokens))
             rows = torch.cat([rows, tokens[:, None]], dim=1)
             stopped = self._criteria(rows, self._told())
-            for i in (open_rows & stopped).nonzero().squeeze(1).tolist():
-                branches[i].drop()
             open_rows = open_rows & ~stopped
-            if not open_rows.any():
+            drawn, goes_on = torch.stack([tokens, open_rows]).cpu().numpy()
+            for i in live[goes_on[live] == 0]:
+                branches[i].drop()
+            live = live[goes_on[live] == 1]
+            if not len(live):
                 return rows
-            live = open_rows.nonzero().squeeze(1).tolist()
-            alive = [branches[i] for i in live]
-            append(alive, tokens[open_rows].cpu().numpy())
+            append([branches[i] for i in live], drawn[live])
 
     def sample_output(self, rows: Tensor) -> Tensor | GenerateDecoderOnlyOutput:
         """All rows."""

@@ -7,6 +7,9 @@ A step is resume, schedule, forward, answer:
     one forward pass a lane computes them
     requests whose branches are ready are answered         (one product with the head, one draw a row)
 
+On a GPU, `extend` runs one step ahead of the host: the tokens of a step are drawn on the device and computed by the
+next pass before the host reads them. What was drawn behind the end of a branch is then taken back.
+
 Out of slots is a normal event: reservations, kept prefixes, idle nodes and then the youngest search give way; their
 tokens stay and are computed again later.
 """
@@ -21,16 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from forktree.errors import Cancelled, NonFinite, OutOfMemory, ScorerError
+from forktree.errors import Cancelled, NonFinite, OutOfMemory
 from forktree.kv import Branch, OutOfSlots
 from forktree.kv.tree import Chunk
 from forktree.lane import Lane
 from forktree.sampling import choose, uniforms
-from forktree.scoring import Reading, Subject
-from forktree.search.request import Extend, Extension, NextLogits, Request, Rewards, Score
+from forktree.scoring import Subject
+from forktree.search.request import Extend, Extension, NextLogits, Request, Score
+from forktree.transfer import Download, upload
+from forktree.work import Drawn, ExtendWork, LogitsWork, ScoreWork, Work
 
 _INDICES = itertools.count()  # a search's number, and the owner of its branches in every tree it uses
 LOGIT_BYTES = 256 << 20  # rows of logits held at once: at most this many bytes
@@ -59,118 +62,27 @@ class Task:
     prompt_length: int
     began: float
     counters: Counters = field(default_factory=Counters)
-    work: "_Work | None" = None
+    work: Work | None = None
     preempted: bool = False
     done: bool = False
     result: Any = None
     error: Exception | None = None
 
 
-class _Work:
-    """A request being answered."""
-
-    def __init__(self, lane: Lane, branches: Sequence[Branch]) -> None:
-        self.lane, self.branches = lane, list(branches)
-        self.hidden: list[Tensor | None] = [None] * len(self.branches)
-
-    def waiting(self) -> list[Branch]:
-        """Branches whose hidden state is still wanted."""
-        return [b for b, h in zip(self.branches, self.hidden, strict=True) if h is None]
-
-    def collect(self) -> Tensor | None:
-        """Takes what is ready; `[n, H]` once all is. Ready states are kept here, as a node holds only one."""
-        waiting = [i for i, h in enumerate(self.hidden) if h is None]
-        ready = [i for i, r in zip(waiting, self.lane.is_ready([self.branches[i] for i in waiting]), strict=True) if r]
-        if ready:
-            rows = self.lane.hidden([self.branches[i] for i in ready])
-            if len(ready) == len(self.branches):
-                return rows
-            for i, row in zip(ready, rows, strict=True):
-                self.hidden[i] = row
-        if len(ready) < len(waiting):
-            return None
-        if not self.branches:
-            return self.lane.hidden([])
-        return torch.stack([h for h in self.hidden if h is not None])
-
-
-class _ScoreWork(_Work):
-    def __init__(self, reading: Reading, subject: Subject) -> None:
-        super().__init__(reading.lane or subject.lane, reading.branches if reading.lane else ())
-        self.reading, self.scored = reading, subject.branches
-
-    def rewards(self, hidden: Tensor | None) -> Rewards | None:
-        """What the scorer says, None while it is at work. Raises if it gives no finite number and no reason why."""
-        rewards = self.reading.read(hidden)
-        if rewards is None:
-            return None
-        n = len(self.scored)
-        if not len(rewards.values) == len(rewards.errors) == n:
-            raise ScorerError(f"a scorer must give {n} rewards and errors, one a branch, got {len(rewards.values)}")
-        for i in np.flatnonzero(~np.isfinite(rewards.values)).tolist():
-            if hidden is not None or rewards.errors[i] is None:  # the model's own numbers: not one branch's fault
-                raise _non_finite("reward", i, (self.branches or self.scored)[i])
-        return rewards
-
-
-class _LogitsWork(_Work):
-    pass
-
-
-class _ExtendWork(_Work):
-    def __init__(self, request: Extend, lane: Lane) -> None:
-        super().__init__(lane, request.branches)
-        n = len(request.branches)
-        self.request = request
-        self.open = np.ones(n, bool)
-        self.reason = ["length"] * n
-        self.log_prob = np.zeros(n)
-        self.num_tokens = np.zeros(n, np.int64)
-        self.drawn: list[list[int]] = [[] for _ in range(n)]
-        self.ids = np.array([b.id for b in request.branches], np.int64)
-        if len(np.unique(self.ids)) < n:
-            raise ValueError(f"extend needs distinct branches, got {n} of which some are the same")
-
-    def waiting(self) -> list[Branch]:
-        return [self.branches[i] for i in np.flatnonzero(self.open)]
-
-    def ready(self) -> NDArray[np.int64]:
-        """Open branches whose next token can be drawn."""
-        live = np.flatnonzero(self.open)
-        tree = self.lane.tree
-        ids = self.ids[live]
-        return live[tree.hidden_at[tree.branch_node[ids]] == tree.branch_length[ids] - 1]
-
-    def take(
-        self, rows: NDArray[np.int64], tokens: NDArray[np.int64], log_probs: NDArray[np.float64]
-    ) -> tuple[list[Branch], list[int]]:
-        """Records the drawn tokens and closes the branches that stop; returns what is to be appended."""
-        request = self.request
-        self.log_prob[rows] += log_probs
-        self.num_tokens[rows] += 1
-        full = self.num_tokens[rows] >= request.max_tokens[rows]
-        branches, appended = [], []
-        for i, token, last in zip(rows.tolist(), tokens.tolist(), full.tolist(), strict=True):
-            if token in request.eos_token_ids:
-                self.open[i], self.reason[i] = False, "eos"
-                continue
-            branches.append(self.branches[i])
-            appended.append(token)
-            self.open[i] = not last
-            if request.stop is not None:
-                self.drawn[i].append(token)
-                if request.stop(token, self.drawn[i]):
-                    self.open[i], self.reason[i] = False, "stop"
-        return branches, appended
-
-
 class Engine:
-    """Drives searches over one policy lane. `max_batch_tokens` bounds the tokens of one forward pass."""
+    """Drives searches over one policy lane. `max_batch_tokens` bounds the tokens of one forward pass.
 
-    def __init__(self, lane: Lane, *, tokenizer: Any = None, max_batch_tokens: int = 512) -> None:
+    ahead: whether `extend` runs one step ahead of the host; None: on a GPU. Results are the same.
+    """
+
+    def __init__(
+        self, lane: Lane, *, tokenizer: Any = None, max_batch_tokens: int = 512, ahead: bool | None = None
+    ) -> None:
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
         self.lane, self.tokenizer, self.max_batch_tokens = lane, tokenizer, max_batch_tokens
+        self.ahead = lane.runner.device.type == "cuda" if ahead is None else ahead
+        self._unread: Drawn | None = None  # appended to their branches, and unknown to the host
         self._tasks: list[Task] = []  # oldest first
         self._lanes = [lane]
 
@@ -217,6 +129,7 @@ class Engine:
 
     def cancel(self, task: Task) -> None:
         """Ends a search: `Cancelled` is thrown into it; if it carries on all the same, it is closed by force."""
+        self._read_ahead()  # a search sees no token that is unknown
         if not task.done:
             self._resume(task, None, Cancelled(f"search {task.index} was cancelled"))
             if not task.done:
@@ -241,10 +154,10 @@ class Engine:
         """One forward pass a lane, and the answers it makes possible."""
         busy = False
         for lane in list(self._lanes):
-            running = [t for t in self._tasks if t.work is not None and t.work.lane is lane and not t.preempted]
-            if chunks := self._schedule(lane, running):
+            if chunks := self._schedule(lane):
                 lane.forward(chunks)
                 busy = True
+        busy |= self._read_ahead()  # now that the device has the next step to do
         answered = self._answer_extends() | self._answer_rest()
         if not busy and not answered:
             time.sleep(0.001)  # only Python scorers are at work
@@ -262,22 +175,22 @@ class Engine:
         except Exception as failure:
             self._finish(task, error=failure)
 
-    def _begin(self, task: Task, request: Request[Any]) -> _Work:
+    def _begin(self, task: Task, request: Request[Any]) -> Work:
         if isinstance(request, Request):
             self.lane.check(request.branches)
         if isinstance(request, Extend):
-            return _ExtendWork(request, self.lane)
+            return ExtendWork(request, self.lane)
         if isinstance(request, NextLogits):
-            return _LogitsWork(self.lane, request.branches)
+            return LogitsWork(request, self.lane)
         if isinstance(request, Score):
             task.counters.scorer_calls += len(request.branches)
             subject = Subject(self.lane, request.branches, task.prompt, task.prompt_length, self.tokenizer)
-            return _ScoreWork(request.scorer.begin(subject), subject)
+            return ScoreWork(request.scorer.begin(subject), subject)
         raise TypeError(f"a search awaits extend, score or next_logits, got {type(request).__name__}")
 
     def _close(self, task: Task) -> None:
         work, task.work = task.work, None
-        if isinstance(work, _ScoreWork):
+        if isinstance(work, ScoreWork):
             work.reading.close()
 
     def _finish(self, task: Task, *, result: Any = None, error: Exception | None = None) -> None:
@@ -297,14 +210,21 @@ class Engine:
 
     # ---------------------------------------------------------------- scheduling
 
-    def _schedule(self, lane: Lane, running: list[Task]) -> list[Chunk]:
+    def _running(self, lane: Lane) -> list[Task]:
+        return [t for t in self._tasks if t.work is not None and t.work.lane is lane and not t.preempted]
+
+    def _schedule(self, lane: Lane) -> list[Chunk]:
         """Chunks for the next forward pass, their slots reserved. Younger searches may be preempted for it."""
+        running = self._running(lane)
         while running:
             branches = [b for t in running if t.work is not None for b in t.work.waiting()]
             chunks = self._within_budget(lane, lane.tree.pending(branches))
             try:
                 lane.tree.reserve(chunks)
             except OutOfSlots as out:
+                if self._read_ahead():  # some of what was to be computed may not be wanted
+                    running = self._running(lane)
+                    continue
                 # kept prefixes give way first, then whatever no running request sees
                 if lane.prefixes.evict() or lane.tree.evict(lane.tree.view(branches), out.needed - out.free):
                     continue
@@ -371,63 +291,92 @@ class Engine:
 
     def _answer_extends(self) -> bool:
         """Draws one token for every ready row of every `extend`: one product with the head for all of them."""
-        works = [(t, t.work) for t in self._tasks if isinstance(t.work, _ExtendWork)]
-        ready = [(t, w, rows) for t, w in works if not t.preempted and len(rows := w.ready())]
+        works = [(t, t.work) for t in self._tasks if isinstance(t.work, ExtendWork)]
+        ready = [w for t, w in works if not t.preempted and len(w.ready())]
         if ready:
-            tokens, log_probs = self._draw(ready)
-            branches: list[Branch] = []
-            appended: list[int] = []
-            first = 0
-            for task, work, rows in ready:
-                part = slice(first, first := first + len(rows))
-                if np.isfinite(log_probs[part]).all():
-                    more = work.take(rows, tokens[part], log_probs[part])
-                    branches += more[0]
-                    appended += more[1]
-                else:
-                    bad = int(rows[np.flatnonzero(~np.isfinite(log_probs[part]))[0]])
-                    self._resume(task, None, _non_finite("logits", bad, work.branches[bad]))
-            self.lane.tree.append(branches, appended)
-        finished = [(t, w) for t, w in works if t.work is w and not w.open.any()]
+            drawn = self._draw(ready)
+            if self.ahead and any(w.open.any() for w in ready):
+                self.lane.append_drawn(drawn.branches, drawn.tokens)
+                self._unread = drawn
+            else:
+                self._read(drawn)
+        unread = [] if self._unread is None else self._unread.works
+        finished = [(t, w) for t, w in works if t.work is w and not (w.open.any() or w in unread)]
         for task, work in finished:
             self._resume(task, Extension(work.reason, work.log_prob, work.num_tokens))
         return bool(ready or finished)
 
-    def _draw(
-        self, ready: list[tuple[Task, _ExtendWork, NDArray[np.int64]]]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """A token for each ready row, in order, and its log-prob, NaN where the row's logits are not finite."""
-        ids = np.concatenate([work.ids[rows] for _, work, rows in ready])
-        sampling = [work.request.sampling for _, work, rows in ready for _ in rows]
-        tree = self.lane.tree
-        uniform = uniforms(tree.branch_key[ids], tree.branch_length[ids])
-        hidden = self.lane.hidden([work.branches[i] for _, work, rows in ready for i in rows])
-        tokens, log_probs = np.zeros(len(ids), np.int64), np.zeros(len(ids))
-        block = max(1, LOGIT_BYTES // (4 * self.lane.runner.vocab_size))
+    def _draw(self, works: list[ExtendWork]) -> Drawn:
+        """A token for each ready row of each work, counted."""
+        kinds = list(dict.fromkeys(work.request.sampling for work in works))
+        works = sorted(works, key=lambda work: kinds.index(work.request.sampling))  # rows of a kind are drawn together
+        rows = [work.ready() for work in works]
+        ids = np.concatenate([work.ids[at] for work, at in zip(works, rows, strict=True)])
+        sampling = [work.request.sampling for work, at in zip(works, rows, strict=True) for _ in at]
+        tree, runner = self.lane.tree, self.lane.runner
+        uniform = upload(uniforms(tree.branch_key[ids], tree.branch_length[ids]), runner.device)
+        hidden = self.lane.hidden([work.branches[i] for work, at in zip(works, rows, strict=True) for i in at])
+        chosen = []
+        block = max(1, LOGIT_BYTES // (4 * runner.vocab_size))
         for begin in range(0, len(ids), block):
-            logits = self.lane.runner.logits(hidden[begin : begin + block])
+            logits = runner.logits(hidden[begin : begin + block])
             few = max(1, AT_ONCE // logits.shape[1]) if logits.is_cpu else block
-            for first in range(begin, begin + len(logits), few):
-                part = slice(first, min(first + few, begin + len(logits)))
-                some = logits[part.start - begin : part.stop - begin]
-                tokens[part], log_probs[part] = choose(some, sampling[part], uniform[part])
-        return tokens, log_probs
+            for first, some in zip(range(begin, begin + len(logits), few), logits.split(few), strict=True):
+                part = slice(first, first + len(some))
+                chosen.append(choose(some, sampling[part], uniform[part]))
+        tokens, log_probs = (torch.cat(column) for column in zip(*chosen, strict=True))
+        for work, at in zip(works, rows, strict=True):
+            work.count(at)
+        return Drawn(works, rows, hidden, tokens, Download(torch.stack([tokens.double(), log_probs])))
+
+    def _read_ahead(self) -> bool:
+        """Reads the tokens that were drawn ahead of the host; False if there are none."""
+        if self._unread is None:
+            return False
+        self._read(self._unread)
+        return True
+
+    def _read(self, drawn: Drawn) -> None:
+        """Decides by the drawn tokens how their branches go on, and which of them become part of their branch."""
+        ids, log_probs = drawn.outcome.read()
+        tokens, ahead = ids.astype(np.int64), drawn is self._unread
+        self._unread = None
+        tree, branches = self.lane.tree, drawn.branches
+        if ahead:
+            tree.name_newest(branches, tokens)
+        stays = np.zeros(len(tokens), bool)
+        failed, first = [], 0
+        for work, rows in zip(drawn.works, drawn.rows, strict=True):
+            part = slice(first, first := first + len(rows))
+            wrong = rows[~np.isfinite(log_probs[part])]
+            if len(wrong):
+                failed.append((work, int(wrong[0])))
+            else:
+                stays[part] = work.take(rows, tokens[part], log_probs[part])
+        if not ahead:
+            tree.append([branches[k] for k in np.flatnonzero(stays)], tokens[stays])
+        elif not stays.all():
+            gone = np.flatnonzero(~stays)
+            self.lane.retract([branches[k] for k in gone], drawn.hidden[upload(gone, drawn.hidden.device)])
+        for work, bad in failed:
+            task = next(t for t in self._tasks if t.work is work)
+            self._resume(task, None, NonFinite.of("logits", bad, work.branches[bad].length))
 
     def _answer_rest(self) -> bool:
         """Answers what needs all its branches at once: rewards and rows of logits."""
         answered = False
         for task in self.active:
             work = task.work
-            if isinstance(work, _LogitsWork) and (hidden := work.collect()) is not None:
+            if isinstance(work, LogitsWork) and (hidden := work.collect()) is not None:
                 logits = self.lane.runner.logits(hidden)
-                finite = logits.amax(dim=-1).isfinite().cpu().numpy()
+                finite = logits.amax(dim=-1).isfinite().cpu().numpy() if work.checked else np.ones(1, bool)
                 if finite.all():
                     self._resume(task, logits)
                 else:
                     bad = int(np.argmin(finite))
-                    self._resume(task, None, _non_finite("logits", bad, work.branches[bad]))
+                    self._resume(task, None, NonFinite.of("logits", bad, work.branches[bad].length))
                 answered = True
-            elif isinstance(work, _ScoreWork):
+            elif isinstance(work, ScoreWork):
                 hidden = work.collect() if work.reading.lane is not None else None
                 if work.reading.lane is not None and hidden is None:
                     continue
@@ -440,13 +389,6 @@ class Engine:
                     self._resume(task, rewards)
                 answered = True
         return answered
-
-
-def _non_finite(what: str, i: int, branch: Branch) -> NonFinite:
-    return NonFinite(
-        f"{what} of branch {i} at position {branch.length} must be finite, got NaN or infinity: "
-        "the model overflows at this dtype, or its weights are damaged"
-    )
 
 
 def _key(seed: int, tokens: Sequence[int]) -> int:

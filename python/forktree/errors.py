@@ -16,6 +16,14 @@ class OutOfMemory(ForktreeError):
 class NonFinite(ForktreeError):
     """NaN or infinite values in logits or rewards; names the branch and the position."""
 
+    @classmethod
+    def of(cls, what: str, branch: int, position: int) -> "NonFinite":
+        """The error of `what` behind `position` tokens of the request's branch number `branch`."""
+        return cls(
+            f"{what} of branch {branch} at position {position} must be finite, got NaN or infinity: "
+            "the model overflows at this dtype, or its weights are damaged"
+        )
+
 
 class ScorerError(ForktreeError):
     """A scorer raised, returned something other than a finite number, or took too long."""

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from forktree.errors import InvalidInput
 from forktree.kv import Branch, PrefixIndex, Tree
-from forktree.kv.tree import NOBODY, Chunk
+from forktree.kv.slots import Ints
+from forktree.kv.tree import NOBODY, UNKNOWN, Chunk
 from forktree.model import ModelSpec, Runner, attach
+from forktree.transfer import upload
 
 DEFAULT_SLOTS = 65536
 
@@ -43,6 +45,7 @@ class Lane:
         self.forwards = 0
         self._prefix_cache = prefix_cache
         self._hidden = torch.empty(0, self.runner.hidden_size, dtype=self.runner.dtype, device=self.runner.device)
+        self._drawn = torch.empty(0, dtype=torch.long, device=self.runner.device)  # of a node whose last is UNKNOWN
         self._plans: Any = None
         self._used = np.zeros(0, np.int64)  # nodes of the last layout
         self._planned_for: tuple[int, list[int]] | None = None
@@ -79,23 +82,54 @@ class Lane:
     def hidden(self, branches: Sequence[Branch]) -> Tensor:
         """Last hidden state of each branch, `[n, H]`; all must be ready."""
         node, _ = self.tree.positions_of(branches)
-        return self._hidden[torch.from_numpy(node.astype(np.int64)).to(self._hidden.device)]
+        return self._hidden[upload(node.astype(np.int64), self._hidden.device)]
+
+    def append_drawn(self, branches: Sequence[Branch], tokens: Tensor) -> None:
+        """One more token for each branch, int64 `[n]`, which the device knows and the host does not: it can be
+        computed, and is `UNKNOWN` to the tree until that is told (`Tree.name_newest`) or it is retracted."""
+        self.tree.append(branches, np.full(len(branches), UNKNOWN))
+        node, _ = self.tree.positions_of(branches)
+        self._make_room()
+        self._drawn[upload(node.astype(np.int64), self._drawn.device)] = tokens
+
+    def retract(self, branches: Sequence[Branch], hidden: Tensor) -> None:
+        """Takes back the newest token of each branch. hidden `[n, H]`: states of the tokens before, which computing
+        the newest may have replaced."""
+        tree = self.tree
+        tree.retract(branches)
+        node, length = tree.positions_of(branches)
+        node, first = np.unique(node, return_index=True)
+        lost = tree.hidden_at[node] < 0
+        node, first = node[lost].astype(np.int64), first[lost]
+        to, row = upload(np.stack([node, first]), hidden.device)
+        self._hidden[to] = hidden[row]
+        tree.hidden_at[node] = length[first] - 1
 
     def forward(self, chunks: Sequence[Chunk]) -> None:
         """One forward pass over `chunks`, whose slots are reserved and whose ancestors are computed or among them."""
-        tree = self.tree
-        tokens, positions = tree.tokens_of(chunks)
-        slots = tree.slots_of(chunks)
-        hidden = self.runner.forward(tokens, positions, slots, self._plans_for(chunks))
-        node = torch.tensor([c.node for c in chunks], device=hidden.device)
-        last = torch.tensor(np.cumsum([c.stop - c.begin for c in chunks]) - 1, device=hidden.device)
-        if len(self._hidden) < tree.num_nodes:
-            more = self._hidden.new_empty(tree.num_nodes - len(self._hidden), self._hidden.shape[1])
-            self._hidden = torch.cat([self._hidden, more])
-        self._hidden[node] = hidden[last]
+        tree, device = self.tree, self._hidden.device
+        self._make_room()
+        ids, positions = tree.tokens_of(chunks)
+        node = np.array([c.node for c in chunks])
+        last = np.cumsum([c.stop - c.begin for c in chunks]) - 1
+        to, end = upload(np.stack([node, last]), device)
+        tokens: Ints | Tensor = ids
+        if ids.min() == UNKNOWN:
+            tokens = upload(ids.astype(np.int64), device)
+            newest = tokens[end]
+            tokens[end] = torch.where(newest == UNKNOWN, self._drawn[to], newest)
+        hidden = self.runner.forward(tokens, positions, tree.slots_of(chunks), self._plans_for(chunks))
+        self._hidden[to] = hidden[end]
         tree.mark_computed(chunks)
-        self.tokens_computed += len(tokens)
+        self.tokens_computed += len(ids)
         self.forwards += 1
+
+    def _make_room(self) -> None:
+        """Rows for every node."""
+        missing = self.tree.num_nodes - len(self._hidden)
+        if missing > 0:
+            self._hidden = torch.cat([self._hidden, self._hidden.new_empty(missing, self._hidden.shape[1])])
+            self._drawn = torch.cat([self._drawn, self._drawn.new_empty(missing)])
 
     def _plans_for(self, chunks: Sequence[Chunk]) -> Any:
         """Plans for the step; those of the last step, grown, if since then its tips have only grown, and not by more

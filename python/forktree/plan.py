@@ -23,6 +23,7 @@ The predicted time is that of all items spread over `Target.units`, or that of t
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from forktree import _core
-from forktree.layout import Array, IntArray, TreeLayout
+from forktree.layout import Array, IntArray, TreeLayout, ranges
 from forktree.target import Target, target_for
 
 LIVE = TreeLayout.ALL  # stop of a segment that ends where its node does, also after growing
@@ -78,6 +79,7 @@ class AttentionPlan:
     clear: IntArray  # [Z]
     row: IntArray  # [R, 6]
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what backends prepare once a plan
+    before: weakref.ref[AttentionPlan] | None = field(default=None, repr=False)  # what it grew from
 
     @property
     def row_order(self) -> IntArray:
@@ -87,6 +89,13 @@ class AttentionPlan:
     @property
     def num_partials(self) -> int:
         return self.merge_partial.size
+
+    @cached_property
+    def growing(self) -> slice:
+        """Where the buffer has what growing changes: node_len [N], then row_pos [R]."""
+        fixed = (self.item, self.seg, self.merge_indptr, self.merge_partial, self.clear, self.row)
+        begin = HEADER + sum(x.size for x in fixed)
+        return slice(begin, begin + self.layout.num_nodes + self.layout.num_rows)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The buffer and the layout's slot_index on a device, for kernels. On a GPU they arrive asynchronously."""
@@ -122,19 +131,19 @@ class AttentionPlan:
                 f"causal or masked context of several rows, got {layout.node_len[node]}: plan anew"
             )
         buffer = self.buffer.copy()
-        begin = (
-            HEADER
-            + self.item.size
-            + self.seg.size
-            + self.merge_indptr.size
-            + self.num_partials
-            + self.clear.size
-            + self.row.size
-        )
-        end = begin + layout.num_nodes
-        buffer[begin:end] = layout.node_len
-        buffer[end : end + layout.num_rows] = layout.row_pos
-        return replace(self, layout=layout, buffer=buffer, cache={})
+        buffer[self.growing] = np.concatenate([layout.node_len, layout.row_pos])
+        return replace(self, layout=layout, buffer=buffer, cache={}, before=weakref.ref(self))
+
+    def grew_from(self, before: AttentionPlan) -> bool:
+        """Whether this is what `before.grow` returned."""
+        return self.before is not None and self.before() is before
+
+    def changes(self, before: AttentionPlan) -> tuple[IntArray, IntArray]:
+        """Entries of the buffer that growing from `before` changed, and entries of slot_index that it added."""
+        lens, old = self.layout.node_len, before.layout.node_len
+        grew = np.flatnonzero(lens > old)
+        changed = np.flatnonzero(self.buffer[self.growing] != before.buffer[self.growing]) + self.growing.start
+        return changed, ranges(self.layout.node_begin[grew] + old[grew], lens[grew] - old[grew])
 
     def stats(self, itemsize: int = 2) -> PlanStats:
         """Itemsize: bytes of one element of K or V."""

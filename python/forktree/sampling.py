@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -68,28 +69,29 @@ def shaped_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     return scores
 
 
-def draw(logits: Tensor, sampling: Sampling, uniform: NDArray[np.float64]) -> Tensor:
-    """One token id a row, int64 `[n]`: inverse CDF in fp64 of the shaped distribution of `logits [n, V]` fp32."""
+def draw(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """One token id a row, int64 `[n]`: inverse CDF in fp64 of the shaped distribution of `logits [n, V]` fp32.
+
+    uniform: fp64 `[n]`, on the logits' device.
+    """
     if sampling.is_greedy:
         return logits.argmax(dim=-1)
     probabilities = shaped_logits(logits, sampling).softmax(dim=-1, dtype=torch.float32)
     mass = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    aim = torch.from_numpy(uniform).to(mass.device)[:, None] * mass[:, -1:]
+    aim = uniform[:, None] * mass[:, -1:]
     return torch.searchsorted(mass, aim, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
 
 
-def choose(
-    logits: Tensor, sampling: Sequence[Sampling], uniform: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """A token for each row of `logits [n, V]`, drawn as its `sampling` says, and its log-prob under the logits as they
-    are, NaN or infinite where they are not finite."""
-    tokens, log_probs = np.zeros(len(logits), np.int64), np.zeros(len(logits))
-    total = logits.logsumexp(dim=-1)
-    for kind in dict.fromkeys(sampling):
-        rows = [i for i, own in enumerate(sampling) if own == kind]
-        some = logits if len(rows) == len(logits) else logits[rows]
-        chosen = draw(some, kind, uniform[rows])
-        picked = some.gather(1, chosen[:, None]).squeeze(1)
-        tokens[rows] = chosen.cpu().numpy()
-        log_probs[rows] = (picked - total[rows]).double().cpu().numpy()
-    return tokens, log_probs
+def choose(logits: Tensor, sampling: Sequence[Sampling], uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A token for each row of `logits [n, V]`, drawn as its `sampling` says, int64 `[n]`, and its log-prob under the
+    logits as they are, fp64 `[n]`, NaN or infinite where they are not finite. All on the logits' device.
+
+    Neighbouring rows of one `sampling` are drawn together. uniform: fp64 `[n]`, on the logits' device.
+    """
+    tokens, begin = [], 0
+    for kind, run in groupby(sampling):
+        rows = slice(begin, begin := begin + len(list(run)))
+        tokens.append(draw(logits[rows], kind, uniform[rows]))
+    chosen = torch.cat(tokens)
+    picked = logits.gather(1, chosen[:, None]).squeeze(1)
+    return chosen, (picked - logits.logsumexp(dim=-1)).double()

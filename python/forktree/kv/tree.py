@@ -27,6 +27,7 @@ from forktree.layout import TreeLayout
 _ID = attrgetter("id")
 MAX_RESERVATION = 16
 NOBODY = -1
+UNKNOWN = -1  # stands for the newest token of a branch while only the device knows it; equal to no id
 _FIRST_CAPACITY = 16
 
 
@@ -278,6 +279,25 @@ class Tree:
         self.token[end : end + len(tokens)] = tokens
         self.length[node] += len(tokens)
         self.branch_length[id] += len(tokens)
+
+    def name_newest(self, branches: Sequence[Branch], tokens: ArrayLike) -> None:
+        """The ids of tokens that were appended as `UNKNOWN`. `tokens` int `[len(branches)]`."""
+        node, length = self.positions_of(branches)
+        at = self.begin[node] + length - self.start[node] - 1
+        assert (self.token[at] == UNKNOWN).all(), "the newest token of a branch is known already"
+        self.token[at] = np.asarray(tokens, dtype=np.int32)
+
+    def retract(self, branches: Sequence[Branch]) -> None:
+        """Takes back the token that `append` gave each of the branches last. Unlike after a rewind, their draws are
+        what they would have been without it."""
+        ids = self._ids(branches)
+        old = self.branch_node[ids]
+        self.branch_length[ids] -= 1
+        node = np.where(self.branch_length[ids] > self.start[old], old, self.parent[old])
+        np.subtract.at(self.readers, old, 1)
+        np.add.at(self.readers, node, 1)
+        self.branch_node[ids] = node
+        self._settle(np.concatenate([old, node]))
 
     def tokens(self, branch: Branch) -> Ints:
         """See `Branch.tokens`."""

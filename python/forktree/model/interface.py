@@ -160,6 +160,11 @@ class PackedModel:
 
     def forward(self, tokens: Tensor, positions: Tensor, step: Step) -> Tensor:
         """tokens, positions [T] int64 on the model's device -> post-norm hidden states [T, H]."""
+        # The clone is an ordinary tensor, which its owner may modify in place.
+        return self.compute(tokens, positions, step).clone()
+
+    def compute(self, tokens: Tensor, positions: Tensor, step: Step) -> Tensor:
+        """`forward`, but the result is an inference tensor."""
         rows = tokens.shape[0]
         if rows < self.min_rows:
             tokens = F.pad(tokens, (0, self.min_rows - rows))
@@ -174,8 +179,7 @@ class PackedModel:
                 return_dict=True,
                 forktree_step=step,
             )
-        # The clone is an ordinary tensor, which its owner may modify in place.
-        hidden: Tensor = output.last_hidden_state[0, :rows].clone()
+            hidden: Tensor = output.last_hidden_state[0, :rows]
         return hidden
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from forktree.layout import TreeLayout
 from forktree.ops import append_kv, tree_attention
+from forktree.ops.choice import choose
 from forktree.plan import AttentionPlan, plan
 
 Pool = tuple[Tensor, Tensor]  # K [slots, Hk, Dk], V [slots, Hk, Dv]
@@ -22,8 +23,9 @@ class LayerKind:
     head_dim: int
     value_dim: int
 
-    def plan(self, layout: TreeLayout, device: torch.device) -> AttentionPlan:
-        """Invariant, so that a prompt's result does not depend on what else is in the batch."""
+    def plan(self, layout: TreeLayout, device: torch.device, max_partials: int | None = None) -> AttentionPlan:
+        """Invariant, so that a prompt's result does not depend on what else is in the batch; but not with a cap,
+        which strangers share."""
         return plan(
             layout,
             num_qo_heads=self.num_qo_heads,
@@ -31,8 +33,13 @@ class LayerKind:
             head_dim=self.head_dim,
             device=str(device),
             window=self.window,
-            invariant=True,
+            max_partials=max_partials,
+            invariant=max_partials is None,
         )
+
+    def max_partials(self, scratch: int) -> int:
+        """How many rows of partials fit so many bytes."""
+        return scratch // (4 * self.num_qo_heads * (self.value_dim + 2))
 
     def pool(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> Pool:
         """Zeroed; on a CPU, pages that were never written take no memory."""
@@ -59,4 +66,27 @@ def append_and_attend(
     append_kv(key, value, slots, *pool)
     out = tree_attention(query, *pool, plan, scale=scale, softcap=softcap, sinks=sinks)
     assert isinstance(out, Tensor)  # not (out, lse)
+    return out
+
+
+def append_and_attend_captured(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    pool: Pool,
+    plan: tuple[Tensor, Tensor],
+    *,
+    max_partials: int,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """`append_and_attend` with what a captured step has in place of a plan: where plans will be, and most partials."""
+    if (backend := choose("tree_attention", query, *pool)) in ("reference", "torch"):
+        raise RuntimeError(f"the {backend} backend follows plans on the host")
+    torch.ops.forktree.append_kv.default(key, value, slots, *pool)
+    out, _ = torch.ops.forktree.tree_attention.default(
+        query, *pool, *plan, query.shape[0], max_partials, scale, softcap or 0.0, sinks, None
+    )
     return out

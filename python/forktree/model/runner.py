@@ -1,7 +1,6 @@
 """`Runner`: one model with its KV pools. Packed tokens in, hidden states out."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,10 @@ from torch.nn import functional as F
 from forktree.errors import InvalidInput
 from forktree.layout import TreeLayout
 from forktree.model.attach import ModelSpec
-from forktree.model.layers import LayerKind, Pool, append_and_attend
+from forktree.model.captured import CapturedSteps
+from forktree.model.graphs import CudaGraphs, Graphs
+from forktree.model.layers import LayerKind
+from forktree.model.step import Step
 from forktree.plan import AttentionPlan
 
 Integers = np.ndarray | Tensor | Sequence[int]
@@ -21,7 +23,8 @@ Plans = Mapping[LayerKind, AttentionPlan]
 class Runner:
     """A proved model (`attach`) and room for the keys and values of `num_slots` tokens in every layer."""
 
-    def __init__(self, spec: ModelSpec, *, num_slots: int) -> None:
+    def __init__(self, spec: ModelSpec, *, num_slots: int, graphs: Graphs | None = None) -> None:
+        """graphs: what captures steps; default: CUDA for a model on a GPU, nothing elsewhere."""
         if num_slots < 1:
             raise InvalidInput(f"num_slots must be at least 1, got {num_slots}")
         self.spec = spec
@@ -31,10 +34,15 @@ class Runner:
         self.num_slots = num_slots
         self.pools = [kind.pool(num_slots, self.dtype, self.device) for kind in self.spec.layers]
         self.bytes_per_slot = spec.bytes_per_slot
+        self.kinds = list(dict.fromkeys(spec.layers))
+        if graphs is None and self.device.type == "cuda":
+            graphs = CudaGraphs(self.device)
+        self._captured = None if graphs is None else CapturedSteps(spec, self.pools, graphs)
 
     def plans(self, layout: TreeLayout) -> dict[LayerKind, AttentionPlan]:
         """One plan for each kind of layer. They stay valid while nodes only grow."""
-        return {kind: kind.plan(layout, self.device) for kind in dict.fromkeys(self.spec.layers)}
+        caps = [None] * len(self.kinds) if self._captured is None else self._captured.max_partials
+        return {kind: kind.plan(layout, self.device, cap) for kind, cap in zip(self.kinds, caps, strict=True)}
 
     def forward(self, tokens: Integers, positions: Integers, slots: Integers, plans: Plans) -> Tensor:
         """Computes tokens, stores their keys and values, and returns post-norm hidden states [T, H].
@@ -42,22 +50,28 @@ class Runner:
         tokens, positions, slots: [T] integers in the order of the layout's rows (row_token = 0 .. T-1).
         Slot -1: not stored. plans: of a layout whose nodes contain these tokens.
 
-        Raises InvalidInput if lengths differ, or if values on the host are out of range (those on a device
-        are not looked at: that would wait for it).
+        Raises InvalidInput if lengths differ, also from that of the plans' layout, or if values on the host are
+        out of range (those on a device are not looked at: that would wait for it).
         """
         packed = self.spec.packed
         if packed.model.training:
             raise InvalidInput(f"{self.spec.name}: expected evaluation mode, got training mode; call model.eval()")
         to = self._indices("slots", slots, -1, self.num_slots)
-        step = _Step(to, self.pools, [plans[kind] for kind in self.spec.layers])
         ids = self._indices("tokens", tokens, 0, self.vocab_size)
         at = self._indices("positions", positions, 0, self.max_position, self.spec.max_position_note)
-        if not len(ids) == len(at) == step.num_tokens > 0:
+        if not len(ids) == len(at) == len(to) > 0:
             raise InvalidInput(
                 "tokens, positions and slots must have one length of at least 1, got "
-                f"{len(ids)}, {len(at)} and {step.num_tokens}"
+                f"{len(ids)}, {len(at)} and {len(to)}"
             )
-        return packed.forward(ids, at, step)
+        if any(plans[kind].layout.num_tokens != len(ids) for kind in self.kinds):
+            raise InvalidInput(
+                f"plans must be of a layout of {len(ids)} tokens, got {[p.layout.num_tokens for p in plans.values()]}"
+            )
+        if self._captured is not None:
+            return self._captured.forward(ids, at, to, [plans[kind] for kind in self.kinds])
+        ids, at, to = (torch.as_tensor(x, dtype=torch.long, device=self.device) for x in (ids, at, to))
+        return packed.forward(ids, at, Step(to, self.pools, [plans[kind] for kind in self.spec.layers]))
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -68,7 +82,7 @@ class Runner:
         missing = self.spec.packed.min_rows - rows
         return self.spec.head.logits(F.pad(hidden, (0, 0, 0, missing)) if missing > 0 else hidden)[:rows]
 
-    def _indices(self, name: str, values: Integers, low: int, stop: int, why: str = "") -> Tensor:
+    def _indices(self, name: str, values: Integers, low: int, stop: int, why: str = "") -> np.ndarray | Tensor:
         if not (isinstance(values, Tensor) and values.device.type != "cpu"):
             values = np.asarray(values)
             if values.ndim != 1 or values.dtype.kind not in "iu":
@@ -78,18 +92,4 @@ class Runner:
                     f"{name} must be at least {low} and below {stop}, got {values.min()} to {values.max()}"
                     + (f"; {why}" if why else "")
                 )
-        return torch.as_tensor(values, dtype=torch.long, device=self.device)
-
-
-class _Step:
-    """One forward pass: where its tokens go, and who reads what."""
-
-    def __init__(self, slots: Tensor, pools: list[Pool], plans: list[AttentionPlan]) -> None:
-        self.num_tokens = len(slots)
-        self.slots = slots
-        self.pools = pools
-        self.plans = plans
-
-    def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, window: Any, **options: Any) -> Tensor:
-        # window: proved by `attach` to be the one of this layer's plan
-        return append_and_attend(query, key, value, self.slots, self.pools[layer_idx], self.plans[layer_idx], **options)
+        return values

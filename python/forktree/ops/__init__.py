@@ -69,7 +69,7 @@ def tree_attention(
     if backend in CHECK_HERE:
         check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
     if not torch.compiler.is_compiling():
-        _check_plan(q, k_slots, plan)
+        check_fits(q.shape, k_slots.shape, plan)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be above 0, got {softcap}")
     out, lse = _load(backend).tree_attention(
@@ -160,22 +160,22 @@ def _load(name: str) -> ModuleType:
     return cpu if name == "cpu" else load(name)  # torch.compile does not trace imports
 
 
-def _check_plan(q: Tensor, k_slots: Tensor, plan: AttentionPlan) -> None:
+def check_fits(q_shape: torch.Size, k_shape: torch.Size, plan: AttentionPlan) -> None:
     """That plan is one for these shapes: remembered with the plan, as it serves many layers."""
-    shapes = q.shape, k_slots.shape
+    shapes = q_shape, k_shape
     if plan.cache.get("fits") == shapes:
         return
     rows = (plan.layout.num_rows, plan.num_qo_heads, plan.head_dim)
-    if q.shape != rows:
+    if q_shape != rows:
         raise ValueError(
-            f"q must be {list(rows)} (rows of the layout, heads and head_dim of the plan), got {list(q.shape)}"
+            f"q must be {list(rows)} (rows of the layout, heads and head_dim of the plan), got {list(q_shape)}"
         )
-    if k_slots.shape[1:] != (plan.num_kv_heads, plan.head_dim):
+    if k_shape[1:] != (plan.num_kv_heads, plan.head_dim):
         raise ValueError(
             f"k_slots must be [slots, {plan.num_kv_heads}, {plan.head_dim}] (heads and head_dim of the "
-            f"plan), got {list(k_slots.shape)}"
+            f"plan), got {list(k_shape)}"
         )
     lowest, highest = plan.layout.slot_bounds
-    if lowest < 0 or highest >= k_slots.shape[0]:
-        raise ValueError(f"slot_index must be in [0, {k_slots.shape[0]}), the pool, got {lowest} to {highest}")
+    if lowest < 0 or highest >= k_shape[0]:
+        raise ValueError(f"slot_index must be in [0, {k_shape[0]}), the pool, got {lowest} to {highest}")
     plan.cache["fits"] = shapes

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forktree.errors import InvalidInput
+from forktree.errors import InvalidInput, NonFinite
 from forktree.kv import Branch, append, reassign
 from forktree.search.base import Hypothesis, Job, Search, at_least_one
 from forktree.search.request import next_logits
@@ -179,7 +179,9 @@ async def beam_search(
     offset = torch.arange(batch, device=device)[:, None] * k
     for step in range(rules.max_new_tokens):
         length = prompt + step
-        log_probs = (await next_logits(beams)).log_softmax(dim=-1)
+        logits = await next_logits(beams, checked=rules.do_sample)  # multinomial dies of NaN; all else passes it on
+        wrong = ~logits.amax(dim=-1).isfinite()
+        log_probs = logits.log_softmax(dim=-1)
         log_probs = process(running[:, :, :length].reshape(batch * k, length), log_probs)
         if on_step is not None:
             on_step(log_probs)
@@ -192,11 +194,19 @@ async def beam_search(
         finished = update_finished(finished, candidate_rows, candidate_indices, candidates, stopped, step + 1, rules)
         running, indices = _along(candidate_rows, chosen), _along(candidate_indices, chosen)
         finished = replace(finished, open=still_open(finished, scores, step + 1, rules))
-        all_full = bool(finished.done.all()) and rules.early_stopping is True
-        if not finished.open.any() or all_full or bool(stopped.all()):
+        over = ~finished.open.any() | stopped.all()
+        if rules.early_stopping is True:
+            over = over | finished.done.all()
+        parents = candidates.beam.gather(1, chosen) + offset
+        told = torch.stack([parents.flatten(), running[:, :, length].flatten(), wrong, over.expand(batch * k)])
+        origin, token, bad, ends = told.cpu().numpy()  # all that the host needs to know, at once
+        if bad.any():
+            first = int(np.argmax(bad))
+            raise NonFinite.of("logits", first, beams[first].length)
+        if ends.all():
             break
-        beams = reassign(beams, (candidates.beam.gather(1, chosen) + offset).flatten().cpu().numpy())
-        append(beams, running[:, :, length].flatten().cpu().numpy())
+        beams = reassign(beams, origin)
+        append(beams, token)
     return finished
 
 

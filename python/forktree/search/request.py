@@ -85,6 +85,7 @@ class NextLogits(Request[Tensor]):
     """See `next_logits`."""
 
     branches: Sequence[Branch]
+    checked: bool
 
 
 def extend(
@@ -107,6 +108,9 @@ def score(branches: Sequence[Branch], scorer: Any) -> Score:
     return Score(tuple(branches), scorer)
 
 
-def next_logits(branches: Sequence[Branch]) -> NextLogits:
-    """Logits of the token behind each branch, fp32 `[n, V]`."""
-    return NextLogits(tuple(branches))
+def next_logits(branches: Sequence[Branch], *, checked: bool = True) -> NextLogits:
+    """Logits of the token behind each branch, fp32 `[n, V]`; raises `NonFinite` if they hold NaN or infinity.
+
+    checked=False: such rows are given as they are, and a GPU is not waited for; the caller looks at them.
+    """
+    return NextLogits(tuple(branches), checked)

@@ -1,0 +1,133 @@
+"""Requests being answered: which of their branches still wait, and what has been found for the others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from forktree.errors import NonFinite, ScorerError
+from forktree.kv import Branch
+from forktree.lane import Lane
+from forktree.scoring import Reading, Subject
+from forktree.search.request import Extend, NextLogits, Rewards
+from forktree.transfer import Download
+
+
+class Work:
+    """A request being answered."""
+
+    def __init__(self, lane: Lane, branches: Sequence[Branch]) -> None:
+        self.lane, self.branches = lane, list(branches)
+        self.hidden: list[Tensor | None] = [None] * len(self.branches)
+
+    def waiting(self) -> list[Branch]:
+        """Branches whose hidden state is still wanted."""
+        return [b for b, h in zip(self.branches, self.hidden, strict=True) if h is None]
+
+    def collect(self) -> Tensor | None:
+        """Takes what is ready; `[n, H]` once all is. Ready states are kept here, as a node holds only one."""
+        waiting = [i for i, h in enumerate(self.hidden) if h is None]
+        ready = [i for i, r in zip(waiting, self.lane.is_ready([self.branches[i] for i in waiting]), strict=True) if r]
+        if ready:
+            rows = self.lane.hidden([self.branches[i] for i in ready])
+            if len(ready) == len(self.branches):
+                return rows
+            for i, row in zip(ready, rows, strict=True):
+                self.hidden[i] = row
+        if len(ready) < len(waiting):
+            return None
+        if not self.branches:
+            return self.lane.hidden([])
+        return torch.stack([h for h in self.hidden if h is not None])
+
+
+class ScoreWork(Work):
+    def __init__(self, reading: Reading, subject: Subject) -> None:
+        super().__init__(reading.lane or subject.lane, reading.branches if reading.lane else ())
+        self.reading, self.scored = reading, subject.branches
+
+    def rewards(self, hidden: Tensor | None) -> Rewards | None:
+        """What the scorer says, None while it is at work. Raises if it gives no finite number and no reason why."""
+        rewards = self.reading.read(hidden)
+        if rewards is None:
+            return None
+        n = len(self.scored)
+        if not len(rewards.values) == len(rewards.errors) == n:
+            raise ScorerError(f"a scorer must give {n} rewards and errors, one a branch, got {len(rewards.values)}")
+        for i in np.flatnonzero(~np.isfinite(rewards.values)).tolist():
+            if hidden is not None or rewards.errors[i] is None:  # the model's own numbers: not one branch's fault
+                raise NonFinite.of("reward", i, (self.branches or self.scored)[i].length)
+        return rewards
+
+
+class LogitsWork(Work):
+    def __init__(self, request: NextLogits, lane: Lane) -> None:
+        super().__init__(lane, request.branches)
+        self.checked = request.checked
+
+
+class ExtendWork(Work):
+    def __init__(self, request: Extend, lane: Lane) -> None:
+        super().__init__(lane, request.branches)
+        n = len(request.branches)
+        self.request = request
+        self.open = np.ones(n, bool)
+        self.reason = ["length"] * n
+        self.log_prob = np.zeros(n)
+        self.num_tokens = np.zeros(n, np.int64)
+        self.drawn: list[list[int]] = [[] for _ in range(n)]
+        self.ids = np.array([b.id for b in request.branches], np.int64)
+        if len(np.unique(self.ids)) < n:
+            raise ValueError(f"extend needs distinct branches, got {n} of which some are the same")
+
+    def waiting(self) -> list[Branch]:
+        return [self.branches[i] for i in np.flatnonzero(self.open)]
+
+    def ready(self) -> NDArray[np.int64]:
+        """Open branches whose next token can be drawn."""
+        live = np.flatnonzero(self.open)
+        tree = self.lane.tree
+        ids = self.ids[live]
+        return live[tree.hidden_at[tree.branch_node[ids]] == tree.branch_length[ids] - 1]
+
+    def count(self, rows: NDArray[np.int64]) -> None:
+        """Counts a token drawn for each of `rows`, whatever it is; those that may have no more are closed."""
+        self.num_tokens[rows] += 1
+        self.open[rows] = self.num_tokens[rows] < self.request.max_tokens[rows]
+
+    def take(
+        self, rows: NDArray[np.int64], tokens: NDArray[np.int64], log_probs: NDArray[np.float64]
+    ) -> NDArray[np.bool_]:
+        """Records the tokens that were drawn and closes the branches that stop; returns which become part of their
+        branch, bool `[len(rows)]`: all but EOS."""
+        request = self.request
+        self.log_prob[rows] += log_probs
+        stays = np.ones(len(rows), bool)
+        for k, (i, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
+            if token in request.eos_token_ids:
+                stays[k] = self.open[i] = False
+                self.reason[i] = "eos"
+            elif request.stop is not None:
+                self.drawn[i].append(token)
+                if request.stop(token, self.drawn[i]):
+                    self.open[i], self.reason[i] = False, "stop"
+        return stays
+
+
+@dataclass(eq=False)
+class Drawn:
+    """One token for every row of some `extend`s, drawn on the device; the host has yet to read them."""
+
+    works: list[ExtendWork]
+    rows: list[NDArray[np.int64]]  # of each work, in the order of the tokens
+    hidden: Tensor  # [n, H], what they were drawn from
+    tokens: Tensor  # int64 [n]
+    outcome: Download  # fp64 [2, n]: tokens, log-probs (NaN or infinite where the logits are not finite)
+
+    @property
+    def branches(self) -> list[Branch]:
+        """Whose tokens they are, `[n]`."""
+        return [work.branches[i] for work, rows in zip(self.works, self.rows, strict=True) for i in rows]
