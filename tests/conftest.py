@@ -32,22 +32,3 @@ def shuffled(monkeypatch):
         place(builder, *(int(i) for i in np.unravel_index(builder.order[np.ravel_multi_index(at, key)], key)))
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", permuted)
-
-
-@pytest.fixture
-def bf16_products(monkeypatch):
-    """Triton's interpreter keeps bf16 numbers as 16-bit integers, and `tl.dot` multiplies these: here, the numbers."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    dot = interpreter.InterpreterBuilder.create_dot
-
-    def numbers(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def product(builder, a, b, *rest):
-        return dot(builder, numbers(a), numbers(b), *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", product)

@@ -19,9 +19,9 @@ from layouts import KINDS, Case, chunk, naive_attention, random_layout, shared_p
 triton_kernels = pytest.importorskip("forktree.triton_kernels", reason="needs Triton")
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here: tests/test_gpu.py"),
-    pytest.mark.usefixtures("shuffled", "bf16_products", "sentinels"),
+    pytest.mark.usefixtures("shuffled", "sentinels"),
 ]
-SCATTERED = replace(CPU, units=1000, grain=1, item=100, segment=1, partial=1)  # cuts wherever it can
+SCATTERED = replace(CPU, units=100, grain=1, item=100, segment=1, partial=1)  # cuts wherever it can
 NEW_EMPTY = torch.Tensor.new_empty
 DTYPES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # tolerance on outputs of size 1
 
@@ -80,7 +80,7 @@ def compare(case, q, k, v, *, target=None, **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_layouts(kind, target):
     for seed in range(2):
-        case = random_layout(seed, kind, room=seed)
+        case = random_layout(seed, kind, room=seed, num_contexts=5)
         compare(case, *tensors(case, seed=seed), target=target, window=[None, 6][seed])
 
 
@@ -105,7 +105,7 @@ def test_options(used):
         compare(case, *tensors(case), target=target, window=7 if used == "all" else None, **chosen)
 
 
-@settings(deadline=None, max_examples=12, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_any_layout_option_and_split(data):
     """Against the specification in fp64, cut by targets that split everywhere."""
@@ -121,7 +121,9 @@ def test_any_layout_option_and_split(data):
         "sinks": draw(st.none() | st.just(torch.linspace(-1, 2, heads))),
         "alibi_slopes": draw(st.none() | st.just(torch.linspace(0.0, 0.1, heads))),
     }
-    case = random_layout(seed, kind, max_len=draw(st.sampled_from([9, 50])), room=draw(st.integers(0, 2)))
+    case = random_layout(
+        seed, kind, max_len=draw(st.sampled_from([5, 20])), num_contexts=4, room=draw(st.integers(0, 2))
+    )
     q, k, v = tensors(case, heads, kv_heads, dim, value_dim, dtype, seed)
     out, lse = attend(case, q, k, v, window, draw(st.sampled_from([CPU, SCATTERED])), **options)
     made = make(case, q, k, window)
@@ -178,13 +180,20 @@ def against_reference(layout, window=None, target=None, dim=16, heads=4, kv_head
 @pytest.mark.parametrize("length", [1, 5])
 def test_hundreds_of_short_nodes(length, window):
     """Several tiles and several chunks of segments an item, rows in several row tiles."""
-    against_reference(forest(3, 60, length), window)
+    against_reference(forest(2, 30, length), window)
 
 
 @pytest.mark.parametrize("window", [None, 30])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 130])
 def test_causal_chunks(tokens, window):
     against_reference(chunk(tokens), window)
+
+
+@pytest.mark.parametrize("positions", [(30, 30), (31, 31), (46, 62), (48, 48), (48, 65), (48, 64)])
+def test_windows_that_end_inside_and_between_tiles(positions):
+    """Rows that look from before the last key, as those of joins do: both edges cut a long run."""
+    layout = shared_prompt(1, 2, 80, 2)
+    against_reference(replace(layout, row_pos=positions), window=32)
 
 
 @pytest.mark.parametrize("branches", [1, 4, 5, 16, 40])
@@ -194,8 +203,8 @@ def test_row_tiles_of_all_sizes(branches):
 
 def test_a_few_outputs_wait_for_many_partials():
     target = replace(SCATTERED, units=64)
-    layout = shared_prompt(1, 3, 900, 2)
-    assert make(case_of(layout), *tensors(case_of(layout))[:2], None, target).num_partials > 30
+    layout = shared_prompt(1, 3, 400, 2)
+    assert make(case_of(layout), *tensors(case_of(layout))[:2], None, target).num_partials > 15
     against_reference(layout, target=target, sinks=torch.tensor([0.5, 0.0, -1.0, 2.0]))
 
 
@@ -208,7 +217,7 @@ def bucket(made: AttentionPlan, q, k, v, tokens, partials, **options):
 
 def test_a_bucket_larger_than_the_plan():
     """Rooms of captured graphs: rows, tokens and partials exceed the plan's; what is beyond is cleared."""
-    case = random_layout(3, "random")
+    case = random_layout(3, "random", num_contexts=5)
     q, k, v = tensors(case)
     made = make(case, q, k, target=SCATTERED)
     expected = bucket(made, q, k, v, case.layout.num_tokens, made.num_partials)
@@ -234,9 +243,9 @@ def test_tokens_nobody_writes_are_cleared():
 
 
 def test_same_bits_in_any_order_of_programs():
-    case = random_layout(7, "joins", max_len=30)
+    case = random_layout(7, "joins", num_contexts=4)
     q, k, v = tensors(case)
-    results = [attend(case, q, k, v, target=SCATTERED) for _ in range(3)]
+    results = [attend(case, q, k, v, target=SCATTERED) for _ in range(2)]
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
@@ -244,12 +253,12 @@ def test_same_bits_in_any_order_of_programs():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("target", [CPU, SCATTERED], ids=["whole", "scattered"])
 def test_a_branch_that_went_bad_leaves_others_alone(target, bad):
-    layout = shared_prompt(1, 9, 40, 5)
+    layout = shared_prompt(1, 5, 20, 5)
     case = case_of(layout)
     q, k, v = tensors(case, 6, 2, 16)
     clean, _ = attend(case, q, k, v, target=target)
     own = layout.node_begin[4] + np.arange(5)  # of the fourth branch
-    others = [row for row in range(9) if row != 3]
+    others = [row for row in range(5) if row != 3]
     for spoilt in ((k, v), (v,)):
         pools = [k.clone(), v.clone()]
         for pool in pools[2 - len(spoilt) :]:
