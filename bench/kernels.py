@@ -8,14 +8,15 @@
 Every Triton kernel is compiled as its launcher would launch it, for sm_80, sm_90 and sm_100; every `.cu` for sm_80,
 sm_90a and sm_100a. Instructions are counted in the machine code, see `INSTRUCTIONS`.
 
---check fails where a kernel takes a tenth more registers or shared memory than the file says, spills more, or has lost
-a kind of instruction. Compilers that the file does not know are named, and fail nothing.
+--check fails where a kernel takes a tenth more registers, shared memory or spills than the file says, or has lost a
+kind of instruction. Compilers that the file does not know are named, and fail nothing.
 """
 
 import argparse
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -32,12 +33,12 @@ from unittest.mock import patch
 
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "kernels.json"
 TRITON_ARCHS = (80, 90, 100)
-CUDA_ARCHS = ("80", "90a", "100a")
 INSTRUCTIONS = {
     "async copies": r"LDGSTS\.E(\.BYPASS)?\S*\.128",  # 16 bytes from global to shared memory
     "mma": r"HMMA|DMMA",  # mma.sync
@@ -46,6 +47,7 @@ INSTRUCTIONS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (64, 96, 128, 256)
+WIDTHS = {"narrow": 8, "wide": 256}  # query rows
 TOLERANCE = 1.1
 
 
@@ -115,16 +117,24 @@ def triton_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         lse = meta(64, 8, dtype=torch.float32)
         yield f"merge_states/{name}", lambda x=x, s=lse: launcher("merge_states")(x, s, integers, integers)
     attention = launcher("tree_attention")
-    for (name, dtype), dim in itertools.product(DTYPES.items(), DIMS):
-        for rows, width in ((8, "narrow"), (256, "wide")):
-            for options in (False, True):
-                if (options and name != "bf16") or (width == "wide" and name == "fp32"):
-                    continue  # the same tiles, in a type of the same size; the same tiles
-                q, pool = meta(rows, 32, dim, dtype=dtype), meta(4096, 8, dim, dtype=dtype)
-                per_head = meta(32, dtype=torch.float32) if options else None
-                arguments = (q, pool, pool, integers, integers, 64, 64, 0.1, 30.0 * options, per_head, per_head)
-                label = f"tree_attention/{name}/{dim}/{width}" + "/softcap,sinks,alibi" * options
-                yield label, lambda arguments=arguments: attention(*arguments)
+    for name, dim, width, options in attention_cases():
+        q, pool = meta(WIDTHS[width], 32, dim, dtype=DTYPES[name]), meta(4096, 8, dim, dtype=DTYPES[name])
+        per_head = meta(32, dtype=torch.float32) if options else None
+        arguments = (q, pool, pool, integers, integers, 64, 64, 0.1, 30.0 * options, per_head, per_head)
+        label = f"tree_attention/{name}/{dim}/{width}" + "/softcap,sinks,alibi" * options
+        yield label, lambda arguments=arguments: attention(*arguments)
+
+
+def attention_cases() -> Iterator[tuple[str, int, str, bool]]:
+    """Element type, head dim, width of the step, options: whatever is compiled to other code."""
+    for dim, width in itertools.product(DIMS, WIDTHS):
+        if not (dim == 256 and width == "wide"):  # the tiles of narrow steps
+            yield "bf16", dim, width, False
+    for width in WIDTHS:
+        yield "bf16", 128, width, True
+        yield "fp16", 128, width, False
+    for dim in DIMS:
+        yield "fp32", dim, "narrow", False
 
 
 def compile_triton(name: str, arch: int) -> Row:
@@ -151,7 +161,7 @@ def compile_triton(name: str, arch: int) -> Row:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        (row,) = read_cubin(Path(file.name)).values()
+        (row,) = read_machine_code(Path(file.name)).values()
     return Row(row.registers, row.spills, compiled.metadata.shared, row.instructions)
 
 
@@ -177,11 +187,12 @@ def cuda_rows() -> tuple[str, dict[str, Row]]:
         command, cwd=ROOT, env=os.environ | {"FORKTREE_CUDA_ARCHS": CUDA_ARCHS}, check=True, stdout=subprocess.DEVNULL
     )
     (core,) = (build / "lib" / "forktree").glob("_core*.so")
-    found = subprocess.run([sys.executable, "-c", PRINT_BUILD, core], check=True, capture_output=True, text=True)
-    built, why, nvcc = found.stdout.splitlines()
-    if not built:
-        raise SystemExit(f"the CUDA kernels must be built to be looked at, but {why}")
-    return nvcc, read_machine_code(core)
+    (rules,) = build.glob("ninja.*/build.ninja")
+    nvcc = re.search(r"^  command = (\S*nvcc) ", rules.read_text(), re.MULTILINE)
+    if nvcc is None:
+        raise SystemExit("the CUDA kernels must be built to be looked at, but were not, as the notice above says")
+    release = run([nvcc[1], "--version"]).split("release ")[1].split(",")[0]
+    return f"nvcc {release}", read_machine_code(core)
 
 
 CUDA_ARCHS = "80;90a;100a"
@@ -200,19 +211,121 @@ def cuobjdump() -> str:
     return found
 
 
-def read_cubin(path: Path) -> dict[str, Row]:
-    """What every kernel of a cubin takes, by its (mangled) name."""
-    usage = subprocess.run([cuobjdump(), "-res-usage", path], check=True, capture_output=True, text=True).stdout
-    sass = subprocess.run([cuobjdump(), "-sass", path], check=True, capture_output=True, text=True).stdout
-    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.DOTALL))
+def read_machine_code(path: Path) -> dict[str, Row]:
+    """What every kernel in a cubin or library takes, by name and architecture."""
+    usage, code = (run([cuobjdump(), option, path]) for option in ("-res-usage", "-sass"))
+    bodies = {}
+    for arch, name, body in parts(code, r"\n\s*Function : (\S+)"):
+        bodies[arch, name] = body
     rows = {}
-    for name, facts in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", usage):
+    for arch, name, facts in parts(usage, r"\n\s*Function (\S+):"):
         number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", facts)}
-        found = {kind: len(re.findall(pattern, code[name])) for kind, pattern in INSTRUCTIONS.items()}
-        rows[name] = Row(
+        found = {kind: len(re.findall(pattern, bodies[arch, name])) for kind, pattern in INSTRUCTIONS.items()}
+        rows[f"{readable(name)} {arch}".strip()] = Row(
             registers=number["REG"],
             spills=number.get("STACK", 0) + number.get("LOCAL", 0),
             shared=number.get("SHARED", 0),
             instructions={kind: count for kind, count in found.items() if count},
         )
-    return rows
+    return dict(sorted(rows.items()))
+
+
+def parts(text: str, function: str) -> Iterator[tuple[str, str, str]]:
+    """Architecture, function and what is said of it."""
+    for arch, of_arch in by_heading(text, r"\narch = (\S+)") if "\narch = " in text else [("", text)]:
+        for name, body in by_heading(of_arch, function):
+            yield arch, name, body
+
+
+def by_heading(text: str, heading: str) -> Iterator[tuple[str, str]]:
+    """What follows each heading, up to the next."""
+    _, *found = re.split(heading, text)
+    yield from zip(found[::2], found[1::2], strict=True)
+
+
+def readable(name: str) -> str:
+    """tree_attention<bf16, 128, 1> of a mangled name; Triton's stay as they are."""
+    shown = run(["c++filt", name]).strip() if name.startswith("_Z") else name
+    shown = re.sub(r"\(anonymous namespace\)::|forktree::|gpu::|void |\(.*$", "", shown)
+    return shown.replace("__nv_bfloat16", "bf16").replace("__half", "fp16")
+
+
+def run(command: list[Any]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def collect(triton_only: bool, only: str, jobs: int) -> dict[str, dict[str, Row]]:
+    """Rows by compiler and name."""
+    import triton
+
+    wanted = [(name, arch) for name, _ in triton_calls() for arch in TRITON_ARCHS if only in name]
+    version = f"triton {triton.__version__}"
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = pool.map(compile_triton, *zip(*wanted, strict=True)) if wanted else []
+        names = [f"{name} sm_{arch}" for name, arch in wanted]
+        found = {version: dict(track(zip(names, rows, strict=True), description=version, total=len(names)))}
+    if not triton_only:
+        version, cuda = cuda_rows()
+        found[version] = {name: row for name, row in cuda.items() if only in name}
+    return found
+
+
+def complaints(compiler: str, got: dict[str, Row], expected: dict[str, Row]) -> Iterator[str]:
+    """What is worse than it was."""
+    for name in sorted(got.keys() - expected.keys()):
+        yield f"{compiler}: {name} is not in {RESULTS.name}"
+    for name in sorted(got.keys() & expected.keys()):
+        new, old = got[name], expected[name]
+        for what, allowed in (("registers", TOLERANCE), ("shared", TOLERANCE), ("spills", TOLERANCE)):
+            if getattr(new, what) > allowed * getattr(old, what):
+                yield f"{compiler}: {name} has {getattr(new, what)} {what}, expected {getattr(old, what)}"
+        if lost := old.instructions.keys() - new.instructions.keys():
+            yield f"{compiler}: {name} has lost its {', '.join(sorted(lost))}"
+
+
+def show(found: dict[str, dict[str, Row]]) -> None:
+    for compiler, rows in found.items():
+        table = Table("kernel", "registers", "spills", "shared", "instructions", title=compiler)
+        for name, row in rows.items():
+            counts = ", ".join(f"{count} {kind}" for kind, count in row.instructions.items())
+            table.add_row(name, str(row.registers), str(row.spills), str(row.shared), counts)
+        Console(width=160).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="hold the result against the file instead of writing it")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--triton", type=Path, help="folder of another Triton; nvcc is left out")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    args = parser.parse_args()
+    if args.triton is not None:  # before Triton is imported, here and by the processes that compile
+        if not (args.triton / "triton").is_dir():
+            parser.error(f"--triton must be a folder with Triton in it, got {args.triton}")
+        os.environ["PYTHONPATH"] = f"{args.triton.resolve()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        sys.path.insert(0, str(args.triton.resolve()))
+
+    found = collect(args.triton is not None, args.only, args.jobs)
+    show(found)
+    table = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if not args.check:
+        for compiler, rows in found.items():
+            merged = table.get(compiler, {}) | {name: asdict(row) for name, row in rows.items()}
+            table[compiler] = dict(sorted(merged.items()))
+        RESULTS.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
+        return
+    wrong = []
+    for compiler, rows in found.items():
+        if compiler not in table:
+            print(f"{compiler} is not in {RESULTS.name}: nothing to compare with")
+            continue
+        wrong += complaints(compiler, rows, {name: Row(**row) for name, row in table[compiler].items()})
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,9 +6,7 @@ tile. Partials are merged by the program that finishes a token last, in the orde
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -495,68 +493,27 @@ def _tree_attention(
         head = unit % kv_heads
         row_begin, row_end, partial = tl.load(fields), tl.load(fields + 1), tl.load(fields + 4)
         seg_begin, seg_end = tl.load(fields + 2), tl.load(fields + 3)
-        packed = (row_end - row_begin) * group
         work = (row_begin, row_end, seg_begin, seg_end, partial, head, kv_heads, group)
-        if packed <= 16:
-            spoilt = _item(
-                inputs,
-                sections,
-                results,
-                work,
-                scale,
-                softcap,
-                DK,
-                DV,
-                16,
-                BLOCK_N,
-                BLOCK_DK,
-                BLOCK_DV,
-                SEGS,
-                SOFTCAP,
-                SINKS,
-                ALIBI,
-                False,
-            )
-        elif packed <= 64 or WIDE == 64:
-            spoilt = _item(
-                inputs,
-                sections,
-                results,
-                work,
-                scale,
-                softcap,
-                DK,
-                DV,
-                64,
-                BLOCK_N,
-                BLOCK_DK,
-                BLOCK_DV,
-                SEGS,
-                SOFTCAP,
-                SINKS,
-                ALIBI,
-                False,
-            )
-        else:
-            spoilt = _item(
-                inputs,
-                sections,
-                results,
-                work,
-                scale,
-                softcap,
-                DK,
-                DV,
-                WIDE,
-                BLOCK_N,
-                BLOCK_DK,
-                BLOCK_DV,
-                SEGS,
-                SOFTCAP,
-                SINKS,
-                ALIBI,
-                False,
-            )
+        spoilt = _item(
+            inputs,
+            sections,
+            results,
+            work,
+            scale,
+            softcap,
+            DK,
+            DV,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_DK,
+            BLOCK_DV,
+            SEGS,
+            SOFTCAP,
+            SINKS,
+            ALIBI,
+            False,
+            STAGES,
+        )
         if spoilt > 0:
             # NaN or inf in V reaches rows that do not see it, as 0 * NaN is NaN: once more, with care.
             _item(
@@ -619,69 +576,26 @@ class Config:
     programs: int  # of a multiprocessor: as many as fit, as each takes its share of the units from the beginning
 
 
-# (element size, largest head dim): a stage holds K and V of block_n columns; stages and q fit shared memory (99 KB on
-# the smallest sm_8x and on sm_12x, 227 KB on sm_90 and sm_100), a program fits the registers (65,536 a multiprocessor).
-# 128 rows of D = 128 are 64 registers of sums and 32 of scores in each of 256 threads.
-# fp32 has no tensor cores here: it is for checking.
-SMALL = {
-    (2, 64): Config(64, 64, 4, 3, 2),  # 16 KB a stage, 8 of q
-    (2, 128): Config(64, 32, 4, 3, 2),  # 16 KB a stage, 16 of q
-    (2, 256): Config(64, 32, 8, 2, 1),  # 32 KB a stage, 32 of q
-    (4, 64): Config(64, 32, 8, 2, 1),  # 16 KB a stage, 16 of q
-    (4, 128): Config(64, 16, 8, 2, 1),  # 16 KB a stage, 32 of q
-    (4, 256): Config(64, 16, 8, 1, 1),  # 32 KB, 64 of q
-}
-LARGE = {
-    (2, 64): Config(128, 64, 8, 3, 1),  # 16 KB a stage, 16 of q
-    (2, 128): Config(128, 64, 8, 3, 1),  # 32 KB a stage, 32 of q
-    (2, 256): Config(64, 64, 8, 2, 1),  # 64 KB a stage, 32 of q
-    (4, 64): Config(64, 32, 8, 2, 1),
-    (4, 128): Config(64, 32, 8, 2, 1),
-    (4, 256): Config(64, 16, 8, 2, 1),
-}
-DIMS = (64, 128, 256)
-
-
-def config(arch: int, itemsize: int, dim: int) -> Config:
-    """dim: the larger of both head dims, rounded up to a power of two."""
-    return (LARGE if 90 <= arch < 120 else SMALL)[itemsize, max(dim, DIMS[0])]
-
-
-def configurations() -> Iterator[tuple[int, str, dict[str, Any], dict[str, int]]]:
-    """What ships: architecture, element type, constants of the kernel, options of the launch."""
-    for arch in (80, 90, 100):
-        for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-            for dim in (64, 96, 128, 256):
-                flags = (
-                    ((False, False, False), (True, True, True)) if (dtype, dim) == ("bf16", 128) else ((False,) * 3,)
-                )
-                for softcap, sinks, alibi in flags:
-                    chosen = config(arch, itemsize, triton.next_power_of_2(dim))
-                    yield arch, dtype, constants(chosen, dim, dim, softcap, sinks, alibi), options(chosen)
-
-
-def constants(chosen: Config, k_dim: int, v_dim: int, softcap: bool, sinks: bool, alibi: bool) -> dict[str, Any]:
-    return dict(
-        DK=k_dim,
-        DV=v_dim,
-        BLOCK_DK=max(16, triton.next_power_of_2(k_dim)),
-        BLOCK_DV=max(16, triton.next_power_of_2(v_dim)),
-        BLOCK_N=chosen.block_n,
-        SEGS=chosen.block_n,  # segments of at least a token fill a tile
-        WIDE=chosen.wide,
-        SOFTCAP=softcap,
-        SINKS=sinks,
-        ALIBI=alibi,
-        LANES=LANES,
-        LISTED=LISTED,
-    )
-
-
-def options(chosen: Config) -> dict[str, int]:
-    return dict(num_warps=chosen.num_warps, num_stages=chosen.num_stages)
-
-
 INTERPRETED = Config(64, 16, 4, 1, 3)  # few programs and small tiles: several of each for small tests
+
+
+def config(arch: int, itemsize: int, dim: int, packed_rows: int) -> Config:
+    """What is launched on an architecture (80, 90, ...) for heads of `dim`, a power of two, and so many packed rows.
+
+    A tile of K and V takes 4 * block_n * dim bytes of shared memory in each stage but one, Q 2 * dim a row, in 16-bit
+    types: narrow ones leave room for two programs a multiprocessor (227 KB from sm_90 on, 164 KB on sm_80), so that one
+    loads while the other computes. A row tile of 64 is the least that `wgmma` takes; narrow steps wait for memory,
+    where rows to spare cost nothing. Wide ones have 128 rows, on two warpgroups: each tile is read half as often. fp32
+    products run on the ordinary cores, element by element: tiles are small, for the registers.
+    """
+    narrow = packed_rows <= NARROW
+    if itemsize == 4:
+        return Config(16, 32 if dim <= 128 else 16, 4, 2, 1)
+    if dim > 128:
+        return Config(64, 32, 8, 2, 1)
+    if not 90 <= arch < 120:
+        return Config(64, 32, 4, 3, 2) if narrow else Config(128, 32, 8, 3, 1)
+    return Config(64, 64, 4, 2, 2) if narrow else Config(128, 64, 8, 3, 1)
 
 
 def tree_attention(
@@ -741,7 +655,9 @@ def launch(
     if q.is_cpu:
         chosen, programs = INTERPRETED, INTERPRETED.programs
     else:
-        chosen = config(architecture(q.device), q.element_size(), triton.next_power_of_2(max(k_dim, v_dim)))
+        dim = triton.next_power_of_2(max(k_dim, v_dim))
+        packed_rows = q.shape[0] * heads // kv_heads
+        chosen = config(architecture(q.device), q.element_size(), dim, packed_rows)
         programs = chosen.programs * multiprocessors(q.device)
     with device_of(q):
         _tree_attention[(programs,)](
@@ -764,8 +680,21 @@ def launch(
             heads // kv_heads,
             scale,
             softcap,
-            **constants(chosen, k_dim, v_dim, softcap > 0, sinks is not None, alibi_slopes is not None),
-            **options(chosen),
+            DK=k_dim,
+            DV=v_dim,
+            BLOCK_DK=max(16, triton.next_power_of_2(k_dim)),
+            BLOCK_DV=max(16, triton.next_power_of_2(v_dim)),
+            BLOCK_M=chosen.block_m,
+            BLOCK_N=chosen.block_n,
+            SEGS=SEGS,
+            SOFTCAP=softcap > 0,
+            SINKS=sinks is not None,
+            ALIBI=alibi_slopes is not None,
+            STAGES=chosen.num_stages,
+            LANES=LANES,
+            LISTED=LISTED,
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
         )
     return out, lse
 
