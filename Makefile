@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test proof lint bench sanitize clean
+.PHONY: demo test proof kernels lint bench sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/forktree demo
@@ -39,14 +39,26 @@ sanitize: $(STAMP)
 		TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1 allocator_may_return_null=1" \
 		OMP_NUM_THREADS=4 PYTHONPATH=build/tsan/lib $(BIN)/pytest -q --capture=sys $(SANITIZED)
 
-# What can be known of the GPU kernels without a GPU: the CUDA ones run on the CPU, under sanitizers.
+# What can be known of the GPU kernels without a GPU: the CUDA ones run on the CPU, under sanitizers; and what nvcc and two
+# versions of Triton make of them is held against bench/results/kernels.json. `make kernels` compiles all that ships and
+# writes that file anew: half an hour.
 EMULATED := $(wildcard $(OPERATIONS:%=tests/test_%.py) tests/test_tree_attention_cuda.py)
+OLDEST   := build/triton-3.6
 
-proof: $(STAMP)
+proof: $(STAMP) $(OLDEST)
 	FORKTREE_CUDA=emulate CXXFLAGS="-fsanitize=address,undefined $(CHECKED)" \
 		$(BIN)/python setup.py -q build --build-base build/emulated --build-lib build/emulated/lib
 	LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
 		OMP_NUM_THREADS=2 PYTHONPATH=build/emulated/lib $(BIN)/pytest -q --capture=sys -k cuda $(EMULATED)
+	$(BIN)/python bench/kernels.py --check --only bf16/128
+	$(BIN)/python bench/kernels.py --check --only bf16/128 --triton $(OLDEST)
+
+kernels: $(STAMP) $(OLDEST)
+	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/kernels.py --triton $(OLDEST)
+
+$(OLDEST): | $(STAMP)
+	$(BIN)/pip install -q --no-deps --target $@ triton==3.6.0
 
 # Without a GPU the small CPU build of torch is installed first: a plain `torch` would bring gigabytes of CUDA.
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
