@@ -3,7 +3,7 @@
     python bench/kernels.py                                     # compiles, prints, writes bench/results/kernels.json
     python bench/kernels.py --check                             # compiles, and holds the result against that file
     python bench/kernels.py --triton build/triton-3.6 --check   # by the Triton in that folder
-    python bench/kernels.py --only tree_attention/bf16          # those whose name contains it
+    python bench/kernels.py --only tree_attention/bf16          # of Triton's those whose name has it
 
 Every Triton kernel is compiled as its launcher would launch it, for sm_80, sm_90 and sm_100; every `.cu` for sm_80,
 sm_90a and sm_100a. Instructions are counted in the machine code, see `INSTRUCTIONS`.
@@ -271,7 +271,7 @@ def collect(triton_only: bool, only: str, jobs: int) -> dict[str, dict[str, Row]
         found = {version: dict(track(zip(names, rows, strict=True), description=version, total=len(names)))}
     if not triton_only:
         version, cuda = cuda_rows()
-        found[version] = {name: row for name, row in cuda.items() if only in name}
+        found[version] = cuda
     return found
 
 
@@ -300,7 +300,7 @@ def show(found: dict[str, dict[str, Row]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="hold the result against the file instead of writing it")
-    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--only", default="", help="Triton kernels whose name contains this")
     parser.add_argument("--triton", type=Path, help="folder of another Triton; nvcc is left out")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     args = parser.parse_args()
