@@ -304,8 +304,8 @@ class ResultFile:
         }
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
+        self._done.add(index)  # an interrupt while the disk is waited for finds it counted
         os.fsync(self._file.fileno())
-        self._done.add(index)
 
 
 def _candidate(candidate: Any) -> dict[str, Any]:
