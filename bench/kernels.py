@@ -334,7 +334,7 @@ def main() -> None:
     table = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if not args.check:
         for compiler, rows in found.items():
-            merged = table.get(compiler, {}) | {name: asdict(row) for name, row in rows.items()}
+            merged = (table.get(compiler, {}) if args.only else {}) | {name: asdict(row) for name, row in rows.items()}
             table[compiler] = dict(sorted(merged.items()))
         RESULTS.write_text(json.dumps(dict(sorted(table.items())), indent=1) + "\n")
         return

@@ -573,29 +573,29 @@ class Config:
     block_n: int  # columns of a tile
     num_warps: int
     num_stages: int
-    programs: int  # of a multiprocessor: as many as fit, as each takes its share of the units from the beginning
 
 
-INTERPRETED = Config(64, 16, 4, 1, 3)  # few programs and small tiles: several of each for small tests
+INTERPRETED = Config(64, 16, 4, 1)  # small tiles: several of each for small tests
+INTERPRETED_PROGRAMS = 3
 
 
 def config(arch: int, itemsize: int, dim: int, packed_rows: int) -> Config:
     """What is launched on an architecture (80, 90, ...) for heads of `dim`, a power of two, and so many packed rows.
 
     A tile of K and V takes 4 * block_n * dim bytes of shared memory in each stage but one, Q 2 * dim a row, in 16-bit
-    types: narrow ones leave room for two programs a multiprocessor (227 KB from sm_90 on, 164 KB on sm_80), so that one
-    loads while the other computes. A row tile of 64 is the least that `wgmma` takes; narrow steps wait for memory,
-    where rows to spare cost nothing. Wide ones have 128 rows, on two warpgroups: each tile is read half as often. fp32
-    products run on the ordinary cores, element by element: tiles are small, for the registers.
+    types: all fits the 99 KB of the smallest GPUs, the widest the 227 KB of sm_90 and sm_100. There is one program a
+    multiprocessor, whose registers 256 threads fill; more columns, or fewer warps, spill in the loop over tiles
+    (bench/kernels.py). 32 KB on their way keep the memory of an H200 busy: 4.3 TB/s for 0.8 us, over 132.
+    A row tile of 64 is the least that `wgmma` takes; narrow steps wait for memory, where rows to spare cost nothing.
+    Wide ones have 128 rows: each tile is read half as often. fp32 products run on the ordinary cores.
     """
-    narrow = packed_rows <= NARROW
     if itemsize == 4:
-        return Config(16, 32 if dim <= 128 else 16, 4, 2, 1)
+        return Config(16, 32 if dim <= 128 else 16, 4, 2)
     if dim > 128:
-        return Config(64, 32, 8, 2, 1)
-    if not 90 <= arch < 120:
-        return Config(64, 32, 4, 3, 2) if narrow else Config(128, 32, 8, 3, 1)
-    return Config(64, 64, 4, 2, 2) if narrow else Config(128, 64, 8, 3, 1)
+        return Config(64, 32, 8, 2)
+    if packed_rows <= NARROW:
+        return Config(64, 64, 8, 3) if dim <= 64 else Config(64, 32, 8, 4)
+    return Config(128, 64 if dim > 64 and 90 <= arch < 120 else 32, 8, 3)
 
 
 def tree_attention(
@@ -653,12 +653,12 @@ def launch(
     lse = q.new_empty(num_tokens, heads, dtype=torch.float32)
     scratch = lse.new_empty(max_partials * heads * (v_dim + 1))
     if q.is_cpu:
-        chosen, programs = INTERPRETED, INTERPRETED.programs
+        chosen, programs = INTERPRETED, INTERPRETED_PROGRAMS
     else:
         dim = triton.next_power_of_2(max(k_dim, v_dim))
         packed_rows = q.shape[0] * heads // kv_heads
         chosen = config(architecture(q.device), q.element_size(), dim, packed_rows)
-        programs = chosen.programs * multiprocessors(q.device)
+        programs = multiprocessors(q.device)
     with device_of(q):
         _tree_attention[(programs,)](
             q,
