@@ -579,8 +579,10 @@ INTERPRETED = Config(64, 16, 4, 1)  # small tiles: several of each for small tes
 INTERPRETED_PROGRAMS = 3
 
 
-def config(arch: int, itemsize: int, dim: int, packed_rows: int) -> Config:
+def config(arch: int, itemsize: int, dim: int, packed_rows: int, biased: bool) -> Config:
     """What is launched on an architecture (80, 90, ...) for heads of `dim`, a power of two, and so many packed rows.
+
+    biased: with soft cap or ALiBi, whose terms take registers.
 
     A tile of K and V takes 4 * block_n * dim bytes of shared memory in each stage but one, Q 2 * dim a row, in 16-bit
     types: all fits the 99 KB of the smallest GPUs, the widest the 227 KB of sm_90 and sm_100. There is one program a
@@ -595,7 +597,7 @@ def config(arch: int, itemsize: int, dim: int, packed_rows: int) -> Config:
         return Config(64, 32, 8, 2)
     if packed_rows <= NARROW:
         return Config(64, 64, 8, 3) if dim <= 64 else Config(64, 32, 8, 4)
-    return Config(128, 64 if dim > 64 and 90 <= arch < 120 else 32, 8, 3)
+    return Config(128, 64 if dim > 64 and 90 <= arch < 120 and not biased else 32, 8, 3)
 
 
 def tree_attention(
@@ -657,7 +659,8 @@ def launch(
     else:
         dim = triton.next_power_of_2(max(k_dim, v_dim))
         packed_rows = q.shape[0] * heads // kv_heads
-        chosen = config(architecture(q.device), q.element_size(), dim, packed_rows)
+        biased = softcap > 0 or alibi_slopes is not None
+        chosen = config(architecture(q.device), q.element_size(), dim, packed_rows, biased)
         programs = multiprocessors(q.device)
     with device_of(q):
         _tree_attention[(programs,)](
