@@ -149,8 +149,9 @@ def own_mask(attention, attention_mask, **kwargs):
     return attention(attention_mask=torch.zeros(1, 1, 1, 1), **kwargs)
 
 
-def without_keywords(attention, hidden_states, position_embeddings, attention_mask, past_key_values, **_):
-    return attention(hidden_states, position_embeddings, attention_mask, past_key_values)
+def without_keywords(attention, hidden_states, position_embeddings, attention_mask, **keywords):
+    cache = keywords["cache"] if "cache" in keywords else keywords["past_key_values"]  # the latter up to 5.23
+    return attention(hidden_states, position_embeddings, attention_mask, cache)
 
 
 def row_by_row(attention, hidden_states, **kwargs):

@@ -35,7 +35,8 @@ _MODES = (
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
 )
-_HARMLESS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "past_key_values", "cache_position"}
+_CACHES = ("cache", "past_key_values")  # the second up to transformers 5.23
+_HARMLESS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position", *_CACHES}
 
 
 def generate(
@@ -187,11 +188,12 @@ def _refuse(config: GenerationConfig, input_ids: Tensor, model_kwargs: dict[str,
     for name in ("output_attentions", "output_hidden_states", "output_logits"):
         if getattr(config, name, None) and config.return_dict_in_generate:
             raise InvalidInput(f"forktree.generate does not keep what {name}=True asks for; leave it off")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise InvalidInput(
-            f"forktree.generate keeps its own KV cache, got past_key_values with {cache.get_seq_length()} tokens"
-        )
+    for name in _CACHES:
+        cache = model_kwargs.get(name)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise InvalidInput(
+                f"forktree.generate keeps its own KV cache, got {name} with {cache.get_seq_length()} tokens"
+            )
     unknown = sorted(k for k, v in model_kwargs.items() if k not in _HARMLESS and v is not None)
     if unknown:
         raise InvalidInput(f"forktree.generate runs text-only models on input_ids, got {', '.join(unknown)} too")

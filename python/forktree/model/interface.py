@@ -8,6 +8,7 @@ nothing here is global except the name registered with transformers.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -135,6 +136,8 @@ class PackedModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.decoder = _decoder(model)
+        # renamed in transformers 5.24
+        self._cache_name = "cache" if "cache" in signature(self.decoder.forward).parameters else "past_key_values"
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.min_rows = FP32_MIN_ROWS if self.dtype == torch.float32 else 1
@@ -174,10 +177,10 @@ class PackedModel:
             output = self.decoder(
                 input_ids=tokens[None],
                 position_ids=positions[None],
-                past_key_values=_PassThrough(),
                 use_cache=True,
                 return_dict=True,
                 forktree_step=step,
+                **{self._cache_name: _PassThrough()},
             )
             hidden: Tensor = output.last_hidden_state[0, :rows]
         return hidden
