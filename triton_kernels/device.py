@@ -18,8 +18,3 @@ def architecture(device: torch.device) -> int:
     """Compute capability, 10 * major + minor."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

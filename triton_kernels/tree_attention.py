@@ -14,17 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from forktree.ops.checks import check_plan_tensors, check_tree_attention
+from forktree.ops.choice import MAX_DIM
 from forktree.ops.cpu.dispatch import is_watched
 from forktree.ops.cpu.dtypes import dtype_number
 from forktree.plan import AttentionPlan
-from forktree.target import NARROW
-from forktree.triton_kernels.device import architecture, device_of, multiprocessors
+from forktree.target import NARROW, multiprocessors
+from forktree.triton_kernels.device import architecture, device_of
 from forktree.triton_kernels.merge_states import LANES, LISTED, _merge
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SEGS = 32  # segments looked at together
-MAX_DIM = 256  # tiles of larger heads do not fit shared memory
 # Triton's interpreter multiplies bf16 as the integers it keeps them in.
 WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 COUNTERS: dict[tuple[torch.device, int], list[Tensor]] = {}

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.ops.checks import check_plan_tensors, check_tree_attention
+from forktree.ops.choice import CUDA_DIMS
 from forktree.ops.cpu.dispatch import is_watched
 from forktree.ops.cpu.dtypes import dtype_number
 from forktree.ops.cuda.stream import stream_of
 from forktree.plan import AttentionPlan
 
-HEAD_DIMS = (64, 96, 128, 256)
 ALIGNMENT = 16  # bytes that are copied at a time
 
 
@@ -106,7 +106,7 @@ def _check_kernel(q: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
     dim, value_dim = k_slots.shape[2], v_slots.shape[2]
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"q must be bf16 or fp16 for the CUDA kernel, got {q.dtype}: leave it to another backend")
-    if dim != value_dim or dim not in HEAD_DIMS:
+    if dim != value_dim or dim not in CUDA_DIMS:
         raise ValueError(
             f"head_dim must be 64, 96, 128 or 256, of K as of V, for the CUDA kernel, got {dim} and {value_dim}: leave "
             f"it to another backend"
