@@ -21,12 +21,13 @@ from forktree.plan import AttentionPlan, check_plan, plan
 from forktree.sampling import Sampling
 from forktree.scoring import RewardModel, Scorer, StepFormat, TextScorer, TokenLogits, ValueHead, load_scorer
 from forktree.search import BeamSearch, BestOfN, Greedy, Hypothesis, MajorityVote, ParticleFilter, Sample
+from forktree.token_scores import Draw, Edits, Head, Ragged, TokenRequest, TokenScores
 
 if TYPE_CHECKING:
     from forktree.decoder import Candidate, Decoder, SearchResult
     from forktree.drop_in import generate
 
-__version__ = "0.2.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "AttentionPlan",
@@ -35,14 +36,18 @@ __all__ = [
     "Cancelled",
     "Candidate",
     "Decoder",
+    "Draw",
+    "Edits",
     "ForktreeError",
     "Greedy",
+    "Head",
     "Hypothesis",
     "InvalidInput",
     "MajorityVote",
     "NonFinite",
     "OutOfMemory",
     "ParticleFilter",
+    "Ragged",
     "RewardModel",
     "Sample",
     "Sampling",
@@ -52,6 +57,8 @@ __all__ = [
     "StepFormat",
     "TextScorer",
     "TokenLogits",
+    "TokenRequest",
+    "TokenScores",
     "TreeLayout",
     "UnsupportedModel",
     "ValueHead",

@@ -12,6 +12,8 @@ from torch import Tensor
 from forktree.errors import InvalidInput
 from forktree.kv.tree import mix
 
+TILE = 64  # tokens whose mass shares one Gumbel number
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -48,6 +50,25 @@ def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.integer]) -> NDArra
     """One number in [0, 1) for each (key, position): the draw of that branch at that place, always the same."""
     bits = mix(mix(keys) ^ positions.astype(np.uint64))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def noise(keys: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
+    """What the draw of a row needs for each tile of its vocabulary: an exponential and a uniform number, fp64.
+
+    keys: int64 `[T]`, the bits of `Draw.keys`. Returns `[T, tiles]` each: E = -log1p(-v), so that -log E is a Gumbel
+    number, with v = (h + 1/2) / 2^32; and u = l / 2^32 in [0, 1). h and l are the halves of `mix(key ^ tile)`.
+    """
+    bits = _mix(keys[:, None] ^ torch.arange(tiles, device=keys.device))
+    high, low = bits >> 32 & 0xFFFFFFFF, bits & 0xFFFFFFFF
+    return -torch.log1p(-(high.double() + 0.5) * 2.0**-32), low.double() * 2.0**-32
+
+
+def _mix(z: Tensor) -> Tensor:
+    """`mix` on the bits of int64, whose shifts keep the sign and must not."""
+    z = z + (0x9E3779B97F4A7C15 - 2**64)
+    z = (z ^ (z >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ (z >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
+    return z ^ (z >> 31 & 2**33 - 1)
 
 
 def shaped_logits(logits: Tensor, sampling: Sampling) -> Tensor:

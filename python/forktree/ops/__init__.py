@@ -21,15 +21,20 @@ from forktree.ops import library as library  # registers torch.ops.forktree
 from forktree.ops.checks import (
     check_append_kv,
     check_lists,
+    check_lm_head,
     check_merge_states,
     check_rotate_rows,
     check_slots,
+    check_token_request,
     check_tree_attention,
 )
-from forktree.ops.choice import available, choose, load, missing
+from forktree.ops.choice import available, choose, launcher, load, missing
+from forktree.ops.cpu.dispatch import is_watched
+from forktree.ops.vocabulary import answer
 from forktree.plan import AttentionPlan
+from forktree.token_scores import TokenRequest, TokenScores
 
-__all__ = ["append_kv", "merge_states", "rotate_rows", "tree_attention"]
+__all__ = ["append_kv", "merge_states", "rotate_rows", "score_tokens", "tree_attention"]
 
 CHECK_HERE = ("reference", "torch")  # the compiled backends check their arguments themselves
 
@@ -143,6 +148,44 @@ def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple
         check_lists(indptr, index, o.shape[0])
     merged: tuple[Tensor, Tensor] = _load(backend).merge_states(o, lse, indptr, index)
     return merged
+
+
+def score_tokens(
+    hidden: Tensor,
+    lm_head: Tensor,
+    request: TokenRequest,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    check: bool = True,
+) -> TokenScores:
+    """Everything `request` asks of the next token of every row, in one pass over lm_head: no [T, V] matrix is made.
+
+    Logits are `z = softcap * tanh(scale * (h W^T + bias) / softcap)`, without the tanh where softcap is None, in fp32
+    (fp64 for fp64 hidden states): products of narrower types are not rounded to them.
+
+    Args:
+        hidden: [T, H], states behind the last norm; fp32, bf16, fp16 or fp64.
+        lm_head: [V, H], contiguous, dtype and device of hidden.
+        request: see `TokenRequest`.
+        bias: [V]. scale: any but 0. softcap: above 0.
+        check: raise for rows that are not finite or have no token left (`TokenScores.check`); on a GPU that waits for
+            the result. False: look at the result yourself.
+
+    Returns: see `TokenScores`. Raises ValueError on any mismatch before computing anything.
+    """
+    check_lm_head(hidden, lm_head, bias, scale, softcap)
+    check_token_request(request, hidden, lm_head.shape[0])
+    backend = choose("score_tokens", hidden)
+    if backend == "reference" or not len(hidden):
+        scores = load("reference").score_tokens(hidden, lm_head, request, bias=bias, scale=scale, softcap=softcap)
+    else:
+        launch = torch.ops.forktree.score_tokens.default if is_watched(hidden) else launcher(backend, "score_tokens")
+        scores = answer(launch, hidden, lm_head, request, bias=bias, scale=scale, softcap=softcap)
+    if check:
+        scores.check()
+    return scores
 
 
 # ---------------------------------------------------------------------- dispatch

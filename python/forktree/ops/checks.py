@@ -5,8 +5,12 @@ They run at every call, so what is read of a tensor is read once: attributes are
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from forktree.token_scores import Ragged, TokenRequest
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -100,6 +104,76 @@ def check_lists(indptr: Tensor, index: Tensor, states: int) -> None:
         raise ValueError(f"indptr must rise from 0 to {index.numel()} (entries in index), got {indptr.tolist()}")
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= states):
         raise ValueError(f"index must be in [0, {states}), got {int(index.min())} to {int(index.max())}")
+
+
+def check_lm_head(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
+    dtype, device = hidden.dtype, hidden.device
+    if hidden.ndim != 2 or dtype not in FLOATS or not hidden.shape[1]:
+        raise ValueError(f"hidden must be floating-point [T, H] with H at least 1, got {dtype} {list(hidden.shape)}")
+    if lm_head.ndim != 2 or not lm_head.shape[0]:
+        raise ValueError(f"lm_head must be [V, {hidden.shape[1]}] with V at least 1, got {list(lm_head.shape)}")
+    vocab = lm_head.shape[0]
+    check_tensor("lm_head", lm_head, (vocab, hidden.shape[1]), device, dtype)
+    if not lm_head.is_contiguous():
+        raise ValueError(f"lm_head must be contiguous, got strides {lm_head.stride()}")
+    if bias is not None:
+        check_tensor("bias", bias, (vocab,), device)
+    if not (math.isfinite(scale) and scale):
+        raise ValueError(f"scale must be finite and not 0, got {scale}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be finite and above 0, got {softcap}")
+
+
+def check_token_request(request: TokenRequest, hidden: Tensor, vocab: int) -> None:
+    """Values on a device are not looked at: that would wait for it."""
+    (rows, size), device = hidden.shape, hidden.device
+    if isinstance(request.top_k, bool) or not isinstance(request.top_k, int) or request.top_k < 0:
+        raise ValueError(f"top_k must be an integer of at least 0, got {request.top_k!r}")
+    if request.targets is not None:
+        check_integers("targets", request.targets, rows, device)
+        check_ids("targets", request.targets, vocab)
+    if isinstance(request.select, Ragged):
+        indptr, ids = request.select.indptr, request.select.ids
+        check_integers("ids of select", ids, ids.numel(), device)
+        check_integers("indptr of select", indptr, rows + 1, device)
+        if indptr.is_cpu and (int(indptr[0]) or int(indptr[-1]) != len(ids) or bool((indptr.diff() < 0).any())):
+            raise ValueError(f"indptr of select must rise from 0 to {len(ids)}, got {indptr.tolist()}")
+        check_ids("ids of select", ids, vocab)
+    elif request.select is not None:
+        check_integers("select", request.select, request.select.numel(), device)
+        check_ids("select", request.select, vocab)
+    if request.value is not None and request.value.hidden_size != size:
+        raise ValueError(
+            f"value must be a head on hidden states of size {size}, got one on {request.value.hidden_size}"
+        )
+    if request.rewards is not None:
+        check_tensor("rewards", request.rewards, (vocab, size), device)
+        if not request.top_k and request.draw is None:
+            raise ValueError("rewards are gathered at tokens: expected top_k or draw with them, got neither")
+    draw = request.draw
+    if draw is None:
+        return
+    if draw.keys.shape != (rows,):
+        raise ValueError(f"seed and position must be one a row, {rows}, got {len(draw.keys)}")
+    if draw.settings.shape != (4, rows):
+        raise ValueError(f"sampling must be one, or one for each of {rows} rows, got {draw.settings.shape[1]}")
+    if draw.edits is not None:
+        if len(draw.edits.indptr) != rows + 1:
+            raise ValueError(f"indptr of edits must be [{rows + 1}], got [{len(draw.edits.indptr)}]")
+        edited = draw.edits.ids
+        if len(edited) and not 0 <= edited.min() <= edited.max() < vocab:
+            raise ValueError(f"ids of edits must be in [0, {vocab}), got {edited.min()} to {edited.max()}")
+    if draw.allowed is not None:
+        words = (vocab + 31) // 32
+        if draw.allowed.dtype != torch.int32 or draw.allowed.shape != (rows, words):
+            raise ValueError(
+                f"allowed must be int32 [{rows}, {words}], got {draw.allowed.dtype} {list(draw.allowed.shape)}"
+            )
+
+
+def check_ids(name: str, ids: Tensor, vocab: int) -> None:
+    if ids.is_cpu and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        raise ValueError(f"{name} must be in [0, {vocab}), got {int(ids.min())} to {int(ids.max())}")
 
 
 def check_tensor(

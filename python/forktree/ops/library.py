@@ -14,6 +14,7 @@ from torch.library import Library, register_fake
 
 from forktree.ops.checks import (
     check_append_kv,
+    check_lm_head,
     check_merge_states,
     check_plan_tensors,
     check_rotate_rows,
@@ -29,13 +30,18 @@ SCHEMAS = (
     "merge_states(Tensor o, Tensor lse, Tensor indptr, Tensor index) -> (Tensor, Tensor)",
     "tree_attention(Tensor q, Tensor k_slots, Tensor v_slots, Tensor plan, Tensor slot_index, int num_tokens, "
     "int max_partials, float scale, float softcap, Tensor? sinks, Tensor? alibi_slopes) -> (Tensor, Tensor)",
+    "score_tokens(Tensor hidden, Tensor lm_head, Tensor? bias, float scale, float softcap, int top_k, bool entropy, "
+    "Tensor? keys, Tensor? settings, bool truncates, Tensor? edit_indptr, Tensor? edit_ids, Tensor? edit_ops, "
+    "Tensor? edit_values, Tensor? allowed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 def _implementation(operation: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         backend = choose(operation, *arguments)
-        if backend in ("reference", "torch"):  # follow plan objects
+        if operation == "score_tokens":
+            backend = "torch" if backend == "reference" else backend  # the reference takes request objects
+        elif backend in ("reference", "torch"):  # follow plan objects
             backend = "cpu" if arguments[0].is_cpu else "triton"
         return launcher(backend, operation)(*arguments)
 
@@ -84,3 +90,29 @@ def _(
     check_plan_tensors(plan, slot_index, q.device)
     shape = (num_tokens, q.shape[1], v_slots.shape[2])
     return q.new_empty(shape), q.new_empty(shape[:2], dtype=torch.float32)
+
+
+@register_fake("forktree::score_tokens", lib=LIBRARY)
+def _(
+    hidden: Tensor,
+    lm_head: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    top_k: int,
+    entropy: bool,
+    keys: Tensor | None,
+    *draw: Any,
+) -> tuple[Tensor, ...]:
+    check_lm_head(hidden, lm_head, bias, scale, softcap or None)
+    rows, drawn = hidden.shape[0], 0 if keys is None else hidden.shape[0]
+    real = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
+    return (
+        hidden.new_empty(rows, dtype=real),
+        hidden.new_empty(rows if entropy else 0, dtype=real),
+        hidden.new_empty(rows, top_k, dtype=torch.long),
+        hidden.new_empty(rows, top_k, dtype=real),
+        hidden.new_empty(drawn, dtype=torch.long),
+        hidden.new_empty(drawn, dtype=real),
+        hidden.new_empty(drawn, dtype=real),
+    )

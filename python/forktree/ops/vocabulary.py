@@ -1,0 +1,121 @@
+"""What all backends of `score_tokens` share: the request as tensors, and the parts that need no pass over lm_head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from forktree.token_scores import Ragged, TokenRequest, TokenScores
+
+GATHERED = 4 << 20  # bytes of rows of lm_head held at once, in the type of the math
+
+
+class Vocabulary(NamedTuple):
+    """What a pass over the whole vocabulary found; fp32 (fp64 for fp64 hidden states), empty where not asked for."""
+
+    lse: Tensor  # [T]
+    entropy: Tensor  # [T]
+    top_ids: Tensor  # [T, k] int64, best first, lower ids first among equals
+    top_logits: Tensor  # [T, k]
+    token: Tensor  # [T] int64
+    token_logit: Tensor  # [T] as the model gives it; NaN where the row is not finite or nothing is left
+    shaped_log_prob: Tensor  # [T] likewise
+
+
+Launch = Callable[..., Any]  # the arguments of `forktree::score_tokens` (forktree.ops.library) -> those of Vocabulary
+
+
+def answer(
+    launch: Launch,
+    hidden: Tensor,
+    lm_head: Tensor,
+    request: TokenRequest,
+    *,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> TokenScores:
+    """The whole request: `launch` passes over the vocabulary, if that is needed; the rest is gathered."""
+    found: dict[str, Tensor] = {}
+
+    def logits_of(rows: Tensor, ids: Tensor) -> Tensor:
+        """Of pairs of rows and ids, [n]."""
+        z = scale * (paired(hidden, lm_head, rows, ids) + (0 if bias is None else bias[ids]))
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+    if request.needs_vocabulary:
+        top_k = min(max(request.top_k, 2 if request.margin else 0), lm_head.shape[0])
+        vocabulary = Vocabulary(*launch(hidden, lm_head, bias, scale, softcap or 0.0, top_k, *tensors(request, hidden)))
+        found |= _of_vocabulary(vocabulary, request)
+    lse = found.get("lse")
+    every = torch.arange(len(hidden), device=hidden.device)
+    if request.targets is not None and lse is not None:
+        found["target_log_probs"] = logits_of(every, request.targets.long()) - lse
+    if isinstance(request.select, Ragged):
+        rows = every.repeat_interleave(request.select.indptr.long().diff(), output_size=len(request.select.ids))
+        found["selected_logits"] = z = logits_of(rows, request.select.ids.long())
+        if lse is not None:
+            found["selected_log_probs"] = z - lse[rows]
+    elif request.select is not None:
+        ids = request.select.long()
+        pairs = every[:, None].expand(-1, len(ids)), ids.expand(len(hidden), -1)
+        found["selected_logits"] = z = logits_of(*pairs)
+        if lse is not None:
+            found["selected_log_probs"] = z - lse[:, None]
+    if request.value is not None:
+        found["values"] = request.value(hidden)
+    if request.rewards is not None:
+        if request.top_k:
+            ids = found["top_ids"]
+            found["top_rewards"] = paired(hidden, request.rewards, every[:, None].expand_as(ids), ids)
+        if request.draw is not None:
+            found["token_reward"] = paired(hidden, request.rewards, every, found["token"])
+    return TokenScores(**found)
+
+
+def tensors(request: TokenRequest, hidden: Tensor) -> tuple[Any, ...]:
+    """What `launch` takes behind top_k: entropy, keys, settings, truncates, the four columns of edits, allowed."""
+    draw, device = request.draw, hidden.device
+    if draw is None:
+        return request.entropy, None, None, False, None, None, None, None, None
+
+    def there(values: Any) -> Tensor:
+        return torch.from_numpy(values).to(device, non_blocking=True)
+
+    edits: tuple[Tensor | None, ...] = (None,) * 4
+    if draw.edits is not None and len(draw.edits.ids):
+        edits = tuple(there(x) for x in (draw.edits.indptr, draw.edits.ids, draw.edits.ops, draw.edits.values))
+    allowed = None if draw.allowed is None else draw.allowed.to(device, non_blocking=True).contiguous()
+    return request.entropy, there(draw.keys.view("int64")), there(draw.settings), draw.truncates, *edits, allowed
+
+
+def _of_vocabulary(found: Vocabulary, request: TokenRequest) -> dict[str, Tensor]:
+    scores = {"lse": found.lse}
+    if request.entropy:
+        scores["entropy"] = found.entropy
+    if request.margin:
+        best = found.top_logits
+        scores["margin"] = best[:, 0] - best[:, 1] if best.shape[1] > 1 else torch.full_like(found.lse, torch.inf)
+    if request.top_k:
+        scores["top_ids"] = found.top_ids[:, : request.top_k]
+        scores["top_log_probs"] = found.top_logits[:, : request.top_k] - found.lse[:, None]
+    if request.draw is not None:
+        scores["token"] = found.token
+        scores["log_prob"] = found.token_logit - found.lse
+        scores["shaped_log_prob"] = found.shaped_log_prob
+    return scores
+
+
+def paired(hidden: Tensor, weight: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    """hidden[row] · weight[id] for every pair, in their shape, summed in fp32 (fp64 for fp64)."""
+    math = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    shape, rows, ids = rows.shape, rows.reshape(-1), ids.reshape(-1)
+    some = max(1, GATHERED // (hidden.shape[1] * math.itemsize))
+    parts = [
+        torch.linalg.vecdot(hidden[at].to(math), weight[of].to(math))
+        for at, of in zip(rows.split(some), ids.split(some), strict=True)
+    ]
+    return torch.cat(parts).reshape(shape)
