@@ -146,7 +146,7 @@ def _noise(key, tile):
 
     Near 0 the exponential needs every digit: there -log(1 - v) = 2 atanh(v / (2 - v)), as a series.
     """
-    z = (key.to(tl.uint64, bitcast=True) ^ tile.to(tl.uint64)) + 0x9E3779B97F4A7C15
+    z = (key.to(tl.uint64) ^ tile.to(tl.uint64)) + 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     z = z ^ (z >> 31)
@@ -274,7 +274,7 @@ def _merged(at, splits, SPLITS: tl.constexpr, LIST: tl.constexpr, CHUNK: tl.cons
     for first in range(0, count, SORTED):
         place = first + tl.arange(0, SORTED)
         key = tl.load(at + place, mask=place < count, other=EMPTY)
-        best = tl.bitonic_merge(tl.maximum(tl.topk(key, LIST), tl.flip(best)), descending=True)
+        best = tl.bitonic_merge(tl.maximum(tl.topk(key, LIST), tl.flip(best, 0)), descending=True)
     return best
 
 
@@ -470,8 +470,7 @@ def _threshold(s, high, mass, top_k, top_p, min_p, vocab, LIST: tl.constexpr):
     reached = tl.cumsum(p, 0) >= tl.where(top_p < 1, top_p * total, float("inf"))
     floor = tl.maximum(floor, tl.max(tl.where(reached, s, float("-inf"))))
     unsure &= top_p < 1
-    if min_p > 0:
-        floor = tl.maximum(floor, high + tl.log(min_p))
+    floor = tl.maximum(floor, high + tl.log(min_p))  # -inf for 0
     return floor, complete | ((floor > lowest) & (unsure == 0))
 
 
@@ -584,8 +583,7 @@ def _reduce_scores(
                     tl.store(record + 2 * rows + row, 0)
                     tl.store(record + 3 * rows + row, top_k)
                     tl.store(record + 4 * rows + row, 0)
-                    floor = tl.where(min_p > 0, high + tl.log(tl.maximum(min_p, 1e-38)), float("-inf"))
-                    tl.store(record + 5 * rows + row, _unsigned(floor))
+                    tl.store(record + 5 * rows + row, _unsigned(high + tl.log(min_p)))
                     tl.store(record + 6 * rows + row, _unsigned(high))
             tl.store(record + row, todo)
         one = row + tl.arange(0, 1)
@@ -798,7 +796,7 @@ class Config:
     num_stages: int
 
 
-INTERPRETED = Config(64, 16, 32, 4, 1)  # small tiles: several of each for small tests
+INTERPRETED = Config(128, 16, 32, 4, 1)  # small tiles: several of each for small tests
 INTERPRETED_PROGRAMS = 6
 
 
