@@ -16,8 +16,8 @@ namespace forktree {
 namespace {
 
 constexpr int64_t CHUNK = 8 * NOISE_TILE;  // tokens of a task
-constexpr int64_t CANDIDATES = 512;        // most likely tokens kept of a row that truncates
-constexpr int64_t MOST_LANES = 64;         // rows that share one reading of lm_head
+constexpr int64_t CANDIDATES = 384;        // most likely tokens kept of a row that truncates
+constexpr int64_t MOST_ROWS = 64;          // rows that share one reading of lm_head
 constexpr int64_t MOST_BYTES = 15 << 20;   // of scratch
 constexpr float INF = std::numeric_limits<float>::infinity(), NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
@@ -59,15 +59,16 @@ struct Setting {
 
 // ------------------------------------------------------------------ scratch
 
-// Where everything lies, for passes over blocks of `lanes` rows by `threads` threads.
+// Where everything lies, for passes over blocks of at most `rows` rows: the rows themselves, packed; then sums of
+// chunks and what each thread works with, or bins and what each thread works with but its lists.
 struct Room {
-    int64_t lanes, chunks, raw_keep, shaped_keep;
+    int64_t rows, chunks, raw_keep, shaped_keep;
     int threads;
-    int64_t packed, sums, worker, bins;  // bytes
+    int64_t packed, sums, scratch, lists, bins;  // bytes; scratch and lists of each thread
 
     static int64_t room(int64_t keep) { return keep ? keep + std::max<int64_t>(keep / 2, NOISE_TILE) : 0; }
 
-    Room(const TokenScoring& call, const ScoringKernel& kernel, int threads) : threads(threads) {
+    Room(const TokenScoring& call, const ScoringKernel& kernel, int most_threads) : threads(most_threads) {
         bool truncates = false;
         for (int64_t row = 0; call.keys && row < call.rows; ++row)
             truncates |= Setting(call, row).truncates(call.vocab);
@@ -77,26 +78,24 @@ struct Room {
         shaped_keep = reordered ? kept : 0;
         chunks = ceil_div(call.vocab, CHUNK);
         const int64_t block = kernel.lane_block;
-        lanes = ceil_div(std::min(call.rows, MOST_LANES), block) * block;
-        for (;; lanes -= block) {
-            packed = ceil_div(kernel.packed_bytes(call, lanes), 64) * 64;
-            sums = CHUNK_SUMS * chunks * lanes * 4;
-            worker = ceil_div(kernel.scratch_bytes(call, lanes), 64) * 64 +
-                     ceil_div(lanes * int64_t(sizeof(Candidate)) * (room(raw_keep) + room(shaped_keep)), 64) * 64;
-            bins = truncates ? lanes * BINS * int64_t(sizeof(uint64_t)) : 0;
-            if (lanes == block || bytes() <= MOST_BYTES) break;
+        rows = std::min(call.rows, MOST_ROWS);
+        for (;;) {
+            const int64_t lanes = ceil_div(rows, block) * block;
+            packed = aligned(kernel.packed_bytes(call, lanes));
+            sums = aligned(CHUNK_SUMS * chunks * lanes * 4);
+            scratch = aligned(kernel.scratch_bytes(call, lanes));
+            lists = aligned(rows * int64_t(sizeof(Candidate)) * (room(raw_keep) + room(shaped_keep)));
+            bins = truncates ? rows * BINS * int64_t(sizeof(uint64_t)) : 0;
+            if (bytes() <= MOST_BYTES || (rows == 1 && threads == 1)) break;
+            if (rows > 1) rows = rows > block ? (rows - 1) / block * block : rows / 2;
+            else --threads;
         }
     }
 
-    // Bins take the place of the sums and lists of the first pass.
-    int64_t bytes() const {
-        return packed + sums + std::max(threads * worker, bins + threads * worker_without_lists());
-    }
+    int64_t bytes() const { return packed + std::max(sums + threads * (scratch + lists), bins + threads * scratch); }
 
 private:
-    int64_t worker_without_lists() const {
-        return worker - ceil_div(lanes * int64_t(sizeof(Candidate)) * (room(raw_keep) + room(shaped_keep)), 64) * 64;
-    }
+    static int64_t aligned(int64_t size) { return ceil_div(size, 64) * 64; }
 };
 
 // ------------------------------------------------------------------ a block of rows
@@ -225,33 +224,31 @@ private:
     float* sums(int64_t chunk, int64_t which) const {
         return reinterpret_cast<float*>(memory + room.packed) + (chunk * CHUNK_SUMS + which) * pass.lanes;
     }
+    uint64_t* bins() const { return reinterpret_cast<uint64_t*>(memory + room.packed); }
 
-    void make_lists() {
-        const auto make = [&](int64_t keep, char* from) {
-            std::vector<CandidateList> lists;
-            for (int64_t i = 0; i < pass.lanes; ++i) {
-                lists.push_back({reinterpret_cast<Candidate*>(from), 0, keep, Room::room(keep), NOT_A_NUMBER});
-                from += Room::room(keep) * int64_t(sizeof(Candidate));
-            }
-            return lists;
-        };
-        for (int worker = 0; worker < room.threads; ++worker) {
-            char* from = worker_memory(worker) + scratch_bytes();
-            if (room.raw_keep) raw.push_back(make(room.raw_keep, from));
-            from += pass.lanes * Room::room(room.raw_keep) * int64_t(sizeof(Candidate));
-            if (room.shaped_keep) shaped.push_back(make(room.shaped_keep, from));
-        }
+    char* of_worker(int worker) const {
+        const bool counts = pass.purpose == Purpose::count, lists = pass.purpose == Purpose::score;
+        return memory + room.packed + (counts ? room.bins : room.sums) +
+               worker * (room.scratch + (lists ? room.lists : 0));
     }
 
-    int64_t scratch_bytes() const { return ceil_div(kernel.scratch_bytes(call, pass.lanes), 64) * 64; }
-    char* worker_memory(int worker) const {
-        return pass.purpose == Purpose::score ? memory + room.packed + room.sums + worker * room.worker
-                                              : memory + room.packed + room.sums + room.bins + worker * scratch_bytes();
+    void make_lists() {
+        for (int worker = 0; worker < room.threads; ++worker) {
+            Candidate* at = reinterpret_cast<Candidate*>(of_worker(worker) + room.scratch);
+            const auto make = [&](std::vector<std::vector<CandidateList>>& lists, int64_t keep) {
+                if (!keep) return;
+                lists.emplace_back();
+                for (int64_t i = 0; i < n; ++i, at += Room::room(keep))
+                    lists.back().push_back({at, 0, keep, Room::room(keep), NOT_A_NUMBER});
+            };
+            make(raw, room.raw_keep);
+            make(shaped, room.shaped_keep);
+        }
     }
 
     void walk() {
         parallel_workers(room.chunks, room.threads, [&](int64_t chunk, int worker) {
-            ScoringWorker own{worker_memory(worker), raw.empty() ? nullptr : raw[worker].data(),
+            ScoringWorker own{of_worker(worker), raw.empty() ? nullptr : raw[worker].data(),
                               shaped.empty() ? nullptr : shaped[worker].data(), leads[worker].data()};
             const ChunkSums to{sums(chunk, 0), sums(chunk, 1), sums(chunk, 2), sums(chunk, 3), sums(chunk, 4)};
             kernel.walk(pass, chunk * CHUNK, std::min((chunk + 1) * CHUNK, call.vocab), to, own);
@@ -390,20 +387,19 @@ private:
         by_count.assign(pass.lanes, count);
         prefix.assign(pass.lanes, 0);
         for (int64_t i = 0; i < n; ++i) lowest[i] = targets[i] ? ordered_bits(threshold[i]) : 0xffffffffu;
-        uint64_t* bins = reinterpret_cast<uint64_t*>(memory + room.packed + room.sums);
         pass.purpose = Purpose::count;
         pass.highest = highest.data();
         pass.by_count = by_count.data();
         pass.prefix = prefix.data();
         pass.lowest = lowest.data();
-        pass.bins = bins;
+        pass.bins = bins();
         for (pass.level = 0; pass.level < LEVELS; ++pass.level) {
-            std::memset(bins, 0, size_t(pass.lanes * BINS) * sizeof *bins);
+            std::memset(bins(), 0, size_t(n * BINS) * sizeof(uint64_t));
             walk();
             const int above = pass.level ? SHIFTS[pass.level - 1] : 32;
             for (int64_t i = 0; i < n; ++i) {
                 if (!targets[i]) continue;
-                const uint64_t* own = bins + i * BINS;
+                const uint64_t* own = bins() + i * BINS;
                 if (pass.level == 0 && !count) {
                     double mass = 0;
                     for (int64_t b = 0; b < BINS; ++b) mass += double(own[b]);
@@ -435,7 +431,7 @@ private:
 
 int threads_for(const TokenScoring& call, const ScoringKernel& kernel, int threads) {
     // A thread is worth calling for some 10 us of work.
-    const int64_t vectors = ceil_div(std::min(call.rows, MOST_LANES), kernel.lane_block);
+    const int64_t vectors = ceil_div(std::min(call.rows, MOST_ROWS), kernel.lane_block);
     return int(std::clamp<int64_t>(call.vocab * call.size * vectors / 30000, 1,
                                    std::clamp<int64_t>(threads, 1, ceil_div(call.vocab, CHUNK))));
 }
@@ -457,13 +453,13 @@ int64_t score_tokens(const TokenScoring& call, int threads) {
     char* const scratch = memory.get(room.bytes());
     std::vector<int32_t> later;
     std::vector<Nucleus> nuclei;
-    for (int64_t first = 0; first < call.rows; first += room.lanes) {
+    for (int64_t first = 0; first < call.rows; first += room.rows) {
         std::vector<int32_t> rows;
-        for (int64_t row = first; row < std::min(first + room.lanes, call.rows); ++row) rows.push_back(int32_t(row));
+        for (int64_t row = first; row < std::min(first + room.rows, call.rows); ++row) rows.push_back(int32_t(row));
         Block(call, own, room, scratch, rows).score(later, nuclei);
     }
-    for (size_t first = 0; first < later.size(); first += size_t(room.lanes)) {
-        const size_t last = std::min(first + size_t(room.lanes), later.size());
+    for (size_t first = 0; first < later.size(); first += size_t(room.rows)) {
+        const size_t last = std::min(first + size_t(room.rows), later.size());
         Block(call, own, room, scratch, {later.begin() + first, later.begin() + last})
             .draw({nuclei.begin() + first, nuclei.begin() + last});
     }

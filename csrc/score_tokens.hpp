@@ -88,7 +88,7 @@ struct ScoringPass {
     const uint8_t* by_count;  // [lanes] tokens are counted; else their mass is, e^(s - highest) in units of 2^-40
     const uint32_t* prefix;   // [lanes] digits above
     const uint32_t* lowest;   // [lanes] ordered bits; tokens below are passed over
-    uint64_t* bins;           // [lanes, BINS], filled by all threads
+    uint64_t* bins;           // [rows, BINS], filled by all threads
 };
 
 // Sums of a chunk of the vocabulary, by lane.
@@ -101,8 +101,8 @@ constexpr int64_t CHUNK_SUMS = 5;
 // What one thread works with.
 struct ScoringWorker {
     char* scratch;
-    CandidateList* raw;     // [lanes] or null
-    CandidateList* shaped;  // [lanes] or null
+    CandidateList* raw;     // [rows] or null
+    CandidateList* shaped;  // [rows] or null
     Lead* lead;             // [lanes]
 };
 

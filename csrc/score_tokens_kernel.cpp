@@ -224,7 +224,7 @@ public:
           cursor(reinterpret_cast<int32_t*>(staged + STAGED * STRIDE)) {}
 
     void run(int64_t begin, int64_t end) {
-        for (int64_t lane = 0; lane < lanes; ++lane) {
+        for (int64_t lane = 0; lane < (pass.purpose == Purpose::count ? 0 : lanes); ++lane) {
             sums.max[lane] = sums.shaped_max[lane] = -INF;
             sums.sum[lane] = sums.weighted[lane] = sums.shaped_sum[lane] = 0.0f;
         }
