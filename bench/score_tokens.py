@@ -9,9 +9,9 @@ top-p 0.95), `all` (the 64 best, a draw, log-sum-exp and entropy) and `select` (
 `product` (hidden @ lm_head.T, which all but `select` contain), `torch top_k` (product, float, log_softmax, topk) and
 `torch draw` (product, float, softmax, multinomial); on a GPU also FlashInfer's samplers on the product's logits.
 
-About 100 tokens of each row stand out, as in a language model that hesitates. Before each call a buffer larger than the
-caches is read. MB: what a call takes beyond its arguments at its peak, beside the T x V fp32 logits it does not make. GB/s
-counts lm_head once.
+About 100 tokens of each row stand out, as in a language model that hesitates. Before each call a buffer larger than
+the caches is read. MB: what a call takes beyond its arguments at its peak; the T x V logits in fp32 are 100 %.
+GB/s counts lm_head once.
 """
 
 import argparse
