@@ -339,6 +339,7 @@ private:
         const int32_t stop = call.edit_indptr[pass.row[lane] + 1];
         int32_t at = cursor[lane];
         for (; at < stop && call.edit_ids[at] < token + n; ++at) {
+            if (call.edit_ids[at] < token) continue;  // not in ascending order
             float& z = to[(call.edit_ids[at] - token) * lanes];
             const float value = call.edit_values[at];
             if (call.edit_ops[at] == 0) z += value;

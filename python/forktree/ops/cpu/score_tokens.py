@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from forktree import _core
-from forktree.ops.checks import check_lm_head
+from forktree.ops.checks import check_draw_tensors, check_lm_head
 from forktree.ops.cpu.dtypes import dtype_number
 from forktree.ops.vocabulary import Vocabulary
 
@@ -26,9 +26,11 @@ def launch(
     edit_values: Tensor | None,
     allowed: Tensor | None,
 ) -> Vocabulary:
-    check_lm_head(hidden, lm_head, bias, scale, softcap or None)
-    dtype = dtype_number("hidden", hidden)
+    edits = edit_indptr, edit_ids, edit_ops, edit_values
     (rows, size), vocab = hidden.shape, lm_head.shape[0]
+    check_lm_head(hidden, lm_head, bias, scale, softcap or None)
+    check_draw_tensors(hidden, vocab, top_k, keys, settings, edits, allowed)
+    dtype = dtype_number("hidden", hidden)
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     bias = None if bias is None else bias.float().contiguous()
@@ -42,7 +44,9 @@ def launch(
         token_logit=hidden.new_empty(drawn, dtype=torch.float32),
         shaped_log_prob=hidden.new_empty(drawn, dtype=torch.float32),
     )
-    given = (keys, settings, edit_indptr, edit_ids, edit_ops, edit_values, allowed)
+    given = [None if x is None else x.contiguous() for x in (keys, settings, *edits, allowed)]
+    addresses = [0 if x is None else x.data_ptr() for x in given]
+    addresses += [x.data_ptr() if x.numel() else 0 for x in found]
     _core.score_tokens(
         dtype,
         hidden.data_ptr(),
@@ -55,8 +59,6 @@ def launch(
         scale,
         softcap,
         top_k,
-        *(0 if x is None else x.data_ptr() for x in given),
-        *(x.data_ptr() if x.numel() else 0 for x in found),
-        torch.get_num_threads(),
+        *(*addresses, torch.get_num_threads()),
     )
     return found
