@@ -23,7 +23,7 @@ bench: $(STAMP)
 # The core again under sanitizers, each build with a copy of the package, and the tests of what the core does. What a
 # sanitizer finds ends the run. ThreadSanitizer cannot see OpenMP's locks, and older ones want addresses that are not
 # random (setarch).
-OPERATIONS := append_kv rotate_rows merge_states tree_attention plan threads fuzz
+OPERATIONS := append_kv rotate_rows merge_states tree_attention score_tokens plan threads fuzz
 SANITIZED  := $(wildcard $(OPERATIONS:%=tests/test_%.py))
 CHECKED    := -O1 -g -fno-sanitize-recover=all -DFORKTREE_EMULATE_AMX
 RUNTIME     = $$($${CXX:-g++} -print-file-name=$(1))

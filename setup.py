@@ -41,9 +41,10 @@ COMMON = [
     "append_kv",
     "rotate_rows",
     "merge_states",
+    "score_tokens",
     "tree_attention",
 ]
-KERNELS = ["tree_attention_kernel"]  # compiled for each instruction set
+KERNELS = ["score_tokens_kernel", "tree_attention_kernel"]  # compiled for each instruction set
 CUDA = {name: (name, []) for name in ("append_kv", "rotate_rows", "merge_states", "tree_attention")}
 CUDA |= {  # object: source and flags
     f"tree_attention_{element.lower()}_{dim}": (
@@ -267,7 +268,7 @@ def write_rules(out: ninja_syntax.Writer, compiler: Compiler, cuda: Cuda, target
     bindings += ["-DFORKTREE_CUDA"] * bool(cuda.built)
     # The portable objects come first: where the linker may choose between copies of an inline function, it takes one
     # that runs everywhere.
-    special = {"bindings": bindings, "isa": built, "tree_attention": built}
+    special = {"bindings": bindings, "isa": built, "score_tokens": built, "tree_attention": built}
     objects = {f"{name}.o": (name, special.get(name, [])) for name in COMMON}
     for isa, flags in compiler.isas.items():
         objects |= {f"{name}.{isa}.o": (name, [f"-DFORKTREE_ISA={isa}", *flags]) for name in KERNELS}

@@ -127,7 +127,7 @@ def gpu_steps(folder: Path, runner: Runner) -> None:
     def script(name: str, *arguments: str) -> list[str]:
         return [sys.executable, f"bench/{name}", *arguments]
 
-    out = {name: str(folder / f"{name}.json") for name in ("warm", "attention", "decode")}
+    out = {name: str(folder / f"{name}.json") for name in ("warm", "attention", "scores", "decode")}
     build = ["setup.py", "-q", "build", "--build-base", str(BUILD), "--build-lib", str(BUILD / "lib")]
     runner.run(Step("build", python + build, 150))
     warm = runner.start(Step("warm", script("baselines.py", "--report", out["warm"]), 200))
@@ -137,6 +137,7 @@ def gpu_steps(folder: Path, runner: Runner) -> None:
     runner.run(Step("tests", [*python, "-P", "-m", "pytest", *options, "tests"], 210))
     runner.finish(warm)
     runner.run(Step("attention", script("gpu_attention.py", "--out", out["attention"], "--warm", out["warm"]), 170))
+    runner.run(Step("scores", script("score_tokens.py", "--device", "cuda", "--out", out["scores"]), 60))
     runner.run(Step("decode", script("gpu_decode.py", "--out", out["decode"]), 110))
     for step in sanitizers(script("small_case.py")):
         runner.run(step)
@@ -170,6 +171,7 @@ def dry_steps(folder: Path, runner: Runner) -> None:
     runner.run(Step("tests", [python, *collect], 60))
     attention = ["bench/gpu_attention.py", "--dry-run", "--out", f"{out}/attention.json", "--warm", f"{out}/warm.json"]
     runner.run(Step("attention", [python, *attention], 60))
+    runner.run(Step("scores", [python, "bench/score_tokens.py", "--dry-run", "--out", f"{out}/scores.json"], 60))
     runner.run(Step("decode", [python, "bench/gpu_decode.py", "--dry-run", "--out", f"{out}/decode.json"], 90))
     runner.run(Step("small-case", [python, "bench/small_case.py", "--device", "cpu"], 60))
 
@@ -177,7 +179,7 @@ def dry_steps(folder: Path, runner: Runner) -> None:
 def deliver(runner: Runner, about: dict[str, Any], target: Path, out: str | None) -> None:
     """Writes the report: what ran, and what each benchmark wrote. A copy, and the logs, go to `out`."""
     report: dict[str, Any] = dict(about=about, seconds=round(time.monotonic() - runner.began, 1), steps=runner.results)
-    for name in ("warm", "attention", "decode"):
+    for name in ("warm", "attention", "scores", "decode"):
         path = runner.folder / f"{name}.json"
         if path.exists():
             report[name] = json.loads(path.read_text())
@@ -189,7 +191,7 @@ def deliver(runner: Runner, about: dict[str, Any], target: Path, out: str | None
 
 def show(runner: Runner) -> None:
     """Prints the steps, and the tables at the ends of the benchmarks' logs."""
-    for name in ("attention", "decode"):
+    for name in ("attention", "scores", "decode"):
         log = runner.folder / f"{name}.log"
         if log.exists():
             print(log.read_text(errors="replace")[-6000:])

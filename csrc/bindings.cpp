@@ -8,6 +8,7 @@
 #include "merge_states.hpp"
 #include "plan.hpp"
 #include "rotate_rows.hpp"
+#include "score_tokens.hpp"
 #include "tree_attention.hpp"
 #include "tree_attention_gpu.hpp"
 
@@ -43,6 +44,41 @@ void merge_states(int dtype, Address o, Address lse, int64_t states, int64_t hea
     forktree::merge_states(dtype, at<void>(o), at<float>(lse), states, heads, dim,
                            {at<void>(indptr), indptr_wide, indptr_size}, {at<void>(index), index_wide, index_size},
                            at<void>(out), at<float>(total), threads);
+}
+
+// As in TokenScoring.
+int64_t score_tokens(int dtype, Address hidden, int64_t row_stride, int64_t rows, int64_t size, Address lm_head,
+                     int64_t vocab, Address bias, float scale, float softcap, int64_t top_k, Address keys,
+                     Address settings, Address edit_indptr, Address edit_ids, Address edit_ops, Address edit_values,
+                     Address allowed, Address lse, Address entropy, Address top_ids, Address top_logits, Address token,
+                     Address token_logit, Address shaped_log_prob, int threads) {
+    forktree::TokenScoring call{};
+    call.dtype = forktree::Dtype(dtype);
+    call.hidden = at<void>(hidden);
+    call.row_stride = row_stride;
+    call.rows = rows;
+    call.size = size;
+    call.lm_head = at<void>(lm_head);
+    call.vocab = vocab;
+    call.bias = at<float>(bias);
+    call.scale = scale;
+    call.softcap = softcap;
+    call.top_k = top_k;
+    call.keys = at<uint64_t>(keys);
+    call.settings = at<double>(settings);
+    call.edit_indptr = at<int32_t>(edit_indptr);
+    call.edit_ids = at<int32_t>(edit_ids);
+    call.edit_ops = at<int32_t>(edit_ops);
+    call.edit_values = at<float>(edit_values);
+    call.allowed = at<int32_t>(allowed);
+    call.lse = at<float>(lse);
+    call.entropies = at<float>(entropy);
+    call.top_ids = at<int64_t>(top_ids);
+    call.top_logits = at<float>(top_logits);
+    call.token = at<int64_t>(token);
+    call.token_logit = at<float>(token_logit);
+    call.shaped_log_prob = at<float>(shaped_log_prob);
+    return forktree::score_tokens(call, threads);
 }
 
 void tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_stride, int64_t rows,
@@ -198,6 +234,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("append_kv", &append_kv, Unlocked());
     m.def("rotate_rows", &rotate_rows, Unlocked());
     m.def("merge_states", &merge_states, Unlocked());
+    m.def("score_tokens", &score_tokens, Unlocked());
     m.def("tree_attention", &tree_attention, Unlocked());
 #if defined(FORKTREE_CUDA)
     m.def("cuda_append_kv", &cuda_append_kv, Unlocked());

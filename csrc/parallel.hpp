@@ -4,7 +4,9 @@
 
 #include <atomic>
 #include <cstdint>
-#ifndef _OPENMP
+#ifdef _OPENMP
+#include <omp.h>
+#else
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -12,30 +14,36 @@
 
 namespace forktree {
 
-// task: void(int64_t task). Must not throw.
+// task: void(int64_t task, int worker), worker below `threads`; a worker's tasks ascend. Must not throw.
 template <class Task>
-void parallel(int64_t tasks, int threads, const Task& task) {
+void parallel_workers(int64_t tasks, int threads, const Task& task) {
     if (threads > tasks) threads = int(tasks);
     if (threads <= 1) {
-        for (int64_t i = 0; i < tasks; ++i) task(i);
+        for (int64_t i = 0; i < tasks; ++i) task(i, 0);
         return;
     }
     std::atomic<int64_t> next{0};
-    const auto work = [&] {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(i);
+    const auto work = [&](int worker) {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(i, worker);
     };
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
-    work();
+    work(omp_get_thread_num());
 #else
     std::vector<std::thread> others;
     try {
-        for (int i = 1; i < threads; ++i) others.emplace_back(work);
+        for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
     } catch (const std::system_error&) {  // no more threads to be had: those there are do all of it
     }
-    work();
+    work(0);
     for (std::thread& other : others) other.join();
 #endif
+}
+
+// task: void(int64_t task).
+template <class Task>
+void parallel(int64_t tasks, int threads, const Task& task) {
+    parallel_workers(tasks, threads, [&](int64_t i, int) { task(i); });
 }
 
 }  // namespace forktree

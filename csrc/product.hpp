@@ -2,8 +2,8 @@
 // vectors of lanes.
 #pragma once
 
+#include "elements.hpp"
 #include "prefetch.hpp"
-#include "simd.hpp"
 #if defined(FORKTREE_TILES)
 #include "amx.hpp"
 #endif
@@ -15,29 +15,6 @@ namespace {
 // in half an L1 cache.
 constexpr int VECTORS = 2;
 constexpr int64_t BLOCK = VECTORS * VL;
-
-// Elements of the products. `Term` is what one multiply-add consumes.
-struct Single {
-    typedef float Term;
-    static constexpr int TERMS = 1;    // elements in a term
-    static constexpr int64_t PAD = 1;  // what a sum over tokens is filled up to, with zeros
-    static vf multiply_add(vf sum, float a, const float* b) { return splat(a) * load(b) + sum; }
-};
-
-#if defined(__AVX512BF16__)
-struct Pair {
-    typedef uint32_t Term;  // two bf16, the first one in the low half
-    static constexpr int TERMS = 2;
-#if defined(FORKTREE_TILES)
-    static constexpr int64_t PAD = 16;
-#else
-    static constexpr int64_t PAD = 1;
-#endif
-    static vf multiply_add(vf sum, uint32_t a, const uint32_t* b) {
-        return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)_mm512_loadu_si512(b));
-    }
-};
-#endif
 
 // c[m, lane] = c[m, lane] * factor[lane] + sum over k of a[m * a_m + k * a_k] * b[k, lane] for M values of m and V
 // vectors of lanes. b and c have BLOCK and c_stride lanes a row. No factor: c is only written. keep: lanes of

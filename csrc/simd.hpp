@@ -86,6 +86,25 @@ static inline vf tanh(vf x) {
     return (z < 0.390625f) ? p : (e - 1.0f) / (e + 1.0f);
 }
 
+// Natural log of normal numbers above 0, error below 2 units in the last place (Cephes, S. Moshier).
+static inline vf log(vf x) {
+    const vi bits =
+        reinterpret_cast<vi>(x) - 0x3f3504f3;  // of sqrt(1/2): the fraction then lies in [sqrt(1/2), sqrt(2))
+    const vf f = reinterpret_cast<vf>((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    const vf e = __builtin_convertvector(bits >> 23, vf), z = f * f;
+    vf p = splat(7.0376836292e-2f);
+    p = p * f - 1.1514610310e-1f;
+    p = p * f + 1.1676998740e-1f;
+    p = p * f - 1.2420140846e-1f;
+    p = p * f + 1.4249322787e-1f;
+    p = p * f - 1.6668057665e-1f;
+    p = p * f + 2.0000714765e-1f;
+    p = p * f - 2.4999993993e-1f;
+    p = p * f + 3.3333331174e-1f;
+    p = p * f * z - e * 2.12194440e-4f - z * 0.5f;
+    return f + p + e * 0.693359375f;
+}
+
 // n elements of bf16 or fp16 as fp32.
 static inline void widen(const uint16_t* from, float* to, int64_t n, Dtype dtype) {
     int64_t i = 0;

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
 #include <new>
 #include <numeric>
 #include <stdexcept>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "isa.hpp"
+#include "memory.hpp"
 #include "parallel.hpp"
 
 namespace forktree {
@@ -32,22 +32,6 @@ AttentionKernel kernel(const Attention& call) {
         default: return portable::attention_kernel(call);
     }
 }
-
-// Memory that stays with its thread from call to call: fresh pages would cost more than small steps take.
-class Memory {
-    std::unique_ptr<char[]> memory;
-    int64_t size = 0;
-
-public:
-    char* get(int64_t bytes) {
-        if (bytes + 64 > size) {
-            memory.reset();
-            memory.reset(new char[bytes + 64]);
-            size = bytes + 64;
-        }
-        return memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64);
-    }
-};
 
 int64_t seg_tokens(const PlanView& plan, const Seg& seg) {
     return std::max<int64_t>(0, int64_t(std::min(seg.stop, plan.node_len[seg.node])) - seg.start);

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forktree import ops
+from forktree import Draw, Sampling, TokenRequest, ops
 from forktree.plan import plan
 from forktree.target import CPU
 from layouts import shared_prompt
@@ -48,7 +48,21 @@ def attended() -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("work", [rotated, appended, merged, attended])
+def scored() -> Tensor:
+    """Draws of one pass and of several."""
+    rows, vocab, size = 80, 6000, 64
+    kinds = [Sampling(), Sampling(0.0), Sampling(0.7, top_p=0.9), Sampling(3.0, top_p=0.95)]
+    draw = Draw([kinds[i % 4] for i in range(rows)], torch.arange(rows), torch.arange(rows))
+    scores = ops.score_tokens(
+        torch.randn(rows, size), torch.randn(vocab, size) / 4, TokenRequest(top_k=9, draw=draw, entropy=True)
+    )
+    columns = (scores.lse, scores.entropy, scores.token, scores.log_prob, scores.shaped_log_prob)
+    numbers = torch.stack([x.double() for x in columns if x is not None], dim=1)
+    assert scores.top_ids is not None and scores.top_log_probs is not None
+    return torch.cat([numbers, scores.top_ids, scores.top_log_probs], dim=1)
+
+
+@pytest.mark.parametrize("work", [rotated, appended, merged, attended, scored])
 def test_same_bits_on_any_number_of_threads(work: Callable[[], Tensor], threads: tuple[int, ...]) -> None:
     results = []
     for number in threads:

@@ -212,8 +212,8 @@ class TokenRequest:
 
     top_k: this many most likely tokens; lower ids first among equals.
     draw: one token a row.
-    select: token ids `[n]`, the same for all rows, or `Ragged`: their logits, for which no other row of lm_head is read.
-        Their log-probs too if something else takes the whole vocabulary (such as `lse`).
+    select: token ids `[n]`, the same for all rows, or `Ragged`: their logits, for which no other row of lm_head is
+        read. Their log-probs too if something else takes the whole vocabulary (such as `lse`).
     targets: int `[T]`: the log-prob of one token a row.
     lse, entropy, margin: log-sum-exp of the logits, entropy in nats, and how far the most likely token's logit is above
         the next one.
@@ -248,8 +248,8 @@ class TokenScores:
     selected_logits, selected_log_probs: `[T, n]`, or `[S]` if ragged. target_log_probs: `[T]`.
     entropy, margin, values: `[T]`. top_rewards `[T, k]`, token_reward `[T]`.
 
-    A row whose logits hold NaN or +inf, or are all -inf, has a log-sum-exp that is not finite; a row that mask and edits
-    leave no token draws token 0 with log-prob NaN. `check` raises for both. A logit of -inf is a probability of 0.
+    A row whose logits hold NaN or +inf, or are all -inf, has a log-sum-exp that is not finite; a row that mask and
+    edits leave no token draws token 0 with log-prob NaN. `check` raises for both. A logit of -inf is probability 0.
     """
 
     lse: Tensor | None = None

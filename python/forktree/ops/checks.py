@@ -171,6 +171,36 @@ def check_token_request(request: TokenRequest, hidden: Tensor, vocab: int) -> No
             )
 
 
+def check_draw_tensors(
+    hidden: Tensor,
+    vocab: int,
+    top_k: int,
+    keys: Tensor | None,
+    settings: Tensor | None,
+    edits: tuple[Tensor | None, ...],
+    allowed: Tensor | None,
+) -> None:
+    """What the registered operation is given instead of a request; edits: indptr, ids, ops and values."""
+    rows, device = hidden.shape[0], hidden.device
+    if not 0 <= top_k <= vocab:
+        raise ValueError(f"top_k must be in [0, {vocab}] (V), got {top_k}")
+    if keys is None or settings is None:
+        if not keys is settings is allowed is edits[0]:
+            raise ValueError("keys and settings must both be there for a draw, or neither, nor edits, nor allowed")
+        return
+    check_tensor("keys", keys, (rows,), device, torch.int64)
+    check_tensor("settings", settings, (4, rows), device, torch.float64)
+    if allowed is not None:
+        check_tensor("allowed", allowed, (rows, (vocab + 31) // 32), device, torch.int32)
+    if edits[0] is not None:
+        size = -1 if edits[1] is None else edits[1].numel()
+        for name, x, shape in zip(
+            ("indptr", "ids", "ops", "values"), edits, ((rows + 1,), *[(size,)] * 3), strict=True
+        ):
+            dtype = torch.float32 if name == "values" else torch.int32
+            check_tensor(f"edit_{name}", hidden.new_empty(0) if x is None else x, shape, device, dtype)
+
+
 def check_ids(name: str, ids: Tensor, vocab: int) -> None:
     if ids.is_cpu and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         raise ValueError(f"{name} must be in [0, {vocab}), got {int(ids.min())} to {int(ids.max())}")

@@ -99,10 +99,10 @@ def _unfit(name: str, x: Tensor) -> str:
 def _best(operation: str, x: Tensor, *others: Any) -> str:
     if x.dtype not in FLOATS or not (x.is_cpu or x.is_cuda):
         return "torch"
-    if operation == "score_tokens":
-        return "reference"
     if x.is_cpu:
         return "cpu"
+    if operation == "score_tokens":
+        return "reference"
     triton = "torch" if missing("triton") else "triton"
     cuda = triton if missing("cuda") else "cuda"
     if operation != "tree_attention":

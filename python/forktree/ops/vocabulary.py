@@ -41,9 +41,8 @@ def answer(
     """The whole request: `launch` passes over the vocabulary, if that is needed; the rest is gathered."""
     found: dict[str, Tensor] = {}
 
-    def logits_of(rows: Tensor, ids: Tensor) -> Tensor:
-        """Of pairs of rows and ids, [n]."""
-        z = scale * (paired(hidden, lm_head, rows, ids) + (0 if bias is None else bias[ids]))
+    def logits(products: Tensor, ids: Tensor) -> Tensor:
+        z = scale * (products if bias is None else products + bias[ids].to(products.dtype))
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
     if request.needs_vocabulary:
@@ -53,16 +52,17 @@ def answer(
     lse = found.get("lse")
     every = torch.arange(len(hidden), device=hidden.device)
     if request.targets is not None and lse is not None:
-        found["target_log_probs"] = logits_of(every, request.targets.long()) - lse
+        ids = request.targets.long()
+        found["target_log_probs"] = logits(paired(hidden, lm_head, every, ids), ids) - lse
     if isinstance(request.select, Ragged):
         rows = every.repeat_interleave(request.select.indptr.long().diff(), output_size=len(request.select.ids))
-        found["selected_logits"] = z = logits_of(rows, request.select.ids.long())
+        ids = request.select.ids.long()
+        found["selected_logits"] = z = logits(paired(hidden, lm_head, rows, ids), ids)
         if lse is not None:
             found["selected_log_probs"] = z - lse[rows]
     elif request.select is not None:
         ids = request.select.long()
-        pairs = every[:, None].expand(-1, len(ids)), ids.expand(len(hidden), -1)
-        found["selected_logits"] = z = logits_of(*pairs)
+        found["selected_logits"] = z = logits(crossed(hidden, lm_head, ids), ids)
         if lse is not None:
             found["selected_log_probs"] = z - lse[:, None]
     if request.value is not None:
@@ -107,6 +107,14 @@ def _of_vocabulary(found: Vocabulary, request: TokenRequest) -> dict[str, Tensor
         scores["log_prob"] = found.token_logit - found.lse
         scores["shaped_log_prob"] = found.shaped_log_prob
     return scores
+
+
+def crossed(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """hidden[t] · weight[id] for all rows and ids, [T, n], summed in fp32 (fp64 for fp64)."""
+    math = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    some = max(1, GATHERED // (hidden.shape[1] * math.itemsize))
+    rows = hidden.to(math)
+    return torch.cat([rows @ weight[of].to(math).T for of in ids.split(some)], dim=1)
 
 
 def paired(hidden: Tensor, weight: Tensor, rows: Tensor, ids: Tensor) -> Tensor:

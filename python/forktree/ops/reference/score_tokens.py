@@ -97,6 +97,7 @@ def shaped(z: Tensor, draw: Draw) -> Tensor:
         if top_p < 1:
             mass = ordered.masked_fill(ordered < threshold, -torch.inf).softmax(dim=0)
             left = mass.cumsum(dim=0) - mass < top_p  # those before it do not reach p
+            left[0] = True  # also where there is no mass
             threshold = max(threshold, float(ordered[left][-1]))
         if min_p > 0:
             threshold = max(threshold, float(ordered[0] + torch.tensor(min_p, dtype=s.dtype).log()))
