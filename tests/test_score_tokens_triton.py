@@ -172,7 +172,7 @@ def test_draws_of_edited_and_masked_logits(kinds):
     hidden, lm_head = model(rows, vocab, 32, seed=3)
     texts = [g.integers(0, vocab, n) for n in g.integers(0, 9, rows)]
     texts[0] = np.arange(120, 140)  # many in one tile
-    bias = {3: 2.5, 64: -np.inf, 399: 1.0}
+    bias = {0: 1.5, 64: -np.inf, 256: 2.0, 399: 1.0}  # first of splits, last of all
     edits = Edits.penalties(texts, repetition=1.3, frequency=0.2, presence=0.5, bias=bias)
     allowed = g.random((rows, vocab)) < 0.7
     request = TokenRequest(draw=draw(rows, kinds, edits=edits), top_k=3)

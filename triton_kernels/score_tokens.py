@@ -806,7 +806,7 @@ def config(arch: int, itemsize: int, rows: int) -> Config:
         return Config(64, 16, 32, 4, 3)
     block_t = 16 if rows <= 16 else 32 if rows <= 32 else 64
     large = 90 <= arch < 120  # in shared memory
-    return Config(128, block_t, 64, 8 if block_t == 64 and arch >= 100 else 4, 4 if large else 3)
+    return Config(128, block_t, 64, 4 if block_t < 64 or arch == 90 else 8, 4 if large else 3)
 
 
 def launch(
