@@ -29,15 +29,13 @@ from forktree.errors import Cancelled, NonFinite, OutOfMemory
 from forktree.kv import Branch, OutOfSlots
 from forktree.kv.tree import Chunk
 from forktree.lane import Lane
-from forktree.sampling import choose, uniforms
 from forktree.scoring import Subject
-from forktree.search.request import Extend, Extension, NextLogits, Request, Score
+from forktree.search.request import Extend, Extension, NextLogits, Request, Score, ScoreTokens
+from forktree.token_scores import Draw, TokenRequest
 from forktree.transfer import Download, upload
-from forktree.work import Drawn, ExtendWork, LogitsWork, ScoreWork, Work
+from forktree.work import Drawn, ExtendWork, ScoreWork, TokensWork, Work
 
 _INDICES = itertools.count()  # a search's number, and the owner of its branches in every tree it uses
-LOGIT_BYTES = 256 << 20  # rows of logits held at once: at most this many bytes
-AT_ONCE = 1 << 20  # logits drawn from at once on a CPU: what is computed on the way stays in its caches
 
 
 @dataclass
@@ -180,13 +178,13 @@ class Engine:
             self.lane.check(request.branches)
         if isinstance(request, Extend):
             return ExtendWork(request, self.lane)
-        if isinstance(request, NextLogits):
-            return LogitsWork(request, self.lane)
+        if isinstance(request, ScoreTokens | NextLogits):
+            return TokensWork(request, self.lane)
         if isinstance(request, Score):
             task.counters.scorer_calls += len(request.branches)
             subject = Subject(self.lane, request.branches, task.prompt, task.prompt_length, self.tokenizer)
             return ScoreWork(request.scorer.begin(subject), subject)
-        raise TypeError(f"a search awaits extend, score or next_logits, got {type(request).__name__}")
+        raise TypeError(f"a search awaits extend, score, score_tokens or next_logits, got {type(request).__name__}")
 
     def _close(self, task: Task) -> None:
         work, task.work = task.work, None
@@ -308,26 +306,17 @@ class Engine:
 
     def _draw(self, works: list[ExtendWork]) -> Drawn:
         """A token for each ready row of each work, counted."""
-        kinds = list(dict.fromkeys(work.request.sampling for work in works))
-        works = sorted(works, key=lambda work: kinds.index(work.request.sampling))  # rows of a kind are drawn together
         rows = [work.ready() for work in works]
         ids = np.concatenate([work.ids[at] for work, at in zip(works, rows, strict=True)])
         sampling = [work.request.sampling for work, at in zip(works, rows, strict=True) for _ in at]
-        tree, runner = self.lane.tree, self.lane.runner
-        uniform = upload(uniforms(tree.branch_key[ids], tree.branch_length[ids]), runner.device)
+        tree = self.lane.tree
         hidden = self.lane.hidden([work.branches[i] for work, at in zip(works, rows, strict=True) for i in at])
-        chosen = []
-        block = max(1, LOGIT_BYTES // (4 * runner.vocab_size))
-        for begin in range(0, len(ids), block):
-            logits = runner.logits(hidden[begin : begin + block])
-            few = max(1, AT_ONCE // logits.shape[1]) if logits.is_cpu else block
-            for first, some in zip(range(begin, begin + len(logits), few), logits.split(few), strict=True):
-                part = slice(first, first + len(some))
-                chosen.append(choose(some, sampling[part], uniform[part]))
-        tokens, log_probs = (torch.cat(column) for column in zip(*chosen, strict=True))
+        draw = Draw(sampling, seed=tree.branch_key[ids], position=tree.branch_length[ids])
+        scores = self.lane.runner.score(hidden, TokenRequest(draw=draw))
+        assert scores.token is not None and scores.log_prob is not None
         for work, at in zip(works, rows, strict=True):
             work.count(at)
-        return Drawn(works, rows, hidden, tokens, Download(torch.stack([tokens.double(), log_probs])))
+        return Drawn(works, rows, hidden, scores.token, Download(torch.stack([scores.token, scores.log_prob.double()])))
 
     def _read_ahead(self) -> bool:
         """Reads the tokens that were drawn ahead of the host; False if there are none."""
@@ -363,18 +352,19 @@ class Engine:
             self._resume(task, None, NonFinite.of("logits", bad, work.branches[bad].length))
 
     def _answer_rest(self) -> bool:
-        """Answers what needs all its branches at once: rewards and rows of logits."""
+        """Answers what needs all its branches at once: rewards, scores of tokens, rows of logits."""
         answered = False
         for task in self.active:
             work = task.work
-            if isinstance(work, LogitsWork) and (hidden := work.collect()) is not None:
-                logits = self.lane.runner.logits(hidden)
-                finite = logits.amax(dim=-1).isfinite().cpu().numpy() if work.checked else np.ones(1, bool)
-                if finite.all():
-                    self._resume(task, logits)
+            if isinstance(work, TokensWork):
+                if (hidden := work.collect()) is None:
+                    continue
+                try:
+                    found = work.answer(hidden)
+                except Exception as failure:  # the request, or what the model gave
+                    self._resume(task, None, failure)
                 else:
-                    bad = int(np.argmin(finite))
-                    self._resume(task, None, NonFinite.of("logits", bad, work.branches[bad].length))
+                    self._resume(task, found)
                 answered = True
             elif isinstance(work, ScoreWork):
                 hidden = work.collect() if work.reading.lane is not None else None

@@ -2,6 +2,7 @@
 
     extension = await extend(branches, sampling, max_tokens=64, stop=step_end)
     rewards = await score(branches, scorer)
+    scores = await score_tokens(branches, TokenRequest(top_k=8, entropy=True))
     logits = await next_logits(branches)
 
 Forks, drops, rewinds and reassignments are plain calls on branches and need no await.
@@ -18,6 +19,7 @@ from torch import Tensor
 from forktree.errors import ScorerError
 from forktree.kv import Branch
 from forktree.sampling import Sampling
+from forktree.token_scores import TokenRequest, TokenScores
 
 T = TypeVar("T")
 
@@ -81,6 +83,15 @@ class Score(Request[Rewards]):
 
 
 @dataclass(frozen=True, eq=False)
+class ScoreTokens(Request[TokenScores]):
+    """See `score_tokens`."""
+
+    branches: Sequence[Branch]
+    request: TokenRequest
+    checked: bool
+
+
+@dataclass(frozen=True, eq=False)
 class NextLogits(Request[Tensor]):
     """See `next_logits`."""
 
@@ -108,9 +119,19 @@ def score(branches: Sequence[Branch], scorer: Any) -> Score:
     return Score(tuple(branches), scorer)
 
 
+def score_tokens(branches: Sequence[Branch], request: TokenRequest, *, checked: bool = True) -> ScoreTokens:
+    """What `request` asks of the token behind each branch, a row each, without a row of logits.
+
+    Raises `NonFinite` if logits hold NaN or infinity, `InvalidInput` if a branch is left no token to draw.
+    checked=False: such rows are given as they are, and a GPU is not waited for; the caller looks at them.
+    """
+    return ScoreTokens(tuple(branches), request, checked)
+
+
 def next_logits(branches: Sequence[Branch], *, checked: bool = True) -> NextLogits:
     """Logits of the token behind each branch, fp32 `[n, V]`; raises `NonFinite` if they hold NaN or infinity.
 
+    The slow way, for what needs them all, such as logits processors: `score_tokens` does the rest without them.
     checked=False: such rows are given as they are, and a GPU is not waited for; the caller looks at them.
     """
     return NextLogits(tuple(branches), checked)
