@@ -27,6 +27,7 @@ from forktree.lane import Lane
 from forktree.model import attach
 from forktree.sampling import Sampling
 from forktree.search.beam import BeamRules, Finished, beam_search
+from forktree.search.processors import process
 from forktree.search.request import next_logits, score_tokens
 from forktree.token_scores import Draw, TokenRequest
 from forktree.transfer import upload
@@ -120,7 +121,7 @@ class _Run:
             self._rows[:: self._copies],
             rules,
             fill=fill,
-            process=self._processors if len(self._processors) else None,
+            processors=self._processors,
             stops=lambda rows: self._criteria(rows, self._told()),
             on_step=None if self._scores is None else self._scores.append,
         )
@@ -154,15 +155,13 @@ class _Run:
             asked = [branches[i] for i in live]
             fresh = await next_logits(asked) if whole else await self._most_likely(asked)
             state = fresh.clone() if state is None else state.index_copy(0, upload(live, rows.device), fresh)
-            tokens = self._choose(rows, state) if whole else state
+            tokens = self._choose(branches, rows, state) if whole else state
             if self._eos is not None and self._pad is not None:
                 tokens = torch.where(open_rows, tokens, self._pad.to(tokens))
             rows = torch.cat([rows, tokens[:, None]], dim=1)
             stopped = self._criteria(rows, self._told())
             open_rows = open_rows & ~stopped
             drawn, goes_on = torch.stack([tokens, open_rows]).cpu().numpy()
-            for i in live[goes_on[live] == 0]:
-                branches[i].drop()
             live = live[goes_on[live] == 1]
             if not len(live):
                 return rows
@@ -176,9 +175,9 @@ class _Run:
         assert tokens is not None
         return tokens
 
-    def _choose(self, rows: Tensor, logits: Tensor) -> Tensor:
+    def _choose(self, branches: Sequence[Branch], rows: Tensor, logits: Tensor) -> Tensor:
         """A token for each of all rows, `[n]`."""
-        scores = self._processors(rows, logits)
+        scores = process(self._processors, branches, rows, logits)
         if self._scores is not None:
             self._scores.append(scores)
         if self._config.do_sample:

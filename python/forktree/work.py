@@ -141,6 +141,9 @@ class ExtendWork(Work):
         return stays
 
 
+NO_TOKEN = np.inf  # the log-prob of a row that logits processors leave no token
+
+
 @dataclass(eq=False)
 class Drawn:
     """One token for every row of some `extend`s, drawn on the device; the host has yet to read them."""
@@ -149,7 +152,7 @@ class Drawn:
     rows: list[NDArray[np.int64]]  # of each work, in the order of the tokens
     hidden: Tensor  # [n, H], what they were drawn from
     tokens: Tensor  # int64 [n]
-    outcome: Download  # fp64 [2, n]: tokens, log-probs (NaN or infinite where the logits are not finite)
+    outcome: Download  # fp64 [2, n]: tokens, log-probs (NaN where the logits are not finite, NO_TOKEN)
 
     @property
     def branches(self) -> list[Branch]:

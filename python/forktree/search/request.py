@@ -19,6 +19,7 @@ from torch import Tensor
 from forktree.errors import ScorerError
 from forktree.kv import Branch
 from forktree.sampling import Sampling
+from forktree.search.processors import Processor
 from forktree.token_scores import TokenRequest, TokenScores
 
 T = TypeVar("T")
@@ -72,6 +73,8 @@ class Extend(Request[Extension]):
     max_tokens: NDArray[np.int64]
     eos_token_ids: frozenset[int]
     stop: Stop | None
+    processors: Sequence[Processor]
+    pad_token_id: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +109,19 @@ def extend(
     max_tokens: int | Sequence[int] | NDArray[np.int64],
     eos_token_ids: frozenset[int] = frozenset(),
     stop: Stop | None = None,
+    processors: Sequence[Processor] = (),
+    pad_token_id: int = 0,
 ) -> Extend:
-    """Draws tokens for every branch until `stop`, an EOS, or `max_tokens` (one for all, or one a branch)."""
+    """Draws tokens for every branch until `stop`, an EOS, or `max_tokens` (one for all, or one a branch).
+
+    processors: change the logits before `sampling` does, see `forktree.search.processors`: the slow way, as they need
+    whole rows. They are shown what the branches see, padded by `pad_token_id`. `InvalidInput` is raised if they leave a
+    branch no token, and what they raise themselves; log-probs are those of the logits as they were.
+    """
     limit = np.broadcast_to(np.asarray(max_tokens, dtype=np.int64), len(branches))
     if len(limit) and limit.min() < 1:
         raise ValueError(f"max_tokens must be at least 1 for every branch, got {limit.tolist()}")
-    return Extend(tuple(branches), sampling, limit, eos_token_ids, stop)
+    return Extend(tuple(branches), sampling, limit, eos_token_ids, stop, tuple(processors), pad_token_id)
 
 
 def score(branches: Sequence[Branch], scorer: Any) -> Score:
