@@ -39,30 +39,50 @@ def answer(
     softcap: float | None,
 ) -> TokenScores:
     """The whole request: `launch` passes over the vocabulary, if that is needed; the rest is gathered."""
-    found: dict[str, Tensor] = {}
 
     def logits(products: Tensor, ids: Tensor) -> Tensor:
         z = scale * (products if bias is None else products + bias[ids].to(products.dtype))
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
+    return complete(
+        hidden,
+        lm_head.shape[0],
+        request,
+        launch=lambda *wanted: launch(hidden, lm_head, bias, scale, softcap or 0.0, *wanted),
+        of_pairs=lambda rows, ids: logits(paired(hidden, lm_head, rows, ids), ids),
+        of_all=lambda ids: logits(crossed(hidden, lm_head, ids), ids),
+    )
+
+
+def complete(
+    hidden: Tensor,
+    vocab: int,
+    request: TokenRequest,
+    *,
+    launch: Launch,
+    of_pairs: Callable[[Tensor, Tensor], Tensor],
+    of_all: Callable[[Tensor], Tensor],
+) -> TokenScores:
+    """The whole request, wherever the logits come from.
+
+    launch: takes its arguments from top_k on. of_pairs: the logits of rows and ids `[n]`. of_all: those of ids `[n]` in
+    every row, `[T, n]`.
+    """
+    found: dict[str, Tensor] = {}
     if request.needs_vocabulary:
-        top_k = min(max(request.top_k, 2 if request.margin else 0), lm_head.shape[0])
-        vocabulary = Vocabulary(*launch(hidden, lm_head, bias, scale, softcap or 0.0, top_k, *tensors(request, hidden)))
-        found |= _of_vocabulary(vocabulary, request)
+        top_k = min(max(request.top_k, 2 if request.margin else 0), vocab)
+        found |= _of_vocabulary(Vocabulary(*launch(top_k, *tensors(request, hidden))), request)
     lse = found.get("lse")
     every = torch.arange(len(hidden), device=hidden.device)
     if request.targets is not None and lse is not None:
-        ids = request.targets.long()
-        found["target_log_probs"] = logits(paired(hidden, lm_head, every, ids), ids) - lse
+        found["target_log_probs"] = of_pairs(every, request.targets.long()) - lse
     if isinstance(request.select, Ragged):
         rows = every.repeat_interleave(request.select.indptr.long().diff(), output_size=len(request.select.ids))
-        ids = request.select.ids.long()
-        found["selected_logits"] = z = logits(paired(hidden, lm_head, rows, ids), ids)
+        found["selected_logits"] = z = of_pairs(rows, request.select.ids.long())
         if lse is not None:
             found["selected_log_probs"] = z - lse[rows]
     elif request.select is not None:
-        ids = request.select.long()
-        found["selected_logits"] = z = logits(crossed(hidden, lm_head, ids), ids)
+        found["selected_logits"] = z = of_all(request.select.long())
         if lse is not None:
             found["selected_log_probs"] = z - lse[:, None]
     if request.value is not None:
