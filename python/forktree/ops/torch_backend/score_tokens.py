@@ -23,9 +23,9 @@ from forktree.token_scores import REPETITION, TokenRequest, TokenScores
 
 CANDIDATES = 64  # most likely tokens kept of a row that truncates
 SCRATCH = 12 << 20  # bytes, but for the allocator's rounding and what torch's operations take within
-PER_LOGIT = 64  # bytes of the intermediate results of one logit at their peak
-PER_ROW = 24 << 10  # bytes of a row: pairs of candidates, or bins, and one tile of logits
-PER_BEST = 64  # bytes of each of the k best
+PER_LOGIT = 40  # bytes of the intermediate results of one logit at their peak
+PER_ROW = 6 << 10  # bytes of a row: its candidates, or bins, and one tile of logits
+PER_BEST = 48  # bytes of each of the k best
 DIGIT = 8  # bits of a threshold found in one pass
 
 Rows = slice | Tensor  # of the call
@@ -414,8 +414,9 @@ def _drawn_among(candidates: Best, shaping: Shaping, shaped: Mass) -> tuple[tupl
     e = e.gather(1, order).where(kept, 0)
     tile = ids // TILE
     exponential, uniform = noise_of(shaping.keys, tile)
-    score = ((tile[:, :, None] == tile[:, None, :]) * e[:, None, :]).sum(dim=2).log() - exponential.log()
-    at = score.argmax(dim=1, keepdim=True)
+    sums = F.pad(e.cumsum(dim=1), (1, 0))
+    mass = sums.gather(1, torch.searchsorted(tile, tile, right=True)) - sums.gather(1, torch.searchsorted(tile, tile))
+    at = (mass.clamp(min=0).log() - exponential.log()).argmax(dim=1, keepdim=True)
     inside = e.where(tile == tile.gather(1, at), 0).cumsum(dim=1)
     at = _inverse(inside, uniform.gather(1, at))
     token, s, logit = (
@@ -472,12 +473,12 @@ def _threshold(
             code = _code(s) >> shift
             counts = (s >= floor[:, None]) & (s > -torch.inf)
             if shift == highest_shift:
-                digit = code + signs  # the most significant one has the sign
+                code += signs  # the most significant digit has the sign
             else:
                 counts &= code >> DIGIT == prefix[:, None]
-                digit = code & (1 << DIGIT) - 1
-            weight = (s - highest[:, None]).exp() if by_mass else torch.ones_like(s, dtype=torch.float64)
-            bins.scatter_add_(1, digit.long(), weight.where(counts, 0))
+                code &= (1 << DIGIT) - 1
+            weight = (s - highest[:, None]).exp_() if by_mass else torch.ones_like(s, dtype=torch.float64)
+            bins.scatter_add_(1, code.long(), weight.masked_fill_(~counts, 0))
         if by_mass and shift == highest_shift:
             limit = limit * bins.sum(dim=1)
         higher = bins.flip(1).cumsum(dim=1).flip(1) - bins
