@@ -58,7 +58,12 @@ def noise(keys: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
     keys: int64 `[T]`, the bits of `Draw.keys`. Returns `[T, tiles]` each: E = -log1p(-v), so that -log E is a Gumbel
     number, with v = (h + 1/2) / 2^32; and u = l / 2^32 in [0, 1). h and l are the halves of `mix(key ^ tile)`.
     """
-    bits = _mix(keys[:, None] ^ torch.arange(tiles, device=keys.device))
+    return noise_of(keys, torch.arange(tiles, device=keys.device))
+
+
+def noise_of(keys: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for tiles of these numbers, int64 `[n]` or `[T, n]`."""
+    bits = _mix(keys[:, None] ^ tiles)
     high, low = bits >> 32 & 0xFFFFFFFF, bits & 0xFFFFFFFF
     return -torch.log1p(-(high.double() + 0.5) * 2.0**-32), low.double() * 2.0**-32
 

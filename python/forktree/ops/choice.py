@@ -5,6 +5,7 @@
     GPU         tree_attention  bf16, fp16         cuda     narrow: see `forktree.target`; Dk = Dv among `CUDA_DIMS`
     GPU         tree_attention  fp32, bf16, fp16   triton   wide; any other head dim up to 256; fp32, which has no
                                                             exact product on tensor cores
+    GPU         score_tokens    all                torch    no compiled kernel yet
     GPU         the others      fp32, bf16, fp16   cuda     one launch bound by memory: the cheaper one to launch
     any         all             fp64, the rest     torch
 
@@ -102,7 +103,7 @@ def _best(operation: str, x: Tensor, *others: Any) -> str:
     if x.is_cpu:
         return "cpu"
     if operation == "score_tokens":
-        return "reference"
+        return "torch"
     triton = "torch" if missing("triton") else "triton"
     cuda = triton if missing("cuda") else "cuda"
     if operation != "tree_attention":
