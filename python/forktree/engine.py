@@ -31,7 +31,7 @@ from forktree.errors import Cancelled, InvalidInput, NonFinite, OutOfMemory
 from forktree.kv import Branch, OutOfSlots
 from forktree.kv.tree import Chunk
 from forktree.lane import Lane
-from forktree.ops.reference.score_tokens import score_logits
+from forktree.ops.torch_backend.score_tokens import from_logits
 from forktree.sampling import Sampling
 from forktree.scoring import Subject
 from forktree.search.processors import left_padded, process
@@ -345,7 +345,7 @@ class Engine:
         logits = self.lane.runner.logits(hidden)
         input_ids = left_padded(branches, request.pad_token_id, logits.device)
         scores = process(request.processors, branches, input_ids, logits.clone())
-        drawn = score_logits(scores, TokenRequest(draw=self._keyed(request.sampling, work.ids[rows])), hidden)
+        drawn = from_logits(scores, TokenRequest(draw=self._keyed(request.sampling, work.ids[rows])), hidden)
         assert drawn.token is not None and drawn.shaped_log_prob is not None
         log_prob = logits.gather(1, drawn.token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
         none_left = drawn.shaped_log_prob.isnan() & log_prob.isfinite()

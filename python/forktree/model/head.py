@@ -13,7 +13,7 @@ from transformers.utils.generic import ModelOutput
 
 from forktree import ops
 from forktree.model.interface import PackedModel
-from forktree.ops.reference.score_tokens import score_logits
+from forktree.ops.torch_backend.score_tokens import from_logits
 from forktree.token_scores import TokenRequest, TokenScores
 
 
@@ -49,7 +49,7 @@ class OwnHead:
 
     def score(self, hidden: Tensor, request: TokenRequest) -> TokenScores:
         """As `LinearHead.score`, from rows of logits."""
-        return score_logits(self.logits(hidden), request, hidden)
+        return from_logits(self.logits(hidden), request, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] -> [n, V] fp32."""
