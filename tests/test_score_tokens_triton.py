@@ -107,7 +107,7 @@ def compare(hidden, lm_head, request, *, bias=None, scale=1.0, softcap=None, tol
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_everything_at_once(shape, dtype):
-    rows, vocab, size = shape
+    rows, vocab, _ = shape
     hidden, lm_head = model(*shape, dtype)
     kinds = [*SETTLED, *OPEN, *FREE]
     request = TokenRequest(
@@ -142,7 +142,9 @@ def test_best_tokens_of_equals_and_of_minus_infinity():
     compare(hidden, lm_head, TokenRequest(top_k=64))
     bias = torch.zeros(300, device=DEVICE)
     bias[7:] = -torch.inf
-    got = compare(hidden[:2], lm_head, TokenRequest(top_k=9, entropy=True, draw=draw(2, Sampling(top_p=0.9))), bias=bias)
+    got = compare(
+        hidden[:2], lm_head, TokenRequest(top_k=9, entropy=True, draw=draw(2, Sampling(top_p=0.9))), bias=bias
+    )
     assert got.top_log_probs[:, 7:].eq(-torch.inf).all()
 
 

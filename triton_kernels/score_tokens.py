@@ -164,7 +164,7 @@ def _noise(key, tile):
 
 @triton.jit
 def _lead(s, first, key, greedy, leader, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Takes a tile's shaped logits [V, T] into each row's state: top, mass, best score, shaped logit and token of it."""
+    """Takes a tile's shaped logits [V, T] into the rows' state: top, mass, best score, its shaped logit and token."""
     top, mass, best, chosen, drawn = leader
     TILES: tl.constexpr = BLOCK_V // TILE
     number = tl.arange(0, TILES)
@@ -356,9 +356,7 @@ def _score_tokens(
 
     for first in range(split * tiles * BLOCK_V, tl.minimum((split + 1) * tiles * BLOCK_V, vocab), BLOCK_V):
         token = first + tl.arange(0, BLOCK_V)
-        z = _logits(
-            hidden, lm_head, bias, token, row, vocab, scale, softcap, H, BLOCK_V, BLOCK_T, BLOCK_K, SOFTCAP
-        )
+        z = _logits(hidden, lm_head, bias, token, row, vocab, scale, softcap, H, BLOCK_V, BLOCK_T, BLOCK_K, SOFTCAP)
         higher = tl.maximum(top, tl.max(z, 0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp(z - base[None, :])
@@ -399,7 +397,7 @@ def _store_state(state, rows, splits, row, split, real, of_logits, leader):
 
 @triton.jit
 def _merged_leaders(state, row, rows, split, splits):
-    """Shaped top and mass, best score, shaped logit and token of it: of rows [T, 1] (or one) in splits [1, S] (or [S])."""
+    """Shaped top and mass, best score, shaped logit and token of it: of rows [T, 1] or one, in splits [1, S] or [S]."""
     field = rows * splits
     at = state + row * splits + split
     live = split < splits
@@ -727,9 +725,7 @@ def _search_again(
         leader = _nobody_leads(BLOCK_T)
         for first in range(split * tiles * BLOCK_V, tl.minimum((split + 1) * tiles * BLOCK_V, vocab), BLOCK_V):
             token = first + tl.arange(0, BLOCK_V)
-            z = _logits(
-                hidden, lm_head, bias, token, row, vocab, scale, softcap, H, BLOCK_V, BLOCK_T, BLOCK_K, SOFTCAP
-            )
+            z = _logits(hidden, lm_head, bias, token, row, vocab, scale, softcap, H, BLOCK_V, BLOCK_T, BLOCK_K, SOFTCAP)
             edits = (edit_ids, edit_ops, edit_values, allowed)
             s, at = _shaped(z, token, first, row, at, end, edits, inverse, vocab, BLOCK_V)
             bits = _unsigned(s)
@@ -797,7 +793,7 @@ class Config:
 
 
 INTERPRETED = Config(128, 16, 32, 4, 1)  # small tiles: several of each for small tests
-INTERPRETED_PROGRAMS = 6
+INTERPRETED_PROGRAMS = 3
 
 
 def config(arch: int, itemsize: int, rows: int) -> Config:
@@ -809,7 +805,8 @@ def config(arch: int, itemsize: int, rows: int) -> Config:
     if itemsize == 4:
         return Config(64, 16, 32, 4, 3)
     block_t = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    return Config(128, block_t, 64, 4 if block_t == 16 else 8, 4 if arch >= 90 and arch < 120 else 3)
+    large = 90 <= arch < 120  # in shared memory
+    return Config(128, block_t, 64, 8 if block_t == 64 and arch >= 100 else 4, 4 if large else 3)
 
 
 def launch(
