@@ -21,6 +21,7 @@ import tiny
 from forktree import BestOfN, Decoder, Draw, InvalidInput, Sample, Sampling, TextScorer
 from forktree.sampling import noise
 
+
 def by_transformers(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """The shaped distribution `[n, V]`, by transformers' warpers in the order of its `generate`."""
     warpers = LogitsProcessorList()

@@ -9,8 +9,8 @@ call was which is gone. A processor that keeps a state for every row, such as th
 
     fork(parents, added)
 
-that is called before each of its calls, with int64 tensors on the CPU. It keeps its states in a list or tensor; row i of
-the coming call goes on from state `parents[i]`, or starts anew where that is -1, and has `added[i]` tokens, the last of
+that is called before each of its calls, with int64 tensors on the CPU. It keeps its states in a list or tensor; row i
+of the coming call goes on from state `parents[i]`, or starts anew where that is -1, and has `added[i]` tokens, the last of
 `input_ids[i]`, which that state has not seen (for a new one: all of them, the prompt's too). `parents` is longer than
 the call has rows if some states are not asked now but may be later, those of branches that wait or of other searches:
 they follow behind, unchanged. So, for a state that tokens lead from one to the next,
