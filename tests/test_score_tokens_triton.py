@@ -148,6 +148,12 @@ def test_best_tokens_of_equals_and_of_minus_infinity():
     assert got.top_log_probs[:, 7:].eq(-torch.inf).all()
 
 
+def test_zeros_of_both_signs_are_equals():
+    hidden, lm_head = model_of(torch.tensor([[-1e-25, 1e-25]]).repeat(1, 60))
+    got = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=9), scale=1e-25)
+    assert got.top_ids.tolist() == [list(range(9))]
+
+
 # ---------------------------------------------------------------------- draws
 
 
