@@ -12,7 +12,9 @@ import torch
 import forktree
 import test_compile
 import test_models
+import test_sequences
 import tiny
+from forktree import sequences
 from forktree.model import Runner, attach
 from forktree.ops.choice import missing
 
@@ -94,6 +96,26 @@ def test_drawing_on_the_gpu_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -
     results = list(decoder.search_iter(tiny.prompts(3), searches, max_new_tokens=12))
     assert all(r.error is None for r in results)
     assert {"_draw", "append_drawn"} == set(calls)
+
+
+def test_given_texts_have_the_log_probs_they_have_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no pass waits for the one before."""
+    texts = test_sequences.family(1, tiny.VOCAB)
+    expected = forktree.sequence_logprobs(tiny.model(), texts)
+    inner, calls = sequences._log_probs, []
+
+    def strict(*args: Any) -> Any:
+        calls.append(len(args))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return inner(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(sequences, "_log_probs", strict)
+    found = forktree.sequence_logprobs(tiny.new_model().to(DEVICE), texts, max_batch_tokens=32)
+    test_sequences.assert_close(found, expected)
+    assert len(calls) > 3
 
 
 def test_searches_side_by_side_equal_those_alone() -> None:

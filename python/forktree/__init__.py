@@ -26,6 +26,7 @@ from forktree.token_scores import Draw, Edits, Head, Ragged, TokenRequest, Token
 if TYPE_CHECKING:
     from forktree.decoder import Candidate, Decoder, SearchResult
     from forktree.drop_in import generate
+    from forktree.sequences import sequence_logprobs
 
 __version__ = "0.4.0"
 
@@ -67,10 +68,17 @@ __all__ = [
     "load_scorer",
     "ops",
     "plan",
+    "sequence_logprobs",
 ]
 
 # These need transformers, which takes seconds to import: they are loaded when first asked for.
-_LATER = {"Candidate": "decoder", "Decoder": "decoder", "SearchResult": "decoder", "generate": "drop_in"}
+_LATER = {
+    "Candidate": "decoder",
+    "Decoder": "decoder",
+    "SearchResult": "decoder",
+    "generate": "drop_in",
+    "sequence_logprobs": "sequences",
+}
 
 if not TYPE_CHECKING:
 

@@ -105,8 +105,9 @@ class Lane:
         self._hidden[to] = hidden[row]
         tree.hidden_at[node] = length[first] - 1
 
-    def forward(self, chunks: Sequence[Chunk]) -> None:
-        """One forward pass over `chunks`, whose slots are reserved and whose ancestors are computed or among them."""
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """One forward pass over `chunks`, whose slots are reserved and whose ancestors are computed or among them.
+        Returns the hidden states of all their tokens, `[T, H]`."""
         tree, device = self.tree, self._hidden.device
         self._make_room()
         ids, positions = tree.tokens_of(chunks)
@@ -123,6 +124,7 @@ class Lane:
         tree.mark_computed(chunks)
         self.tokens_computed += len(ids)
         self.forwards += 1
+        return hidden
 
     def _make_room(self) -> None:
         """Rows for every node."""

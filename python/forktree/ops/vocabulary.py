@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from forktree.token_scores import Ragged, TokenRequest, TokenScores
+from forktree.transfer import upload
 
 GATHERED = 4 << 20  # bytes of rows of lm_head held at once, in the type of the math
 
@@ -102,14 +104,13 @@ def tensors(request: TokenRequest, hidden: Tensor) -> tuple[Any, ...]:
     if draw is None:
         return request.entropy, None, None, False, None, None, None, None, None
 
-    def there(values: Any) -> Tensor:
-        return torch.from_numpy(values).to(device, non_blocking=True)
-
     edits: tuple[Tensor | None, ...] = (None,) * 4
     if draw.edits is not None and len(draw.edits.ids):
-        edits = tuple(there(x) for x in (draw.edits.indptr, draw.edits.ids, draw.edits.ops, draw.edits.values))
+        columns = (draw.edits.indptr, draw.edits.ids, draw.edits.ops, draw.edits.values)
+        edits = tuple(upload(x, device) for x in columns)
     allowed = None if draw.allowed is None else draw.allowed.to(device, non_blocking=True).contiguous()
-    return request.entropy, there(draw.keys.view("int64")), there(draw.settings), draw.truncates, *edits, allowed
+    numbers = upload(np.vstack([draw.keys.view(np.float64), draw.settings]), device)  # of 8 bytes all: one copy
+    return request.entropy, numbers[0].view(torch.int64), numbers[1:], draw.truncates, *edits, allowed
 
 
 def _of_vocabulary(found: Vocabulary, request: TokenRequest) -> dict[str, Tensor]:

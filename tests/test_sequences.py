@@ -1,0 +1,271 @@
+"""`sequence_logprobs` against log_softmax of transformers' own full forward in fp64, and what it costs."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import forktree
+import test_models
+import tiny
+from forktree import InvalidInput, NonFinite, OutOfMemory, sequence_logprobs
+from forktree.model import Runner
+from forktree.sequences import scored_sequences
+from graph_fake import FakeGraphs
+
+VOCAB = test_models.VOCAB
+
+
+def reference(model: hf.PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Log-probs of tokens 1.. of each sequence, each in a full forward of its own, in fp64."""
+    exact = copy.deepcopy(model).double()
+    exact.set_experts_implementation("eager")  # grouped products know no fp64
+    found = []
+    for tokens in sequences:
+        ids = torch.tensor([list(tokens)])
+        with torch.no_grad():
+            log_probs = exact(input_ids=ids, use_cache=False).logits[0].double().log_softmax(dim=-1)
+        found.append(log_probs[:-1].gather(1, ids[0, 1:, None]).squeeze(1).numpy())
+    return found
+
+
+def assert_close(found: list[np.ndarray], expected: list[np.ndarray], atol: float = 1e-4) -> None:
+    assert len(found) == len(expected)
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == np.float64
+        np.testing.assert_allclose(got, want, atol=atol, rtol=0)
+
+
+def family(seed: int, vocab: int, *, longest: int = 40) -> list[list[int]]:
+    """Ragged texts, in no order, that share beginnings: forks of forks, prefixes of others, equal ones, single tokens."""
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(vocab, size=rng.integers(1, longest)).tolist() for _ in range(3)]
+    for _ in range(12):
+        stem = texts[rng.integers(len(texts))]
+        tail = rng.integers(vocab, size=rng.integers(0, longest // 3)).tolist()
+        texts.append((stem[: rng.integers(1, len(stem) + 1)] + tail)[:longest])
+    texts += [texts[5], [1], [1, 2]]
+    return [texts[i] for i in rng.permutation(len(texts))]
+
+
+def trie_size(texts: Sequence[Sequence[int]]) -> int:
+    """Distinct prefixes that have a token behind them."""
+    return len({tuple(text[: i + 1]) for text in texts for i in range(len(text) - 1)})
+
+
+@pytest.mark.parametrize("name", test_models.CONFIGS)
+def test_every_architecture_gives_what_transformers_gives(name: str) -> None:
+    model = test_models.tiny(name)
+    texts = family(1, VOCAB)
+    assert_close(sequence_logprobs(model, texts, max_batch_tokens=37), reference(model, texts), atol=5e-4)
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 7, 64, 512])
+def test_passes_may_be_cut_anywhere(max_batch_tokens: int) -> None:
+    texts = family(2, tiny.VOCAB)
+    found = sequence_logprobs(tiny.model(), texts, max_batch_tokens=max_batch_tokens)
+    assert_close(found, reference(tiny.model(), texts))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_shared_beginnings_are_computed_once_however_few_slots(seed: int) -> None:
+    """One slot for each token of the longest text but its last is enough, and nothing is computed twice."""
+    texts = family(10 + seed, tiny.VOCAB)
+    longest = max(map(len, texts)) - 1
+    expected = reference(tiny.model(), texts)
+    for num_slots in (longest, longest + 3, 4 * longest):
+        decoder = tiny.decoder(num_slots=num_slots)
+        assert_close(sequence_logprobs(decoder, texts, max_batch_tokens=16), expected)
+        assert decoder.lane.tokens_computed == trie_size(texts)
+        tiny.assert_all_returned(decoder.lane)
+
+
+def test_many_answers_cost_their_question_once() -> None:
+    question, rng = list(range(1, 20)) * 3, np.random.default_rng(0)
+    texts = [question + rng.integers(tiny.VOCAB, size=4).tolist() for _ in range(30)]
+    texts += [[*question, token] for token in range(tiny.VOCAB)]
+    decoder = tiny.decoder()
+    found = sequence_logprobs(decoder, texts, prompt_lengths=[len(question)] * len(texts))
+    assert decoder.lane.tokens_computed == trie_size(texts) <= len(question) + 3 * 30
+    assert_close(found, [log_probs[len(question) - 1 :] for log_probs in reference(tiny.model(), texts)])
+    assert sum(np.exp(p[0]) for p in found[30:]) == pytest.approx(1)  # all there is behind the question
+
+
+def test_prompt_lengths_choose_what_is_scored() -> None:
+    texts = family(3, tiny.VOCAB)
+    lengths = [1 + i % len(text) for i, text in enumerate(texts)]
+    decoder = tiny.decoder()
+    found = sequence_logprobs(decoder, texts, prompt_lengths=lengths)
+    whole = reference(tiny.model(), texts)
+    assert_close(found, [w[n - 1 :] for w, n in zip(whole, lengths, strict=True)])
+    assert any(len(f) == 0 for f in found)
+    # a text of which nothing is wanted costs nothing
+    assert decoder.lane.tokens_computed == trie_size(
+        [text for text, n in zip(texts, lengths, strict=True) if n < len(text)]
+    )
+
+
+def test_texts_may_be_arrays_and_tensors_and_none_at_all() -> None:
+    texts = [[3, 4, 5], np.array([3, 4], np.int32), torch.tensor([3, 1, 1, 2])]
+    expected = reference(tiny.model(), [list(map(int, text)) for text in texts])
+    assert_close(sequence_logprobs(tiny.model(), texts, prompt_lengths=np.ones(3, np.int64)), expected)
+    assert sequence_logprobs(tiny.model(), []) == []
+    assert [x.shape for x in sequence_logprobs(tiny.model(), [[3], [4]])] == [(0,), (0,)]
+
+
+def test_bf16_is_as_good_as_its_model() -> None:
+    """Errors against fp64 are those of transformers' own logits in bf16, which are rounded once more."""
+    model = tiny.new_model(spread=0.1).bfloat16()
+    texts = family(4, tiny.VOCAB)
+    exact = np.concatenate(reference(model, texts))
+    found = np.concatenate(sequence_logprobs(model, texts))
+    with torch.no_grad():
+        own = []
+        for text in texts:
+            ids = torch.tensor([text])
+            log_probs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(dim=-1)
+            own.append(log_probs[:-1].gather(1, ids[0, 1:, None]).squeeze(1).numpy())
+    assert np.abs(found - exact).mean() <= 1.2 * np.abs(np.concatenate(own) - exact).mean()
+
+
+def test_the_longest_text_there_may_be() -> None:
+    """Every position of the model is used; the last token stands behind them."""
+    rng = np.random.default_rng(5)
+    model = tiny.model()
+    text = rng.integers(tiny.VOCAB, size=model.config.max_position_embeddings + 1).tolist()
+    (found,) = sequence_logprobs(model, [text])
+    assert_close([found], reference(model, [text]), atol=3e-4)
+    with pytest.raises(InvalidInput, match=r"sequence 1 has 258 tokens.*256 positions"):
+        sequence_logprobs(model, [text, [*text, 1]])
+
+
+class Largest(TorchDispatchMode):
+    """The most rows of any floating-point tensor with `columns` columns."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.rows = columns, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim and x.shape[-1] == self.columns:
+                self.rows = max(self.rows, x.numel() // self.columns)
+        return out
+
+
+def test_logits_are_never_held() -> None:
+    model = tiny.new_model(vocab=1234)
+    decoder = forktree.Decoder(model)
+    texts = family(6, 1234)
+    with Largest(1234) as largest:
+        found = sequence_logprobs(decoder, texts)
+    assert largest.rows == 0
+    assert_close(found, reference(model, texts))
+
+
+def test_results_come_as_they_are_known() -> None:
+    """Each as soon as its last token has been computed and one more pass launched: few are held back."""
+    texts = [[i, *range(15)] for i in range(20)]
+    decoder = tiny.decoder()
+    computed = []
+    for i, log_probs in scored_sequences(decoder, texts, max_batch_tokens=15):
+        assert isinstance(log_probs, np.ndarray)
+        computed.append((i, decoder.lane.tokens_computed))
+    assert computed == [(i, 15 * min(i + 2, 20)) for i in range(20)]
+
+
+def test_an_iteration_that_is_left_returns_its_slots() -> None:
+    decoder = tiny.decoder()
+    for _ in scored_sequences(decoder, family(7, tiny.VOCAB), max_batch_tokens=8):
+        break
+    tiny.assert_all_returned(decoder.lane)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_decoder_scores_between_the_steps_of_its_searches(ahead: bool) -> None:
+    """Its searches give up slots where these are short, and find what they would have found."""
+    search = forktree.Sample(num_return_sequences=4)
+    prompts = tiny.prompts(8, longest=12)
+    expected = {r.index: r.text for r in tiny.decoder().search(prompts, search, max_new_tokens=12)}
+    decoder = tiny.decoder(num_slots=120)
+    decoder.engine.ahead = ahead
+    texts = family(8, tiny.VOCAB, longest=100)
+    want = reference(tiny.model(), texts)
+    found = {}
+    for result in decoder.search_iter(prompts, search, max_new_tokens=12):
+        assert result.error is None
+        found[result.index] = result.text
+        if len(found) in (1, 4):
+            assert_close(sequence_logprobs(decoder, texts), want)
+            decoder.lane.tree.check()
+    assert found == expected
+    tiny.assert_all_returned(decoder.lane)
+
+
+def test_a_result_that_is_no_number_names_sequence_and_token() -> None:
+    """The others, which share a beginning and the passes with it, are there all the same."""
+    model = tiny.new_model()
+    decoder = forktree.Decoder(model)
+    texts = [[1, 2, 3], [1, 2, 7, 4, 5], [1, 2, 3, 4]]
+    expected = reference(model, texts)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = torch.nan
+    with pytest.raises(NonFinite, match="token 3 of sequence 1"):
+        sequence_logprobs(decoder, texts)
+    found = dict(scored_sequences(decoder, texts))
+    assert isinstance(found[1], NonFinite)
+    assert_close([found[0], found[2]], [expected[0], expected[2]])
+    tiny.assert_all_returned(decoder.lane)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    (dict(sequences=[[1], []]), "sequence 1 is empty"),
+    (dict(sequences=[[1, 2], [3, tiny.VOCAB]]), rf"sequence 1 has token id {tiny.VOCAB}.*\[0, {tiny.VOCAB}\)"),
+    (dict(sequences=[[1, -1]]), "sequence 0 has token id -1"),
+    (dict(sequences=[1, 2, 3]), "sequence 0 must be 1-D token ids.*got 1"),
+    (dict(sequences=[[[1, 2]]]), "sequence 0 must be 1-D token ids"),
+    (dict(sequences=[[1, [2]]]), "sequence 0 must be 1-D token ids"),
+    (dict(sequences=[[1.0, 2.0]]), "sequence 0 must be 1-D token ids"),
+    (dict(sequences=["12"]), "sequence 0 must be 1-D token ids.*'12'"),
+    (dict(sequences=[[1, 2]], prompt_lengths=[]), "one for each of 1 sequences, got 0"),
+    (dict(sequences=[[1, 2]], prompt_lengths=[0]), "prompt length of sequence 0 must be an integer from 1 to 2.*got 0"),
+    (dict(sequences=[[1, 2]], prompt_lengths=[3]), "from 1 to 2.*got 3"),
+    (dict(sequences=[[1, 2]], prompt_lengths=[1.5]), "got 1.5"),
+    (dict(sequences=[[1, 2]], prompt_lengths=[True]), "got True"),
+    (dict(sequences=[[1, 2]], max_batch_tokens=0), "max_batch_tokens must be"),
+    (dict(sequences=[[1, 2]], num_slots=0), "num_slots must be"),
+    (dict(sequences=[[1, 2]], num_slots=9), "num_slots belongs to the Decoder, which has 2048"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_bad_input_is_named_before_anything_runs(arguments: dict[str, Any], message: str) -> None:
+    decoder = tiny.decoder()
+    with pytest.raises(InvalidInput, match=message):
+        scored_sequences(decoder, **arguments)
+    assert decoder.lane.forwards == 0
+
+
+def test_a_text_that_does_not_fit_alone() -> None:
+    with pytest.raises(
+        OutOfMemory, match=r"12 tokens needs 11 KV slots.*10 are free of 10; raise num_slots \(\d+ bytes"
+    ):
+        sequence_logprobs(tiny.model(), [[1, 2], list(range(12))], num_slots=10)
+
+
+def test_captured_steps_give_the_same() -> None:
+    texts = family(9, tiny.VOCAB)
+    decoder = tiny.decoder(num_slots=100)
+    decoder.lane.runner = Runner(decoder.lane.runner.spec, num_slots=100, graphs=FakeGraphs())
+    assert_close(sequence_logprobs(decoder, texts, max_batch_tokens=24), reference(tiny.model(), texts))
+
+
+def test_a_model_without_a_head() -> None:
+    with pytest.raises(InvalidInput, match="language-model head, got none"):
+        sequence_logprobs(tiny.new_model().base_model, [[1, 2]])
