@@ -88,8 +88,8 @@ def find_linear_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> 
 
 
 def is_scored_alike(head: LinearHead, hidden: Tensor, logits: Tensor) -> bool:
-    """Whether `head.score` of hidden [n, H] agrees with the model's own logits [n, V]: sums over all of them, the best of
-    them, and single ones, as these are computed in different ways."""
+    """Whether `head.score` of hidden [n, H] agrees with the model's own logits [n, V]: sums over all of them, the best
+    of them, and single ones, as these are computed in different ways."""
     vocab = logits.shape[1]
     some = torch.linspace(0, vocab - 1, min(vocab, 64), device=hidden.device).long()
     found = head.score(hidden, TokenRequest(top_k=min(vocab, 64), select=some, lse=True))
