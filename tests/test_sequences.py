@@ -42,7 +42,7 @@ def assert_close(found: list[np.ndarray], expected: list[np.ndarray], atol: floa
 
 
 def family(seed: int, vocab: int, *, longest: int = 40) -> list[list[int]]:
-    """Ragged texts, in no order, that share beginnings: forks of forks, prefixes of others, equal ones, single tokens."""
+    """Ragged texts in no order that share beginnings: forks of forks, prefixes of others, equal ones, single tokens."""
     rng = np.random.default_rng(seed)
     texts = [rng.integers(vocab, size=rng.integers(1, longest)).tolist() for _ in range(3)]
     for _ in range(12):
