@@ -155,7 +155,7 @@ class _Walk:
                 pieces.append(_Piece(shared, path[shared:]))
             new = len(path) - shared
             rows = np.concatenate([rows[:shared], np.arange(num_rows, num_rows + new)])
-            wanted[i] = rows[prompt_lengths[i] - 1 :]
+            wanted[i] = rows[prompt_lengths[i] - 1 :].copy()
             num_rows, before = num_rows + new, path
         row = np.concatenate([np.zeros(0, np.int64), *wanted])
         target = np.concatenate([np.zeros(0, np.int64), *(t[n:] for t, n in zip(texts, prompt_lengths, strict=True))])
@@ -339,6 +339,7 @@ def _one_behind(items: Iterator[T]) -> Iterator[T]:
 
 
 def _score(runner: Runner, hidden: Tensor, request: TokenRequest) -> TokenScores:
+    """Stands in for `Runner.score`."""
     head = runner.spec.head
     if isinstance(head, LinearHead):
         return ops.score_tokens(
