@@ -75,26 +75,28 @@ class Launch:
     options: dict[str, Any]
 
 
-def recorded(call: Callable[[], Any], arch: int) -> list[Launch]:
-    """What a launcher launches on a GPU of this architecture; nothing is run."""
+def recorded(call: Callable[[], Any], arch: int) -> dict[str, Launch]:
+    """What a launcher launches on a GPU of this architecture, by name of the kernel; nothing is run."""
     from triton.runtime.jit import JITFunction
 
-    launches: list[Launch] = []
+    launches: dict[str, Launch] = {}
 
     def record(kernel: Any, grid: Any) -> Callable[..., None]:
         def run(*positional: Any, **named: Any) -> None:
             arguments = dict(zip(kernel.arg_names, positional, strict=False))
             options = {key: value for key, value in named.items() if key not in kernel.arg_names}
             arguments |= {key: value for key, value in named.items() if key in kernel.arg_names}
-            launches.append(Launch(kernel, arguments, options))
+            launches[kernel.__name__.removeprefix("_")] = Launch(kernel, arguments, options)
 
         return run
 
     attention = importlib.import_module("forktree.triton_kernels.tree_attention")
+    scores = importlib.import_module("forktree.triton_kernels.score_tokens")
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "__getitem__", record))
-        stack.enter_context(patch.object(attention, "architecture", lambda device: arch))
-        stack.enter_context(patch.object(attention, "multiprocessors", lambda device: 1))
+        for module in (attention, scores):
+            stack.enter_context(patch.object(module, "architecture", lambda device: arch))
+            stack.enter_context(patch.object(module, "multiprocessors", lambda device: 132))
         stack.enter_context(patch.object(attention, "_counters", lambda size, device: meta(size, dtype=torch.int32)))
         call()
     return launches
@@ -127,6 +129,21 @@ def triton_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
         arguments = (q, pool, pool, integers, integers, 64, 64, 0.1, 30.0 * options, per_head, per_head)
         label = f"tree_attention/{name}/{dim}/{width}" + "/softcap,sinks,alibi" * options
         yield label, lambda arguments=arguments: attention(*arguments)
+    scores = launcher("score_tokens")
+    for name, rows in (("bf16", 16), ("bf16", 64), ("fp32", 16)):
+        for kernel in ("score_tokens", "reduce_scores", "search_again")[: 3 if rows == 64 else 1]:
+            arguments = everything(DTYPES[name], rows)
+            yield f"{kernel}/{name}/{rows}", lambda arguments=arguments: scores(*arguments)
+
+
+def everything(dtype: torch.dtype, rows: int) -> tuple[Any, ...]:
+    """All that `score_tokens` can be asked for at once."""
+    vocab, size = 151_936, 4096
+    integers, floats = meta(rows + 1, dtype=torch.int32), meta(rows + 1, dtype=torch.float32)
+    keys, settings = meta(rows, dtype=torch.int64), meta(4, rows, dtype=torch.float64)
+    head = meta(rows, size, dtype=dtype), meta(vocab, size, dtype=dtype), meta(vocab, dtype=dtype)
+    draw = keys, settings, True, integers, integers, integers, floats, meta(rows, vocab // 32, dtype=torch.int32)
+    return *head, 1.0, 30.0, 64, True, *draw
 
 
 def attention_cases() -> Iterator[tuple[str, int, str, bool]]:
@@ -146,7 +163,7 @@ def compile_triton(name: str, arch: int) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    (launch,) = recorded(dict(triton_calls())[name], arch)
+    launch = recorded(dict(triton_calls())[name], arch)[name.split("/")[0]]
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]

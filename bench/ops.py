@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from forktree import TreeLayout, ops, plan
+from forktree import TokenRequest, TreeLayout, ops, plan
 
 ROUNDS, CALLS = 25, 400
 HEADS, DIM, SLOTS = 2, 64, 16
@@ -47,11 +47,17 @@ def cases() -> dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]]:
     def merged() -> tuple[torch.Tensor, torch.Tensor]:
         return (lse.softmax(0).unsqueeze(-1) * o).sum(0), lse.logsumexp(0)
 
+    hidden, lm_head, request = torch.randn(1, DIM), torch.randn(32, DIM), TokenRequest(top_k=4)
+
+    def scored() -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple((hidden @ lm_head.T).log_softmax(-1).topk(4))
+
     return {
         "tree_attention": (lambda: ops.tree_attention(k, k_slots, v_slots, made), "sdpa on a slice", attention),
         "append_kv": (lambda: ops.append_kv(k, v, slots, k_slots, v_slots), "2 index_copy_", index_copies),
         "rotate_rows": (lambda: ops.rotate_rows(k, slots, inv_freq), "cos and sin given", rotated),
         "merge_states": (lambda: ops.merge_states(o, lse, indptr, index), "softmax, logsumexp", merged),
+        "score_tokens": (lambda: ops.score_tokens(hidden, lm_head, request), "product, log_softmax, topk", scored),
     }
 
 

@@ -1,5 +1,6 @@
 import math
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -32,3 +33,33 @@ def shuffled(monkeypatch):
         place(builder, *(int(i) for i in np.unravel_index(builder.order[np.ravel_multi_index(at, key)], key)))
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", permuted)
+
+
+PATCHED = set()  # modules whose functions Triton's interpreter has seen
+
+
+@pytest.fixture(autouse=True)
+def quick_interpreter(monkeypatch):
+    """Triton's interpreter prepares all of triton.language anew for every call of a function on the device, though once
+    a module is enough, and reduces what it does not know, such as the xor of a sort, number by number in Python."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:
+        return
+    import triton.language as tl
+
+    reduce = interpreter.ReduceOps.apply_impl
+
+    def call(function, *arguments, **named):
+        if (module := function.fn.__module__) not in PATCHED:
+            interpreter._patch_lang(function.fn)
+            PATCHED.add(module)
+        return function.rewrite()(*arguments, **named)
+
+    def reduced(self, operands):
+        if self.combine_fn is not tl.standard._xor_combine:
+            return reduce(self, operands)
+        (x,) = operands
+        return self.to_tensor(np.bitwise_xor.reduce(x.handle.data, axis=self.axis, keepdims=self.keep_dims), x.dtype)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    monkeypatch.setattr(interpreter.ReduceOps, "apply_impl", reduced)

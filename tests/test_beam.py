@@ -32,7 +32,7 @@ def test_one_copy_a_step_is_all_that_leaves_the_device(
     rows = torch.empty(2, 3, dtype=torch.long, device="meta")
     rules = BeamRules(3, 6, 1.0, early_stopping, 5, do_sample)
     search = beam_search(
-        roots, rows, rules, fill=0, process=lambda rows, scores: scores, stops=lambda rows: rows[:, -1] == 1
+        roots, rows, rules, fill=0, processors=[lambda rows, scores: scores], stops=lambda rows: rows[:, -1] == 1
     )
     steps = 0
     with pytest.raises(StopIteration):
@@ -56,7 +56,7 @@ def test_rows_that_are_not_finite_are_named_before_anything_is_appended(bad: flo
     rules = BeamRules(3, 6, 1.0, False, 5)
     stops = lambda rows: torch.zeros(len(rows), dtype=torch.bool)  # noqa: E731
     search = beam_search(
-        [tree.root([1, 2, 3])], torch.tensor([[1, 2, 3]]), rules, fill=0, process=lambda rows, s: s, stops=stops
+        [tree.root([1, 2, 3])], torch.tensor([[1, 2, 3]]), rules, fill=0, processors=[lambda rows, s: s], stops=stops
     )
     request = search.send(None)
     for step in range(at + 1):
@@ -94,7 +94,7 @@ def test_reassigned_beams_are_those_of_the_table() -> None:
         torch.tensor([[1, 2]]),
         rules,
         fill=0,
-        process=lambda rows, scores: scores,
+        processors=[lambda rows, scores: scores],
         stops=lambda rows: torch.full((len(rows),), rows.shape[1] >= 2 + steps),
     )
     with pytest.raises(StopIteration) as ended:

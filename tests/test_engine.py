@@ -165,18 +165,6 @@ def test_split_prefills_mixed_with_decoding_give_the_same_text(max_batch_tokens:
     tiny.assert_all_returned(decoder.lane)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_rows_drawn_a_few_at_a_time_give_the_same_text(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neighbouring rows of a step are drawn in different ways, and the last few of those held at once are fewer."""
-    prompts = tiny.prompts(len(mixed()), seed=2)
-    expected = alone(prompts, mixed(), max_new_tokens=10)
-    decoder = tiny.decoder()
-    vocab = decoder.lane.runner.vocab_size
-    monkeypatch.setattr("forktree.engine.AT_ONCE", rows * vocab)
-    monkeypatch.setattr("forktree.engine.LOGIT_BYTES", 4 * vocab * (rows + 1))
-    assert [outcome(r) for r in together(decoder, prompts, mixed(), max_new_tokens=10)] == expected
-
-
 @pytest.mark.parametrize("max_batch_tokens", [3, 512])
 def test_logits_after_forks_rewinds_and_forced_tokens_are_those_of_transformers(max_batch_tokens: int) -> None:
     """Random edits of several branches; every row of logits against a plain forward over the branch's tokens.

@@ -9,7 +9,6 @@ import pytest
 import torch
 from scipy import stats
 
-import forktree.engine
 import tiny
 from forktree import (
     BestOfN,
@@ -23,7 +22,10 @@ from forktree import (
     SearchResult,
     TextScorer,
     TokenLogits,
+    TokenRequest,
+    TokenScores,
 )
+from forktree.model import Runner
 from forktree.scoring import Reading, Subject
 from forktree.search.particle import CLIP, log_weights
 from forktree.search.request import Rewards
@@ -193,14 +195,15 @@ def test_a_judge_on_the_models_own_logits_estimates_its_posterior() -> None:
 
 def test_no_random_number_is_used_twice_in_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of different lengths: a particle put back to a shorter text must not draw what it drew before."""
-    used: list[tuple[int, int]] = []
-    original = forktree.engine.uniforms
+    used: list[int] = []
+    score = Runner.score
 
-    def recording(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        used.extend(zip(keys.tolist(), positions.tolist(), strict=True))
-        return original(keys, positions)
+    def recording(runner: Runner, hidden: torch.Tensor, request: TokenRequest) -> TokenScores:
+        if request.draw is not None:
+            used.extend(request.draw.keys.tolist())
+        return score(runner, hidden, request)
 
-    monkeypatch.setattr(forktree.engine, "uniforms", recording)
+    monkeypatch.setattr(Runner, "score", recording)
     search = ParticleFilter(
         scorer=TextScorer(lambda p, r: (len(r) * 7 % 10) / 10), num_particles=16, step_delimiter="5", max_steps=6
     )

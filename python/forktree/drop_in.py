@@ -25,8 +25,11 @@ from forktree.errors import InvalidInput
 from forktree.kv import Branch, append
 from forktree.lane import Lane
 from forktree.model import attach
+from forktree.sampling import Sampling
 from forktree.search.beam import BeamRules, Finished, beam_search
-from forktree.search.request import next_logits
+from forktree.search.processors import process
+from forktree.search.request import next_logits, score_tokens
+from forktree.token_scores import Draw, TokenRequest
 from forktree.transfer import upload
 
 _MODES = (
@@ -118,7 +121,7 @@ class _Run:
             self._rows[:: self._copies],
             rules,
             fill=fill,
-            process=self._processors,
+            processors=self._processors,
             stops=lambda rows: self._criteria(rows, self._told()),
             on_step=None if self._scores is None else self._scores.append,
         )
@@ -146,29 +149,40 @@ class _Run:
         branches = [branch for root in roots for branch in root.fork(self._copies)]
         open_rows = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         live = np.arange(len(rows))
-        logits = None
+        whole = self._config.do_sample or self._scores is not None or len(self._processors) > 0  # rows of logits
+        state: Tensor | None = None  # logits, or tokens, of all rows; those of finished ones stay
         while True:
-            fresh = await next_logits([branches[i] for i in live])
-            logits = fresh.clone() if logits is None else logits.index_copy(0, upload(live, rows.device), fresh)
-            scores = self._processors(rows, logits)
-            if self._scores is not None:
-                self._scores.append(scores)
-            if self._config.do_sample:
-                tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
-            else:
-                tokens = scores.argmax(dim=-1)
+            asked = [branches[i] for i in live]
+            fresh = await next_logits(asked) if whole else await self._most_likely(asked)
+            state = fresh.clone() if state is None else state.index_copy(0, upload(live, rows.device), fresh)
+            tokens = self._choose(branches, rows, state) if whole else state
             if self._eos is not None and self._pad is not None:
                 tokens = torch.where(open_rows, tokens, self._pad.to(tokens))
             rows = torch.cat([rows, tokens[:, None]], dim=1)
             stopped = self._criteria(rows, self._told())
             open_rows = open_rows & ~stopped
             drawn, goes_on = torch.stack([tokens, open_rows]).cpu().numpy()
-            for i in live[goes_on[live] == 0]:
-                branches[i].drop()
             live = live[goes_on[live] == 1]
             if not len(live):
                 return rows
             append([branches[i] for i in live], drawn[live])
+
+    async def _most_likely(self, branches: Sequence[Branch]) -> Tensor:
+        """Next token of each branch, `[n]`."""
+        nothing = np.zeros(len(branches), np.int64)
+        greedy = Draw(Sampling(temperature=0), seed=nothing, position=nothing)
+        tokens = (await score_tokens(branches, TokenRequest(draw=greedy))).token
+        assert tokens is not None
+        return tokens
+
+    def _choose(self, branches: Sequence[Branch], rows: Tensor, logits: Tensor) -> Tensor:
+        """A token for each of all rows, `[n]`."""
+        scores = process(self._processors, branches, rows, logits)
+        if self._scores is not None:
+            self._scores.append(scores)
+        if self._config.do_sample:
+            return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        return scores.argmax(dim=-1)
 
     def sample_output(self, rows: Tensor) -> Tensor | GenerateDecoderOnlyOutput:
         """All rows."""

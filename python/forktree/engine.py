@@ -24,20 +24,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from forktree.errors import Cancelled, NonFinite, OutOfMemory
+from forktree.errors import Cancelled, InvalidInput, NonFinite, OutOfMemory
 from forktree.kv import Branch, OutOfSlots
 from forktree.kv.tree import Chunk
 from forktree.lane import Lane
-from forktree.sampling import choose, uniforms
+from forktree.ops.torch_backend.score_tokens import from_logits
+from forktree.sampling import Sampling
 from forktree.scoring import Subject
-from forktree.search.request import Extend, Extension, NextLogits, Request, Score
+from forktree.search.processors import left_padded, process
+from forktree.search.request import Extend, Extension, NextLogits, Request, Score, ScoreTokens
+from forktree.token_scores import Draw, TokenRequest
 from forktree.transfer import Download, upload
-from forktree.work import Drawn, ExtendWork, LogitsWork, ScoreWork, Work
+from forktree.work import NO_TOKEN, Drawn, ExtendWork, ScoreWork, TokensWork, Work
 
 _INDICES = itertools.count()  # a search's number, and the owner of its branches in every tree it uses
-LOGIT_BYTES = 256 << 20  # rows of logits held at once: at most this many bytes
-AT_ONCE = 1 << 20  # logits drawn from at once on a CPU: what is computed on the way stays in its caches
 
 
 @dataclass
@@ -180,13 +183,13 @@ class Engine:
             self.lane.check(request.branches)
         if isinstance(request, Extend):
             return ExtendWork(request, self.lane)
-        if isinstance(request, NextLogits):
-            return LogitsWork(request, self.lane)
+        if isinstance(request, ScoreTokens | NextLogits):
+            return TokensWork(request, self.lane)
         if isinstance(request, Score):
             task.counters.scorer_calls += len(request.branches)
             subject = Subject(self.lane, request.branches, task.prompt, task.prompt_length, self.tokenizer)
             return ScoreWork(request.scorer.begin(subject), subject)
-        raise TypeError(f"a search awaits extend, score or next_logits, got {type(request).__name__}")
+        raise TypeError(f"a search awaits extend, score, score_tokens or next_logits, got {type(request).__name__}")
 
     def _close(self, task: Task) -> None:
         work, task.work = task.work, None
@@ -293,8 +296,7 @@ class Engine:
         """Draws one token for every ready row of every `extend`: one product with the head for all of them."""
         works = [(t, t.work) for t in self._tasks if isinstance(t.work, ExtendWork)]
         ready = [w for t, w in works if not t.preempted and len(w.ready())]
-        if ready:
-            drawn = self._draw(ready)
+        if ready and (drawn := self._draw(ready)) is not None:
             if self.ahead and any(w.open.any() for w in ready):
                 self.lane.append_drawn(drawn.branches, drawn.tokens)
                 self._unread = drawn
@@ -306,28 +308,53 @@ class Engine:
             self._resume(task, Extension(work.reason, work.log_prob, work.num_tokens))
         return bool(ready or finished)
 
-    def _draw(self, works: list[ExtendWork]) -> Drawn:
-        """A token for each ready row of each work, counted."""
-        kinds = list(dict.fromkeys(work.request.sampling for work in works))
-        works = sorted(works, key=lambda work: kinds.index(work.request.sampling))  # rows of a kind are drawn together
+    def _draw(self, works: list[ExtendWork]) -> Drawn | None:
+        """A token for each ready row of each work, counted; None if logits processors fail for all there is."""
+        fused = [work for work in works if not work.request.processors]
+        parts = [(fused, *self._draw_fused(fused))] if fused else []
+        for work in works:
+            if work.request.processors:
+                try:
+                    parts.append(([work], *self._draw_processed(work)))
+                except Exception as failure:  # a processor may be the user's own
+                    self._resume(next(t for t in self._tasks if t.work is work), None, failure)
+        if not parts:
+            return None
+        works = [work for some, *_ in parts for work in some]
+        hidden, tokens, log_probs = (torch.cat(column) for column in zip(*(part[1:] for part in parts), strict=True))
         rows = [work.ready() for work in works]
-        ids = np.concatenate([work.ids[at] for work, at in zip(works, rows, strict=True)])
-        sampling = [work.request.sampling for work, at in zip(works, rows, strict=True) for _ in at]
-        tree, runner = self.lane.tree, self.lane.runner
-        uniform = upload(uniforms(tree.branch_key[ids], tree.branch_length[ids]), runner.device)
-        hidden = self.lane.hidden([work.branches[i] for work, at in zip(works, rows, strict=True) for i in at])
-        chosen = []
-        block = max(1, LOGIT_BYTES // (4 * runner.vocab_size))
-        for begin in range(0, len(ids), block):
-            logits = runner.logits(hidden[begin : begin + block])
-            few = max(1, AT_ONCE // logits.shape[1]) if logits.is_cpu else block
-            for first, some in zip(range(begin, begin + len(logits), few), logits.split(few), strict=True):
-                part = slice(first, first + len(some))
-                chosen.append(choose(some, sampling[part], uniform[part]))
-        tokens, log_probs = (torch.cat(column) for column in zip(*chosen, strict=True))
         for work, at in zip(works, rows, strict=True):
             work.count(at)
-        return Drawn(works, rows, hidden, tokens, Download(torch.stack([tokens.double(), log_probs])))
+        return Drawn(works, rows, hidden, tokens, Download(torch.stack([tokens, log_probs.double()])))
+
+    def _draw_fused(self, works: list[ExtendWork]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the ready rows of works without processors: hidden states, tokens, log-probs (NaN for bad logits)."""
+        rows = [(work, work.ready()) for work in works]
+        hidden = self.lane.hidden([work.branches[i] for work, at in rows for i in at])
+        sampling = [work.request.sampling for work, at in rows for _ in at]
+        draw = self._keyed(sampling, np.concatenate([work.ids[at] for work, at in rows]))
+        scores = self.lane.runner.score(hidden, TokenRequest(draw=draw))
+        assert scores.token is not None and scores.log_prob is not None
+        return hidden, scores.token, scores.log_prob
+
+    def _draw_processed(self, work: ExtendWork) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of a work with processors. NO_TOKEN is the log-prob where they leave none."""
+        rows, request = work.ready(), work.request
+        branches = [work.branches[i] for i in rows]
+        hidden = self.lane.hidden(branches)
+        logits = self.lane.runner.logits(hidden)
+        input_ids = left_padded(branches, request.pad_token_id, logits.device)
+        scores = process(request.processors, branches, input_ids, logits.clone())
+        drawn = from_logits(scores, TokenRequest(draw=self._keyed(request.sampling, work.ids[rows])), hidden)
+        assert drawn.token is not None and drawn.shaped_log_prob is not None
+        log_prob = logits.gather(1, drawn.token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+        none_left = drawn.shaped_log_prob.isnan() & log_prob.isfinite()
+        return hidden, drawn.token, log_prob.masked_fill(none_left, NO_TOKEN)
+
+    def _keyed(self, sampling: Sampling | list[Sampling], ids: NDArray[np.int64]) -> Draw:
+        """The draw behind branches `ids`."""
+        tree = self.lane.tree
+        return Draw(sampling, seed=tree.branch_key[ids], position=tree.branch_length[ids])
 
     def _read_ahead(self) -> bool:
         """Reads the tokens that were drawn ahead of the host; False if there are none."""
@@ -350,7 +377,7 @@ class Engine:
             part = slice(first, first := first + len(rows))
             wrong = rows[~np.isfinite(log_probs[part])]
             if len(wrong):
-                failed.append((work, int(wrong[0])))
+                failed.append((work, int(wrong[0]), log_probs[part][rows == wrong[0]]))
             else:
                 stays[part] = work.take(rows, tokens[part], log_probs[part])
         if not ahead:
@@ -358,23 +385,26 @@ class Engine:
         elif not stays.all():
             gone = np.flatnonzero(~stays)
             self.lane.retract([branches[k] for k in gone], drawn.hidden[upload(gone, drawn.hidden.device)])
-        for work, bad in failed:
+        for work, bad, log_prob in failed:
             task = next(t for t in self._tasks if t.work is work)
-            self._resume(task, None, NonFinite.of("logits", bad, work.branches[bad].length))
+            length = work.branches[bad].length
+            nothing_left = InvalidInput(f"logits processors leave branch {bad} no token at position {length}")
+            self._resume(task, None, nothing_left if log_prob == NO_TOKEN else NonFinite.of("logits", bad, length))
 
     def _answer_rest(self) -> bool:
-        """Answers what needs all its branches at once: rewards and rows of logits."""
+        """Answers what needs all its branches at once: rewards, scores of tokens, rows of logits."""
         answered = False
         for task in self.active:
             work = task.work
-            if isinstance(work, LogitsWork) and (hidden := work.collect()) is not None:
-                logits = self.lane.runner.logits(hidden)
-                finite = logits.amax(dim=-1).isfinite().cpu().numpy() if work.checked else np.ones(1, bool)
-                if finite.all():
-                    self._resume(task, logits)
+            if isinstance(work, TokensWork):
+                if (hidden := work.collect()) is None:
+                    continue
+                try:
+                    found = work.answer(hidden)
+                except Exception as failure:  # the request, or what the model gave
+                    self._resume(task, None, failure)
                 else:
-                    bad = int(np.argmin(finite))
-                    self._resume(task, None, NonFinite.of("logits", bad, work.branches[bad].length))
+                    self._resume(task, found)
                 answered = True
             elif isinstance(work, ScoreWork):
                 hidden = work.collect() if work.reading.lane is not None else None

@@ -24,15 +24,11 @@ from torch import Tensor
 from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import Branch
 from forktree.search.request import Rewards
+from forktree.token_scores import Head, TokenRequest
+from forktree.transfer import upload
 
 if TYPE_CHECKING:
     from forktree.lane import Lane
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "identity": lambda x: x,
-}
 
 
 @dataclass(frozen=True)
@@ -107,27 +103,13 @@ class _HiddenReading(Reading):
 
 
 class ValueHead(Scorer):
-    """A head on the last hidden state: `activation(W h + b)` or `activation(W2 relu(W1 h + b1) + b2)`.
+    """A head on the last hidden state: see `Head`.
 
-    weights: one or two pairs (weight `[out, in]`, bias `[out]` or None). With one output the reward is its
-    activation ("sigmoid", "tanh" or "identity"); with two it is the softmax of the second (Qwen2.5-Math-PRM).
+    weights: one or two pairs (weight `[out, in]`, bias `[out]` or None). activation: "sigmoid", "tanh" or "identity".
     """
 
     def __init__(self, weights: Sequence[tuple[Tensor, Tensor | None]], *, activation: str = "sigmoid") -> None:
-        if len(weights) not in (1, 2):
-            raise InvalidInput(f"a value head has 1 or 2 layers, got {len(weights)}")
-        if activation not in ACTIVATIONS:
-            raise InvalidInput(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        self.num_outputs = weights[-1][0].shape[0]
-        if self.num_outputs not in (1, 2):
-            raise InvalidInput(f"a value head has 1 or 2 outputs, got {self.num_outputs}")
-        if len(weights) == 2 and weights[0][0].shape[0] != weights[1][0].shape[1]:
-            raise InvalidInput(
-                f"the head's second layer must take {weights[0][0].shape[0]} inputs, got {weights[1][0].shape[1]}"
-            )
-        self.hidden_size = weights[0][0].shape[1]
-        self._weights = [(w.float(), None if b is None else b.float()) for w, b in weights]
-        self._activation = ACTIVATIONS[activation]
+        self._head = Head([(w.float(), None if b is None else b.float()) for w, b in weights], activation)
 
     # names a head goes by in checkpoints: first layer, second layer
     LAYOUTS = (("score.0", "score.2"), ("score", None), ("v_head.summary", None))
@@ -152,18 +134,15 @@ class ValueHead(Scorer):
         raise InvalidInput(f"{path}: no value head found: expected {expected}, got keys {got}")
 
     def check(self, lane: "Lane") -> None:
-        if lane.runner.hidden_size != self.hidden_size:
+        if lane.runner.hidden_size != self._head.hidden_size:
             raise InvalidInput(
-                f"the value head takes hidden states of size {self.hidden_size}, "
+                f"the value head takes hidden states of size {self._head.hidden_size}, "
                 f"the model gives {lane.runner.hidden_size}: this head belongs to another model"
             )
 
     def rewards(self, hidden: Tensor) -> Tensor:
         """hidden `[n, H]` -> rewards fp32 `[n]`."""
-        x = hidden.float()
-        for i, (weight, bias) in enumerate(self._weights):
-            x = torch.nn.functional.linear(x.relu() if i else x, weight.to(x.device), _to(bias, x.device))
-        return x.softmax(dim=-1)[:, 1] if self.num_outputs == 2 else self._activation(x[:, 0])
+        return self._head(hidden)
 
     def begin(self, subject: Subject) -> Reading:
         return _HiddenReading(subject.lane, subject.branches, self.rewards)
@@ -199,7 +178,10 @@ class TokenLogits(Scorer):
                 branch.append(self._suffix)
 
         def rewards(hidden: Tensor) -> Tensor:
-            return lane.runner.logits(hidden)[:, self._tokens].softmax(dim=-1)[:, 0]
+            select = upload(np.array(self._tokens), hidden.device)
+            logits = lane.runner.score(hidden, TokenRequest(select=select)).selected_logits
+            assert logits is not None
+            return logits.softmax(dim=-1)[:, 0]
 
         return _HiddenReading(lane, branches, rewards, temporary=bool(self._suffix))
 
@@ -401,7 +383,3 @@ def _read_tensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise InvalidInput(f"{file}: not a readable safetensors file: {error}") from None
     return found
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from forktree import ops
 from forktree.decoder import Decoder
 from forktree.errors import InvalidInput, NonFinite, OutOfMemory
 from forktree.kv import Branch, OutOfSlots, Tree
@@ -23,10 +22,8 @@ from forktree.kv.slots import spans
 from forktree.kv.tree import Chunk
 from forktree.lane import Lane
 from forktree.model import ModelSpec, Runner, attach
-from forktree.model.head import LinearHead
-from forktree.ops.reference.score_tokens import score_logits
 from forktree.search.base import at_least_one
-from forktree.token_scores import Ragged, TokenRequest, TokenScores
+from forktree.token_scores import Ragged, TokenRequest
 from forktree.transfer import Download, upload
 
 Ints = NDArray[np.int64]
@@ -251,7 +248,7 @@ def _answers(lane: Lane, walk: _Walk, max_batch_tokens: int) -> Iterator[tuple[s
 def _log_probs(runner: Runner, hidden: Tensor, at: Tensor, indptr: Tensor, targets: Tensor, of: Tensor) -> Tensor:
     """`[S]`: of `targets [S]`, which follow the rows `at` of hidden as `indptr` says, `of [S]` for short. NaN where
     logits are not finite."""
-    scores = _score(runner, hidden[at], TokenRequest(select=Ragged(indptr, targets), lse=True))
+    scores = runner.score(hidden[at], TokenRequest(select=Ragged(indptr, targets), lse=True))
     assert scores.lse is not None and scores.selected_log_probs is not None
     return scores.selected_log_probs.masked_fill(~scores.lse.isfinite()[of], torch.nan)
 
@@ -336,13 +333,3 @@ def _one_behind(items: Iterator[T]) -> Iterator[T]:
         behind = next(items, None)
         yield before
         before = behind
-
-
-def _score(runner: Runner, hidden: Tensor, request: TokenRequest) -> TokenScores:
-    """Stands in for `Runner.score`."""
-    head = runner.spec.head
-    if isinstance(head, LinearHead):
-        return ops.score_tokens(
-            hidden, head.weight, request, bias=head.bias, scale=head.scale, softcap=head.cap, check=False
-        )
-    return score_logits(runner.logits(hidden), request, hidden)

@@ -12,7 +12,8 @@ from forktree.errors import NonFinite, ScorerError
 from forktree.kv import Branch
 from forktree.lane import Lane
 from forktree.scoring import Reading, Subject
-from forktree.search.request import Extend, NextLogits, Rewards
+from forktree.search.request import Extend, NextLogits, Rewards, ScoreTokens
+from forktree.token_scores import TokenScores
 from forktree.transfer import Download
 
 
@@ -63,10 +64,33 @@ class ScoreWork(Work):
         return rewards
 
 
-class LogitsWork(Work):
-    def __init__(self, request: NextLogits, lane: Lane) -> None:
+class TokensWork(Work):
+    """Scores or logits of the token behind each branch."""
+
+    def __init__(self, request: ScoreTokens | NextLogits, lane: Lane) -> None:
         super().__init__(lane, request.branches)
-        self.checked = request.checked
+        self.request = request
+
+    def answer(self, hidden: Tensor) -> Tensor | TokenScores:
+        """Raises if rows are not finite, or left no token, and are to be checked."""
+        request, runner = self.request, self.lane.runner
+        if isinstance(request, NextLogits):
+            logits = runner.logits(hidden)
+            if request.checked:
+                self._check(logits.amax(dim=-1))
+            return logits
+        scores = runner.score(hidden, request.request)
+        if request.checked:
+            if scores.lse is not None:
+                self._check(scores.lse)
+            scores.check()
+        return scores
+
+    def _check(self, numbers: Tensor) -> None:
+        finite = numbers.isfinite().cpu().numpy()
+        if not finite.all():
+            bad = int(np.argmin(finite))
+            raise NonFinite.of("logits", bad, self.branches[bad].length)
 
 
 class ExtendWork(Work):
@@ -117,6 +141,9 @@ class ExtendWork(Work):
         return stays
 
 
+NO_TOKEN = np.inf  # the log-prob of a row that logits processors leave no token
+
+
 @dataclass(eq=False)
 class Drawn:
     """One token for every row of some `extend`s, drawn on the device; the host has yet to read them."""
@@ -125,7 +152,7 @@ class Drawn:
     rows: list[NDArray[np.int64]]  # of each work, in the order of the tokens
     hidden: Tensor  # [n, H], what they were drawn from
     tokens: Tensor  # int64 [n]
-    outcome: Download  # fp64 [2, n]: tokens, log-probs (NaN or infinite where the logits are not finite)
+    outcome: Download  # fp64 [2, n]: tokens, log-probs (NaN where the logits are not finite, NO_TOKEN)
 
     @property
     def branches(self) -> list[Branch]:

@@ -14,6 +14,7 @@ A node's tokens and slots lie side by side in one run of two arena arrays, `toke
 the tip's reservation.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from forktree.kv.slots import Ints, SlotAllocator, spans
 from forktree.layout import TreeLayout
 
 _ID = attrgetter("id")
+_MARKS = itertools.count()  # of all trees
 MAX_RESERVATION = 16
 NOBODY = -1
 UNKNOWN = -1  # stands for the newest token of a branch while only the device knows it; equal to no id
@@ -118,6 +120,8 @@ class Tree:
         self.branch_length = np.zeros(0, np.int32)
         self.branch_key = np.zeros(0, np.uint64)  # names the branch's random draws
         self.branch_owner = np.zeros(0, np.int32)
+        self.branch_mark = np.zeros(0, np.int64)  # see `mark`; -1 = none
+        self.branch_marked_at = np.zeros(0, np.int32)  # its length then
         self._handles: list[Branch | None] = []
         self._branch_forks = np.zeros(0, np.uint64)
         self._free_branches: list[int] = []
@@ -150,7 +154,10 @@ class Tree:
         self._branch_forks[id] += np.uint64(n)
         keys = mix(self.branch_key[id : id + 1] ^ mix(nth))
         node, length = np.repeat(self.branch_node[id], n), np.repeat(self.branch_length[id], n)
-        return self._new_branches(node, length, keys, int(self.branch_owner[id]) if owner is None else owner)
+        forks = self._new_branches(node, length, keys, int(self.branch_owner[id]) if owner is None else owner)
+        ids = self._ids(forks)
+        self.branch_mark[ids], self.branch_marked_at[ids] = self.branch_mark[id], self.branch_marked_at[id]
+        return forks
 
     def rewind(self, branch: Branch, length: int) -> None:
         """See `Branch.rewind`. The branch's later draws differ from those it made before."""
@@ -164,6 +171,8 @@ class Tree:
             )
         if length < have:
             self.branch_key[id] = mix(self.branch_key[id : id + 1])[0]
+        if length < self.branch_marked_at[id]:
+            self.branch_mark[id] = -1
         old = self.branch_node[id]
         self.readers[old] -= 1
         self.readers[node] += 1
@@ -213,6 +222,8 @@ class Tree:
         come, gone = (np.bincount(nodes, minlength=self.num_nodes) for nodes in (new_node[: len(kept)], old))
         self.readers += (come - gone).astype(np.int32)
         self.branch_node[kept], self.branch_length[kept] = new_node[: len(kept)], new_length[: len(kept)]
+        for field in (self.branch_mark, self.branch_marked_at):
+            field[kept] = field[source[: len(kept)]]
         moved = kept[ancestors[: len(kept)] != np.arange(len(kept))]
         self.branch_key[moved] = mix(self.branch_key[moved])  # it may stand where it has drawn before
         self.drop(branches[len(ancestors) :])
@@ -233,6 +244,19 @@ class Tree:
         branch = self.root(tokens, position=position, key=key, owner=owner)
         self._sources[int(self.branch_node[branch.id])] = sources
         return branch
+
+    def mark(self, branches: Sequence[Branch]) -> NDArray[np.int64]:
+        """Gives each branch a number that nothing else was ever given, `[len(branches)]`. Its forks and what is
+        reassigned to it inherit the number; a branch that is rewound to before the mark loses it."""
+        ids = self._ids(branches)
+        marks = np.fromiter(itertools.islice(_MARKS, len(ids)), np.int64, len(ids))
+        self.branch_mark[ids], self.branch_marked_at[ids] = marks, self.branch_length[ids]
+        return marks
+
+    def marks_of(self, branches: Sequence[Branch]) -> tuple[NDArray[np.int64], Ints]:
+        """The mark of each branch, -1 where it has none, and its length when it was marked, `[len(branches)]`."""
+        ids = self._ids(branches)
+        return self.branch_mark[ids], self.branch_marked_at[ids]
 
     def match(self, tokens: ArrayLike, *, key: int = 0, owner: int = NOBODY) -> Branch | None:
         """A branch on the longest prefix of `tokens` that the tree already has, or None. Copies nothing."""
@@ -541,7 +565,7 @@ class Tree:
         if len(self._free_branches) < count:
             size = len(self.branch_node)
             more = max(count, size, 16)
-            for name in ("branch_node", "branch_length", "branch_key", "branch_owner", "_branch_forks"):
+            for name in _BRANCH_FIELDS:
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros(more, old.dtype)]))
             self.branch_node[size:] = -1
@@ -550,6 +574,7 @@ class Tree:
         ids = [self._free_branches.pop() for _ in range(count)]
         self.branch_node[ids], self.branch_length[ids] = node, length
         self.branch_key[ids], self.branch_owner[ids], self._branch_forks[ids] = key, owner, 0
+        self.branch_mark[ids] = -1
         np.add.at(self.readers, node, 1)
         handles = [Branch(self, id) for id in ids]
         for handle in handles:
@@ -764,6 +789,15 @@ def reassign(branches: Sequence[Branch], parents: ArrayLike) -> list[Branch]:
     return branches[0]._tree.reassign(branches, parents) if len(branches) else []
 
 
+_BRANCH_FIELDS = (
+    "branch_node",
+    "branch_length",
+    "branch_key",
+    "branch_owner",
+    "branch_mark",
+    "branch_marked_at",
+    "_branch_forks",
+)
 _NODE_FIELDS = (
     "parent",
     "start",

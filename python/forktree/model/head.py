@@ -1,4 +1,7 @@
-"""From hidden states to logits: `cap(scale * (h W^T + b))` where that is the head, else the head itself."""
+"""From hidden states to scores of the next token: by `cap(scale * (h W^T + b))` where that is the head, else by itself.
+
+The first is what `forktree.ops.score_tokens` computes without a row of logits.
+"""
 
 from dataclasses import dataclass
 
@@ -8,20 +11,26 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from forktree import ops
 from forktree.model.interface import PackedModel
+from forktree.ops.torch_backend.score_tokens import from_logits
+from forktree.token_scores import TokenRequest, TokenScores
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """logits = cap * tanh(scale * (h W^T + b) / cap), without the tanh where cap is None.
-
-    The form that fused scoring needs.
-    """
+    """logits = cap * tanh(scale * (h W^T + b) / cap), without the tanh where cap is None."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     scale: float
     cap: float | None
+
+    def score(self, hidden: Tensor, request: TokenRequest) -> TokenScores:
+        """What `request` asks of hidden [n, H]; see `forktree.ops.score_tokens`, whose check is left out."""
+        return ops.score_tokens(
+            hidden, self.weight, request, bias=self.bias, scale=self.scale, softcap=self.cap, check=False
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] -> [n, V] fp32."""
@@ -37,6 +46,10 @@ class OwnHead:
 
     packed: PackedModel
     output_class: type[ModelOutput]  # what the decoder returns
+
+    def score(self, hidden: Tensor, request: TokenRequest) -> TokenScores:
+        """As `LinearHead.score`, from rows of logits."""
+        return from_logits(self.logits(hidden), request, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] -> [n, V] fp32."""
@@ -62,6 +75,10 @@ def find_linear_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> 
     linear: nn.Module | None = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear) or linear.weight.dtype != hidden.dtype:  # quantised heads, for one
         return None
+    vocab = logits.shape[1]  # a head may be padded by rows that the model cuts off
+    weight, bias = linear.weight[:vocab], None if linear.bias is None else linear.bias[:vocab]
+    if len(weight) < vocab or not weight.is_contiguous():
+        return None
     config = model.config.get_text_config(decoder=True)
     names = ("logit_scale", "logits_scaling", "lm_head_multiplier")
     named = [getattr(owner, name, None) for owner in (model, config) for name in names]
@@ -69,7 +86,8 @@ def find_linear_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> 
     tolerance = max(1e-5, 4 * torch.finfo(hidden.dtype).eps) * logits.abs().max()
     for cap in (getattr(config, "final_logit_softcapping", None), None):
         for scale in scales:
-            head = LinearHead(linear.weight, linear.bias, scale, cap)
+            head = LinearHead(weight, bias, scale, cap)
             if (head.logits(hidden) - logits).abs().max() <= tolerance:
-                return head
+                fused = head.score(hidden, TokenRequest(lse=True)).lse
+                return head if fused is not None and (fused - logits.logsumexp(1)).abs().max() <= tolerance else None
     return None

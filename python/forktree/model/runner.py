@@ -12,9 +12,11 @@ from forktree.layout import TreeLayout
 from forktree.model.attach import ModelSpec
 from forktree.model.captured import CapturedSteps
 from forktree.model.graphs import CudaGraphs, Graphs
+from forktree.model.head import LinearHead, OwnHead
 from forktree.model.layers import LayerKind
 from forktree.model.step import Step
 from forktree.plan import AttentionPlan
+from forktree.token_scores import TokenRequest, TokenScores
 
 Integers = np.ndarray | Tensor | Sequence[int]
 Plans = Mapping[LayerKind, AttentionPlan]
@@ -74,13 +76,22 @@ class Runner:
         return packed.forward(ids, at, Step(to, self.pools, [plans[kind] for kind in self.spec.layers]))
 
     @torch.no_grad()
+    def score(self, hidden: Tensor, request: TokenRequest) -> TokenScores:
+        """What `request` asks of the token behind each of hidden [n, H]; rows that are not finite are given as they are
+        (`TokenScores.check`). Raises InvalidInput if the model has no language-model head."""
+        return self._head().score(hidden, request)
+
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] -> [n, V] fp32. Raises InvalidInput if the model has no language-model head."""
+        head, rows = self._head(), hidden.shape[0]
+        missing = self.spec.packed.min_rows - rows
+        return head.logits(F.pad(hidden, (0, 0, 0, missing)) if missing > 0 else hidden)[:rows]
+
+    def _head(self) -> LinearHead | OwnHead:
         if self.spec.head is None:
             raise InvalidInput(f"{self.spec.name}: expected a model with a language-model head, got none")
-        rows = hidden.shape[0]
-        missing = self.spec.packed.min_rows - rows
-        return self.spec.head.logits(F.pad(hidden, (0, 0, 0, missing)) if missing > 0 else hidden)[:rows]
+        return self.spec.head
 
     def _indices(self, name: str, values: Integers, low: int, stop: int, why: str = "") -> np.ndarray | Tensor:
         if not (isinstance(values, Tensor) and values.device.type != "cpu"):

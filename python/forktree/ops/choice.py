@@ -5,10 +5,17 @@
     GPU         tree_attention  bf16, fp16         cuda     narrow: see `forktree.target`; Dk = Dv among `CUDA_DIMS`
     GPU         tree_attention  fp32, bf16, fp16   triton   wide; any other head dim up to 256; fp32, which has no
                                                             exact product on tensor cores
+    GPU         score_tokens    fp32, bf16, fp16   triton   see below
     GPU         the others      fp32, bf16, fp16   cuda     one launch bound by memory: the cheaper one to launch
     any         all             fp64, the rest     torch
 
 Where the core was built without CUDA, `triton` stands in for `cuda`; where Triton is not installed, `torch` for it.
+
+`score_tokens` has no kernel in CUDA: where `FORKTREE_BACKEND` is `cuda`, this table holds for it. A call reads V * H
+elements of lm_head: 1.24 GB for 151,936 x 4,096 in bf16, 290 us at the 4.3 TB/s of an H200. T rows want 2 * T * V * H
+operations meanwhile: 64 rows 275 TFLOP/s, a third of what a bf16 product reaches. Triton's tiles take the instructions
+that CUDA C++ would (`wgmma`, `tcgen05`: bench/kernels.py), so that arithmetic leaves it nothing to win there. From some
+180 rows on the product itself is what takes time.
 """
 
 from __future__ import annotations
@@ -43,7 +50,7 @@ def choose(operation: str, x: Tensor, *others: Any) -> str:
     """Name of the backend for a call whose first arguments are these. Raises ValueError if the one that
     FORKTREE_BACKEND names cannot do it."""
     name = os.environ.get("FORKTREE_BACKEND")
-    if not name:
+    if not name or (name == "cuda" and operation == "score_tokens" and not missing(name)):
         return _best(operation, x, *others)
     if why := missing(name) or _unfit(name, x):
         raise ValueError(f"FORKTREE_BACKEND={name}: {why}; available: {', '.join(available())}")
@@ -101,9 +108,9 @@ def _best(operation: str, x: Tensor, *others: Any) -> str:
         return "torch"
     if x.is_cpu:
         return "cpu"
-    if operation == "score_tokens":
-        return "reference"
     triton = "torch" if missing("triton") else "triton"
+    if operation == "score_tokens":
+        return triton
     cuda = triton if missing("cuda") else "cuda"
     if operation != "tree_attention":
         return cuda

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from forktree.token_scores import Ragged, TokenRequest, TokenScores
+from forktree.transfer import upload
 
 GATHERED = 4 << 20  # bytes of rows of lm_head held at once, in the type of the math
 
@@ -39,30 +41,50 @@ def answer(
     softcap: float | None,
 ) -> TokenScores:
     """The whole request: `launch` passes over the vocabulary, if that is needed; the rest is gathered."""
-    found: dict[str, Tensor] = {}
 
     def logits(products: Tensor, ids: Tensor) -> Tensor:
         z = scale * (products if bias is None else products + bias[ids].to(products.dtype))
         return z if softcap is None else softcap * torch.tanh(z / softcap)
 
+    return complete(
+        hidden,
+        lm_head.shape[0],
+        request,
+        launch=lambda *wanted: launch(hidden, lm_head, bias, scale, softcap or 0.0, *wanted),
+        of_pairs=lambda rows, ids: logits(paired(hidden, lm_head, rows, ids), ids),
+        of_all=lambda ids: logits(crossed(hidden, lm_head, ids), ids),
+    )
+
+
+def complete(
+    hidden: Tensor,
+    vocab: int,
+    request: TokenRequest,
+    *,
+    launch: Launch,
+    of_pairs: Callable[[Tensor, Tensor], Tensor],
+    of_all: Callable[[Tensor], Tensor],
+) -> TokenScores:
+    """The whole request, wherever the logits come from.
+
+    launch: takes its arguments from top_k on. of_pairs: the logits of rows and ids `[n]`. of_all: those of ids `[n]` in
+    every row, `[T, n]`.
+    """
+    found: dict[str, Tensor] = {}
     if request.needs_vocabulary:
-        top_k = min(max(request.top_k, 2 if request.margin else 0), lm_head.shape[0])
-        vocabulary = Vocabulary(*launch(hidden, lm_head, bias, scale, softcap or 0.0, top_k, *tensors(request, hidden)))
-        found |= _of_vocabulary(vocabulary, request)
+        top_k = min(max(request.top_k, 2 if request.margin else 0), vocab)
+        found |= _of_vocabulary(Vocabulary(*launch(top_k, *tensors(request, hidden))), request)
     lse = found.get("lse")
     every = torch.arange(len(hidden), device=hidden.device)
     if request.targets is not None and lse is not None:
-        ids = request.targets.long()
-        found["target_log_probs"] = logits(paired(hidden, lm_head, every, ids), ids) - lse
+        found["target_log_probs"] = of_pairs(every, request.targets.long()) - lse
     if isinstance(request.select, Ragged):
         rows = every.repeat_interleave(request.select.indptr.long().diff(), output_size=len(request.select.ids))
-        ids = request.select.ids.long()
-        found["selected_logits"] = z = logits(paired(hidden, lm_head, rows, ids), ids)
+        found["selected_logits"] = z = of_pairs(rows, request.select.ids.long())
         if lse is not None:
             found["selected_log_probs"] = z - lse[rows]
     elif request.select is not None:
-        ids = request.select.long()
-        found["selected_logits"] = z = logits(crossed(hidden, lm_head, ids), ids)
+        found["selected_logits"] = z = of_all(request.select.long())
         if lse is not None:
             found["selected_log_probs"] = z - lse[:, None]
     if request.value is not None:
@@ -82,14 +104,13 @@ def tensors(request: TokenRequest, hidden: Tensor) -> tuple[Any, ...]:
     if draw is None:
         return request.entropy, None, None, False, None, None, None, None, None
 
-    def there(values: Any) -> Tensor:
-        return torch.from_numpy(values).to(device, non_blocking=True)
-
     edits: tuple[Tensor | None, ...] = (None,) * 4
     if draw.edits is not None and len(draw.edits.ids):
-        edits = tuple(there(x) for x in (draw.edits.indptr, draw.edits.ids, draw.edits.ops, draw.edits.values))
+        columns = (draw.edits.indptr, draw.edits.ids, draw.edits.ops, draw.edits.values)
+        edits = tuple(upload(x, device) for x in columns)
     allowed = None if draw.allowed is None else draw.allowed.to(device, non_blocking=True).contiguous()
-    return request.entropy, there(draw.keys.view("int64")), there(draw.settings), draw.truncates, *edits, allowed
+    numbers = upload(np.vstack([draw.keys.view(np.float64), draw.settings]), device)  # of 8 bytes all: one copy
+    return request.entropy, numbers[0].view(torch.int64), numbers[1:], draw.truncates, *edits, allowed
 
 
 def _of_vocabulary(found: Vocabulary, request: TokenRequest) -> dict[str, Tensor]:

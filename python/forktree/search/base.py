@@ -12,6 +12,7 @@ from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import Branch
 from forktree.kv.slots import Ints
 from forktree.sampling import Sampling
+from forktree.search.processors import Processor, check_processors
 from forktree.search.request import Stop
 
 
@@ -90,7 +91,7 @@ class SamplingSearch(Search):
     """A search that draws tokens.
 
     temperature, top_k, top_p, min_p: see `Sampling`. stop: texts that end a hypothesis (they stay part of
-    it); a search with steps looks for them within a step.
+    it); a search with steps looks for them within a step. logits_processor: see `forktree.search.processors`.
     """
 
     temperature: float = 0.8
@@ -98,10 +99,12 @@ class SamplingSearch(Search):
     top_p: float = 1.0
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
+    logits_processor: Sequence[Processor] = ()
 
     def __post_init__(self) -> None:
         Sampling(self.temperature, self.top_k, self.top_p, self.min_p)  # raises if one is out of range
         several_texts("stop", self.stop)
+        check_processors("logits_processor", self.logits_processor)
 
     @property
     def sampling(self) -> Sampling:

@@ -15,11 +15,12 @@ from torch import Tensor
 from forktree.errors import InvalidInput, NonFinite
 from forktree.kv import Branch, append, reassign
 from forktree.search.base import Hypothesis, Job, Search, at_least_one
-from forktree.search.request import next_logits
+from forktree.search.processors import Processor, check_processors, process
+from forktree.search.request import next_logits, score_tokens
+from forktree.token_scores import TokenRequest
 
 NEVER = -1.0e9  # the score of what must not be chosen; finite, as in transformers, so that sums stay ordered
 
-Processor = Callable[[Tensor, Tensor], Tensor]  # rows [n, L], scores [n, V] -> scores [n, V]
 Criterion = Callable[[Tensor], Tensor]  # rows [n, L] -> stopped, bool [n]
 
 
@@ -78,6 +79,13 @@ def propose(log_probs: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
     else:
         best, index = total.topk(rules.num_candidates)
     return Candidates(best, index // vocab, index % vocab)
+
+
+def propose_among(log_probs: Tensor, tokens: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
+    """As `propose`, of the m most likely tokens of every beam, `[B, k, m]` both: m is M or V, so no other can matter."""
+    batch, _, each = log_probs.shape
+    best, index = (log_probs + scores[:, :, None]).reshape(batch, -1).topk(rules.num_candidates)
+    return Candidates(best, index // each, tokens.reshape(batch, -1).gather(1, index))
 
 
 def _best(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -152,14 +160,15 @@ async def beam_search(
     rules: BeamRules,
     *,
     fill: int,
-    process: Processor,
+    processors: Sequence[Processor] = (),
     stops: Criterion,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> Finished:
     """Searches the prompts of `roots` side by side; `rows [B, L]` are their tokens, left-padded.
 
-    fill: token behind the end of a finished row. process: applied to the log-probs of all `[B * k]` rows. stops: told
-    every candidate row. on_step: sees the processed log-probs of every step, `[B * k, V]`.
+    fill: token behind the end of a finished row. processors: applied to the log-probs of all `[B * k]` rows. stops:
+    told every candidate row. on_step: sees the processed log-probs of every step, `[B * k, V]`. With processors,
+    on_step or do_sample, rows of logits are computed; without, only their best are.
     """
     batch, prompt = rows.shape
     k, device = rules.num_beams, rows.device
@@ -179,13 +188,20 @@ async def beam_search(
     offset = torch.arange(batch, device=device)[:, None] * k
     for step in range(rules.max_new_tokens):
         length = prompt + step
-        logits = await next_logits(beams, checked=rules.do_sample)  # multinomial dies of NaN; all else passes it on
-        wrong = ~logits.amax(dim=-1).isfinite()
-        log_probs = logits.log_softmax(dim=-1)
-        log_probs = process(running[:, :, :length].reshape(batch * k, length), log_probs)
-        if on_step is not None:
-            on_step(log_probs)
-        candidates = propose(log_probs.reshape(batch, k, -1), scores, rules)
+        if not processors and on_step is None and not rules.do_sample:
+            found = await score_tokens(beams, TokenRequest(top_k=rules.num_candidates), checked=False)
+            assert found.lse is not None and found.top_ids is not None and found.top_log_probs is not None
+            wrong = ~found.lse.isfinite()
+            best, tokens = (x.reshape(batch, k, -1) for x in (found.top_log_probs, found.top_ids))
+            candidates = propose_among(best, tokens, scores, rules)
+        else:
+            logits = await next_logits(beams, checked=rules.do_sample)  # multinomial dies of NaN; all else passes it on
+            wrong = ~logits.amax(dim=-1).isfinite()
+            log_probs = logits.log_softmax(dim=-1)
+            log_probs = process(processors, beams, running[:, :, :length].reshape(batch * k, length), log_probs)
+            if on_step is not None:
+                on_step(log_probs)
+            candidates = propose(log_probs.reshape(batch, k, -1), scores, rules)
         candidate_rows, candidate_indices = _along(running, candidates.beam), _along(indices, candidates.beam)
         candidate_rows[:, :, length] = candidates.token
         candidate_indices[:, :, step] = (candidates.beam + offset).int()
@@ -212,14 +228,19 @@ async def beam_search(
 
 @dataclass(frozen=True, kw_only=True)
 class BeamSearch(Search):
-    """Beam search; `num_beams`, `length_penalty`, `early_stopping` and `num_return_sequences` as in transformers."""
+    """Beam search; `num_beams`, `length_penalty`, `early_stopping` and `num_return_sequences` as in transformers.
+
+    logits_processor: applied to log-probs, as in transformers; see `forktree.search.processors`.
+    """
 
     num_beams: int = 4
     length_penalty: float = 1.0
     early_stopping: bool | str = False
     num_return_sequences: int = 1
+    logits_processor: Sequence[Processor] = ()
 
     def __post_init__(self) -> None:
+        check_processors("logits_processor", self.logits_processor)
         at_least_one("num_beams", self.num_beams)
         at_least_one("num_return_sequences", self.num_return_sequences)
         if self.num_return_sequences > self.num_beams:
@@ -247,7 +268,7 @@ class BeamSearch(Search):
             return torch.isin(rows[:, -1], ends) | (rows.shape[1] >= last)
 
         found = await beam_search(
-            [job.root], prompt, rules, fill=job.pad_token_id, process=lambda _, scores: scores, stops=stops
+            [job.root], prompt, rules, fill=job.pad_token_id, processors=self.logits_processor, stops=stops
         )
         return [self._hypothesis(found, i, prompt.shape[1], job) for i in range(self.num_return_sequences)]
 

@@ -79,6 +79,8 @@ class ParticleFilter(SamplingSearch):
                 max_tokens=np.minimum(self.max_step_tokens, job.max_new_tokens - state.drawn[live]),
                 eos_token_ids=job.eos_token_ids,
                 stop=step_end,
+                processors=self.logits_processor,
+                pad_token_id=job.pad_token_id,
             )
             rewards = await score(moving, self.scorer)
             state.rewards[live] = self._checked(rewards.values)

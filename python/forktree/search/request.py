@@ -2,6 +2,7 @@
 
     extension = await extend(branches, sampling, max_tokens=64, stop=step_end)
     rewards = await score(branches, scorer)
+    scores = await score_tokens(branches, TokenRequest(top_k=8, entropy=True))
     logits = await next_logits(branches)
 
 Forks, drops, rewinds and reassignments are plain calls on branches and need no await.
@@ -18,6 +19,8 @@ from torch import Tensor
 from forktree.errors import ScorerError
 from forktree.kv import Branch
 from forktree.sampling import Sampling
+from forktree.search.processors import Processor
+from forktree.token_scores import TokenRequest, TokenScores
 
 T = TypeVar("T")
 
@@ -70,6 +73,8 @@ class Extend(Request[Extension]):
     max_tokens: NDArray[np.int64]
     eos_token_ids: frozenset[int]
     stop: Stop | None
+    processors: Sequence[Processor]
+    pad_token_id: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +83,15 @@ class Score(Request[Rewards]):
 
     branches: Sequence[Branch]
     scorer: Any
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTokens(Request[TokenScores]):
+    """See `score_tokens`."""
+
+    branches: Sequence[Branch]
+    request: TokenRequest
+    checked: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +109,19 @@ def extend(
     max_tokens: int | Sequence[int] | NDArray[np.int64],
     eos_token_ids: frozenset[int] = frozenset(),
     stop: Stop | None = None,
+    processors: Sequence[Processor] = (),
+    pad_token_id: int = 0,
 ) -> Extend:
-    """Draws tokens for every branch until `stop`, an EOS, or `max_tokens` (one for all, or one a branch)."""
+    """Draws tokens for every branch until `stop`, an EOS, or `max_tokens` (one for all, or one a branch).
+
+    processors: change the logits before `sampling` does, see `forktree.search.processors`: the slow way, as they need
+    whole rows. They are shown what the branches see, padded by `pad_token_id`. `InvalidInput` is raised if they leave a
+    branch no token, and what they raise themselves; log-probs are those of the logits as they were.
+    """
     limit = np.broadcast_to(np.asarray(max_tokens, dtype=np.int64), len(branches))
     if len(limit) and limit.min() < 1:
         raise ValueError(f"max_tokens must be at least 1 for every branch, got {limit.tolist()}")
-    return Extend(tuple(branches), sampling, limit, eos_token_ids, stop)
+    return Extend(tuple(branches), sampling, limit, eos_token_ids, stop, tuple(processors), pad_token_id)
 
 
 def score(branches: Sequence[Branch], scorer: Any) -> Score:
@@ -108,9 +129,19 @@ def score(branches: Sequence[Branch], scorer: Any) -> Score:
     return Score(tuple(branches), scorer)
 
 
+def score_tokens(branches: Sequence[Branch], request: TokenRequest, *, checked: bool = True) -> ScoreTokens:
+    """What `request` asks of the token behind each branch, a row each, without a row of logits.
+
+    Raises `NonFinite` if logits hold NaN or infinity, `InvalidInput` if a branch is left no token to draw.
+    checked=False: such rows are given as they are, and a GPU is not waited for; the caller looks at them.
+    """
+    return ScoreTokens(tuple(branches), request, checked)
+
+
 def next_logits(branches: Sequence[Branch], *, checked: bool = True) -> NextLogits:
     """Logits of the token behind each branch, fp32 `[n, V]`; raises `NonFinite` if they hold NaN or infinity.
 
+    The slow way, for what needs them all, such as logits processors: `score_tokens` does the rest without them.
     checked=False: such rows are given as they are, and a GPU is not waited for; the caller looks at them.
     """
     return NextLogits(tuple(branches), checked)

@@ -20,22 +20,26 @@ from forktree.search.base import (
     needs_scorer,
     several_texts,
 )
+from forktree.search.processors import Processor, check_processors
 from forktree.search.request import Extension, extend, score
 
 
 @dataclass(frozen=True, kw_only=True)
 class Greedy(Search):
-    """The most likely token at every position. stop: texts that end the hypothesis (they stay part of it)."""
+    """The most likely token at every position. stop: texts that end the hypothesis (they stay part of it).
+    logits_processor: see `forktree.search.processors`."""
 
     stop: tuple[str, ...] = ()
+    logits_processor: Sequence[Processor] = ()
 
     def __post_init__(self) -> None:
         several_texts("stop", self.stop)
+        check_processors("logits_processor", self.logits_processor)
 
     async def run(self, job: Job) -> list[Hypothesis]:
         """One hypothesis; its score is the log-prob."""
         branches = job.root.fork(1)
-        done = await _to_the_end(branches, Sampling(temperature=0), job, self.stop)
+        done = await _to_the_end(branches, Sampling(temperature=0), job, self)
         return [_hypothesis(branches[0], job, done, 0, float(done.log_prob[0]))]
 
 
@@ -53,7 +57,7 @@ class Sample(SamplingSearch):
     async def run(self, job: Job) -> list[Hypothesis]:
         """Samples in the order of their draws; the score is the log-prob."""
         branches = job.root.fork(self.num_return_sequences)
-        done = await _to_the_end(branches, self.sampling, job, self.stop)
+        done = await _to_the_end(branches, self.sampling, job, self)
         return [_hypothesis(b, job, done, i, float(done.log_prob[i])) for i, b in enumerate(branches)]
 
 
@@ -77,7 +81,7 @@ class BestOfN(SamplingSearch):
     async def run(self, job: Job) -> list[Hypothesis]:
         """Best reward first; samples whose scorer failed come last."""
         branches = job.root.fork(self.num_samples)
-        done = await _to_the_end(branches, self.sampling, job, self.stop)
+        done = await _to_the_end(branches, self.sampling, job, self)
         rewards = await score(branches, self.scorer)
         if all(rewards.errors):
             raise first_failure(rewards.errors)
@@ -108,7 +112,7 @@ class MajorityVote(SamplingSearch):
         if job.decode is None:
             raise InvalidInput("a majority vote reads text: expected a Decoder with a tokenizer, got tokenizer=None")
         branches = job.root.fork(self.num_samples)
-        done = await _to_the_end(branches, self.sampling, job, self.stop)
+        done = await _to_the_end(branches, self.sampling, job, self)
         share = vote([self.answer(job.decode(b.tokens[job.root.length :]) or "") for b in branches])
         ranked = [_hypothesis(b, job, done, i, share[i]) for i, b in enumerate(branches)]
         return sorted(ranked, key=lambda h: h.score, reverse=True)
@@ -120,13 +124,17 @@ def vote(answers: Sequence[str | None]) -> list[float]:
     return [counts[a] / len(answers) if a is not None else 0.0 for a in answers]
 
 
-async def _to_the_end(branches: Sequence[Branch], sampling: Sampling, job: Job, stop: tuple[str, ...]) -> Extension:
+async def _to_the_end(
+    branches: Sequence[Branch], sampling: Sampling, job: Job, search: Greedy | SamplingSearch
+) -> Extension:
     return await extend(
         branches,
         sampling,
         max_tokens=job.max_new_tokens,
         eos_token_ids=job.eos_token_ids,
-        stop=job.stop_at(*stop),
+        stop=job.stop_at(*search.stop),
+        processors=search.logits_processor,
+        pad_token_id=job.pad_token_id,
     )
 
 

@@ -1,0 +1,93 @@
+"""Logits processors of transformers in searches that fork, and what a processor can be told of that.
+
+A processor is called as transformers calls it: with `input_ids [n, L]`, int64, left-padded, and `scores [n, V]`, fp32,
+and returns scores of that shape. It needs whole rows of logits, so this is the slow way: biases, penalties and sets of
+allowed tokens that are known beforehand belong into `forktree.Draw`.
+
+A row is a branch here, and branches are forked, dropped, resampled, and stop at different times: which row of the last
+call was which is gone. A processor that keeps a state for every row, such as the place in a grammar, has a method
+
+    fork(parents, added)
+
+that is called before each of its calls, with int64 tensors on the CPU. It keeps its states in a list or tensor; row i
+of the coming call goes on from state `parents[i]`, or starts anew where that is -1, and has `added[i]` tokens, the last of
+`input_ids[i]`, which that state has not seen (for a new one: all of them, the prompt's too). `parents` is longer than
+the call has rows if some states are not asked now but may be later, those of branches that wait or of other searches:
+they follow behind, unchanged. So, for a state that tokens lead from one to the next,
+
+    def fork(self, parents, added):
+        self.states = [start if p < 0 else self.states[p] for p in parents.tolist()]
+        self.added = added.tolist()
+
+    def __call__(self, input_ids, scores):
+        for i, n in enumerate(self.added):
+            for token in input_ids[i, len(input_ids[i]) - n :].tolist():
+                self.states[i] = step(self.states[i], token)
+        return scores.masked_fill(forbidden(self.states[: len(scores)]), -torch.inf)
+
+One object may serve any number of searches of one `Decoder` at once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forktree.errors import InvalidInput
+from forktree.kv import Branch
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+
+_STATES = "_forktree_states"  # attribute of a processor that has `fork`: the mark behind each state, int64
+
+
+def process(processors: Sequence[Processor], branches: Sequence[Branch], input_ids: Tensor, scores: Tensor) -> Tensor:
+    """`scores [n, V]` by all processors in turn. `input_ids [n, L]`: what each of the branches sees, left-padded.
+
+    Raises InvalidInput if one returns another shape.
+    """
+    if stateful := [p for p in processors if hasattr(p, "fork")]:
+        _tell(stateful, branches)
+    for processor in processors:
+        shape, scores = scores.shape, processor(input_ids, scores)
+        if scores.shape != shape:
+            raise InvalidInput(
+                f"{type(processor).__name__} must return scores {list(shape)}, one for each it got, got "
+                f"{list(scores.shape)}"
+            )
+    return scores
+
+
+def left_padded(branches: Sequence[Branch], pad_token_id: int, device: torch.device) -> Tensor:
+    """What each branch sees, int64 `[n, L]`, padded on the left."""
+    texts = [branch.tokens for branch in branches]
+    rows = np.full((len(texts), max(map(len, texts), default=0)), pad_token_id, np.int64)
+    for row, text in zip(rows, texts, strict=True):
+        row[len(row) - len(text) :] = text
+    return torch.from_numpy(rows).to(device)
+
+
+def check_processors(name: str, value: object) -> None:
+    """Raises InvalidInput unless `value` is a sequence of processors."""
+    if not isinstance(value, Sequence) or not all(callable(v) for v in value):
+        raise InvalidInput(f"{name} must be a tuple of functions of input_ids and scores, got {value!r:.80}")
+
+
+def _tell(processors: Sequence[Any], branches: Sequence[Branch]) -> None:
+    """Calls `fork` of each. A state is known by the mark that its branch got when it was last asked."""
+    tree = branches[0]._tree
+    marks, lengths = tree.marks_of(branches)
+    added = np.array([branch.length for branch in branches]) - lengths
+    fresh = tree.mark(branches)
+    live = tree.branch_mark[tree.branch_node >= 0]
+    for processor in processors:
+        known = vars(processor).get(_STATES, live[:0])
+        waiting = known[np.isin(known, live)]
+        goes_on = np.isin(marks, known)
+        place = {mark: i for i, mark in enumerate(known.tolist())}
+        parents = [place.get(mark, -1) for mark in [*marks.tolist(), *waiting.tolist()]]
+        new = [n if on else len(b.tokens) for n, on, b in zip(added.tolist(), goes_on, branches, strict=True)]
+        processor.fork(torch.tensor(parents), torch.tensor(new))
+        vars(processor)[_STATES] = np.concatenate([fresh, waiting])
