@@ -269,3 +269,21 @@ def test_captured_steps_give_the_same() -> None:
 def test_a_model_without_a_head() -> None:
     with pytest.raises(InvalidInput, match="language-model head, got none"):
         sequence_logprobs(tiny.new_model().base_model, [[1, 2]])
+
+
+def test_a_model_in_fp64_is_scored_in_fp64() -> None:
+    model = tiny.new_model().double()
+    texts = family(9, tiny.VOCAB)
+    assert_close(sequence_logprobs(model, texts, max_batch_tokens=32), reference(model, texts), atol=1e-9)
+
+
+class Squared(torch.nn.Linear):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) ** 2
+
+
+def test_a_head_that_cannot_be_fused() -> None:
+    model = tiny.new_model(spread=0.1)
+    model.lm_head.__class__ = Squared
+    texts = family(11, tiny.VOCAB)
+    assert_close(sequence_logprobs(model, texts, max_batch_tokens=32), reference(model, texts))
