@@ -2,11 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 
+from forktree import Draw, Sampling, TokenRequest, ops
 from forktree.errors import InvalidInput, UnsupportedModel
 from forktree.model import LinearHead, OwnHead, Runner, attach
 from forktree.model.interface import IMPLEMENTATION, PackedModel
@@ -293,6 +295,110 @@ class Capped(nn.Linear):
 
     def forward(self, hidden):
         return 20 * torch.tanh(super().forward(hidden) / 20)
+
+
+class Padded(nn.Linear):
+    """More rows than the model's logits have columns."""
+
+    def forward(self, hidden):
+        return super().forward(hidden)[..., :99]
+
+
+def padded():
+    model = build(hf.LlamaConfig)
+    model.lm_head = Padded(32, 128, bias=True)
+    nn.init.normal_(model.lm_head.weight)
+    nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+def biased(config_class):
+    model = build(config_class)
+    nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+HEADS = {
+    "tied": lambda: build(hf.LlamaConfig, tie_word_embeddings=True),
+    "phi, biased": lambda: biased(hf.PhiConfig),
+    "padded": padded,
+    "gemma2, capped": lambda: build(hf.Gemma2Config, head_dim=16, final_logit_softcapping=5.0),
+    "granite, scaled": lambda: build(hf.GraniteConfig, logits_scaling=8.0),
+    "cohere2, scaled": lambda: build(hf.Cohere2Config, logit_scale=0.25),
+    "squared": lambda: with_head(Squared),
+    "capped by itself": lambda: with_head(Capped),
+}
+
+
+def with_head(odd):
+    model = build(hf.LlamaConfig, initializer_range=0.2)
+    model.lm_head.__class__ = odd
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", HEADS)
+@torch.no_grad()
+def test_scores_are_of_the_models_own_logits(head, dtype):
+    """Against the same weights in fp64, by the model itself. Logits of fused heads are not rounded to 16 bits."""
+    model = HEADS[head]().to(dtype)
+    runner = Runner(attach(model), num_slots=4)
+    assert isinstance(runner.spec.head, LinearHead) == (head not in ("squared", "capped by itself"))
+    rows = 5
+    hidden = torch.randn(rows, 32).to(dtype)
+    reference = copy.deepcopy(model).double()
+    output = hf.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=hidden.double()[None])
+    PackedModel(reference).decoder.forward = lambda *_, **__: output
+    exact = reference(torch.zeros(1, rows, dtype=torch.long)).logits[0]
+    assert exact.shape == (rows, runner.vocab_size)
+    log_probs = exact.log_softmax(dim=-1)
+
+    some, last = torch.tensor([98, 0, 7]), torch.tensor([98, 97, 0, 50, 3])
+    nobody = np.zeros(rows, np.int64)
+    request = TokenRequest(
+        top_k=10,
+        draw=Draw(Sampling(temperature=0), seed=nobody, position=nobody),
+        select=some,
+        targets=last,
+        entropy=True,
+        margin=True,
+    )
+    found = runner.score(hidden, request)
+    fused = isinstance(runner.spec.head, LinearHead)
+    near = dict(rtol=0, atol=(1e-4 if fused or dtype == torch.float32 else 2**-7) * float(exact.abs().max()))
+    every = torch.arange(rows)
+    torch.testing.assert_close(found.lse.double(), exact.logsumexp(1), **near)
+    torch.testing.assert_close(found.selected_logits.double(), exact[:, some], **near)
+    torch.testing.assert_close(found.target_log_probs.double(), log_probs[every, last], **near)
+    torch.testing.assert_close(found.entropy.double(), torch.special.entr(log_probs.exp()).sum(1), **near)
+    torch.testing.assert_close(found.top_log_probs.double(), log_probs.topk(10).values, **near)
+    torch.testing.assert_close(found.top_log_probs.double(), log_probs.gather(1, found.top_ids), **near)
+    torch.testing.assert_close(found.margin.double(), -exact.topk(2).values.diff().squeeze(1), **near)
+    torch.testing.assert_close(log_probs[every, found.token], log_probs.amax(1), **near)
+    torch.testing.assert_close(found.log_prob.double(), log_probs[every, found.token], **near)
+
+
+def test_a_head_that_score_tokens_does_not_reproduce_goes_unfused(monkeypatch):
+    launch = ops.score_tokens
+    monkeypatch.setattr(ops, "score_tokens", lambda *args, softcap, **how: launch(*args, softcap=None, **how))
+    spec = attach(build(hf.Gemma2Config, head_dim=16, final_logit_softcapping=5.0))
+    assert isinstance(spec.head, OwnHead) and "score_tokens does not reproduce" in spec.head_note
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+@torch.no_grad()
+def test_draws_through_an_odd_head_do_not_depend_on_the_company(rows):
+    runner = Runner(attach(with_head(Squared)), num_slots=4)
+    hidden, keys = torch.randn(40, 32), np.arange(40)
+
+    def drawn(at):
+        draw = Draw(Sampling(top_p=0.9), seed=keys[at], position=keys[at] + 3)
+        return runner.score(hidden[at], TokenRequest(draw=draw))
+
+    all_of_them = drawn(slice(None))
+    some = drawn(slice(0, rows))
+    assert torch.equal(some.token, all_of_them.token[:rows])
+    assert torch.equal(some.log_prob, all_of_them.log_prob[:rows])
 
 
 @pytest.mark.parametrize("odd", [Squared, Capped])

@@ -177,7 +177,7 @@ def test_weights_estimate_the_exact_posterior(resampling: str, weight_temperatur
     prior = posterior(steps, lambda text: 0.5, 1.0)
     distance = sum(abs(exact[text] - prior[text]) for text in exact) / 2
     assert distance > 0.15, "the reward must matter for this test to mean anything"
-    assert_estimates(search, exact, runs=60)
+    assert_estimates(search, exact, runs=90)
 
 
 def test_a_judge_on_the_models_own_logits_estimates_its_posterior() -> None:

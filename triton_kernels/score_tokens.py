@@ -867,6 +867,14 @@ def launch(
     return found
 
 
+def divided(rows: int, vocab: int, chosen: Config, programs: int, listed: int, truncates: bool) -> tuple[int, int]:
+    """Splits of the vocabulary, and tiles of each: work for so many programs, in bounded scratch. listed: of a row."""
+    room = (SCRATCH - truncates * rows * (BINS.value + RECORD) * 8) // (rows * (FIELDS * 4 + listed * 8))
+    tiles = triton.cdiv(vocab, chosen.block_v)
+    of_split = triton.cdiv(tiles, max(1, min(programs // triton.cdiv(rows, chosen.block_t), room)))
+    return triton.cdiv(tiles, of_split), of_split
+
+
 def _launch(
     hidden: Tensor,
     lm_head: Tensor,
@@ -891,10 +899,7 @@ def _launch(
     lists = int(own_list) + int(top_k > 0 or (truncates and not own_list))
     listed = LISTED if truncates else max(16, triton.next_power_of_2(top_k))
     row_tiles = triton.cdiv(rows, chosen.block_t)
-    room = (SCRATCH - truncates * rows * (BINS.value + RECORD) * 8) // (rows * (FIELDS * 4 + lists * listed * 8))
-    tiles = triton.cdiv(vocab, chosen.block_v)
-    of_split = triton.cdiv(tiles, max(1, min(programs // row_tiles, room)))
-    splits = triton.cdiv(tiles, of_split)
+    splits, of_split = divided(rows, vocab, chosen, programs, lists * listed, truncates)
     state = found[0].new_empty(FIELDS, rows, splits)
     best = found[2].new_empty(lists, rows, splits, listed) if lists else None
     record = found[2].new_empty(RECORD, rows) if truncates else None

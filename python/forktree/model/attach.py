@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from forktree.errors import InvalidInput, UnsupportedModel
-from forktree.model.head import LinearHead, OwnHead, find_linear_head
+from forktree.model.head import LinearHead, OwnHead, find_linear_head, is_scored_alike
 from forktree.model.interface import PackedModel, Window
 from forktree.model.layers import LayerKind, Pool, append_and_attend
 from forktree.model.proof_tree import ProofStep, ProofTree
@@ -167,10 +167,13 @@ def _prove_head(own: OwnHead, hidden: Tensor, logits: Tensor) -> tuple[LinearHea
         )
     # Also where logits reach 100: a cap, stated in the config or not, cannot hide there.
     hidden = torch.cat([hidden, hidden * (100 / logits.abs().max())])
-    linear = find_linear_head(own.packed.model, hidden, own.logits(hidden))
-    if linear is not None:
-        return linear, f"linear head, scale {linear.scale:g}, cap {linear.cap}"
-    return own, "the head is not cap(scale * (h W^T + b)): logits come unfused, from the model's own head"
+    logits = own.logits(hidden)
+    linear = find_linear_head(own.packed.model, hidden, logits)
+    if linear is None:
+        return own, "the head is not cap(scale * (h W^T + b)): logits come unfused, from the model's own head"
+    if not is_scored_alike(linear, hidden, logits):
+        return own, "score_tokens does not reproduce the logits: they come unfused, from the model's own head"
+    return linear, f"linear head, scale {linear.scale:g}, cap {linear.cap}, {'no ' if linear.bias is None else ''}bias"
 
 
 def _max_position(config: Any) -> tuple[int, str]:

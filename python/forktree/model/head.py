@@ -13,7 +13,6 @@ from transformers.utils.generic import ModelOutput
 
 from forktree import ops
 from forktree.model.interface import PackedModel
-from forktree.ops.torch_backend.score_tokens import from_logits
 from forktree.token_scores import TokenRequest, TokenScores
 
 
@@ -47,10 +46,6 @@ class OwnHead:
     packed: PackedModel
     output_class: type[ModelOutput]  # what the decoder returns
 
-    def score(self, hidden: Tensor, request: TokenRequest) -> TokenScores:
-        """As `LinearHead.score`, from rows of logits."""
-        return from_logits(self.logits(hidden), request, hidden)
-
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] -> [n, V] fp32."""
         decoder, answer = self.packed.decoder, self.output_class(last_hidden_state=hidden[None])
@@ -83,11 +78,33 @@ def find_linear_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> 
     names = ("logit_scale", "logits_scaling", "lm_head_multiplier")
     named = [getattr(owner, name, None) for owner in (model, config) for name in names]
     scales = [1.0, *(s for x in named if isinstance(x, int | float) and x != 0 for s in (x, 1 / x))]
-    tolerance = max(1e-5, 4 * torch.finfo(hidden.dtype).eps) * logits.abs().max()
+    tolerance = _tolerance(logits, hidden.dtype)
     for cap in (getattr(config, "final_logit_softcapping", None), None):
         for scale in scales:
             head = LinearHead(weight, bias, scale, cap)
             if (head.logits(hidden) - logits).abs().max() <= tolerance:
-                fused = head.score(hidden, TokenRequest(lse=True)).lse
-                return head if fused is not None and (fused - logits.logsumexp(1)).abs().max() <= tolerance else None
+                return head
     return None
+
+
+def is_scored_alike(head: LinearHead, hidden: Tensor, logits: Tensor) -> bool:
+    """Whether `head.score` of hidden [n, H] agrees with the model's own logits [n, V]: sums over all of them, the best
+    of them, and single ones, as these are computed in different ways."""
+    vocab = logits.shape[1]
+    some = torch.linspace(0, vocab - 1, min(vocab, 64), device=hidden.device).long()
+    found = head.score(hidden, TokenRequest(top_k=min(vocab, 64), select=some, lse=True))
+    assert found.lse is not None and found.top_ids is not None
+    assert found.top_log_probs is not None and found.selected_logits is not None
+    tolerance = _tolerance(logits, hidden.dtype)
+    pairs = (
+        (found.lse, logits.logsumexp(dim=1)),
+        (found.top_log_probs + found.lse[:, None], logits.gather(1, found.top_ids)),
+        (found.top_log_probs + found.lse[:, None], logits.topk(len(found.top_ids[0])).values),
+        (found.selected_logits, logits[:, some]),
+    )
+    return all(bool((ours - own).abs().max() <= tolerance) for ours, own in pairs)
+
+
+def _tolerance(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of logits in fp32, rounded to dtype once or not at all."""
+    return max(1e-5, 4 * torch.finfo(dtype).eps) * logits.abs().max()

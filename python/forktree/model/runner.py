@@ -15,6 +15,7 @@ from forktree.model.graphs import CudaGraphs, Graphs
 from forktree.model.head import LinearHead, OwnHead
 from forktree.model.layers import LayerKind
 from forktree.model.step import Step
+from forktree.ops.torch_backend.score_tokens import from_logits
 from forktree.plan import AttentionPlan
 from forktree.token_scores import TokenRequest, TokenScores
 
@@ -79,7 +80,10 @@ class Runner:
     def score(self, hidden: Tensor, request: TokenRequest) -> TokenScores:
         """What `request` asks of the token behind each of hidden [n, H]; rows that are not finite are given as they are
         (`TokenScores.check`). Raises InvalidInput if the model has no language-model head."""
-        return self._head().score(hidden, request)
+        head = self._head()
+        if isinstance(head, LinearHead):
+            return head.score(hidden, request)
+        return from_logits(self.logits(hidden), request, hidden)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

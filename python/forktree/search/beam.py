@@ -82,7 +82,7 @@ def propose(log_probs: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
 
 
 def propose_among(log_probs: Tensor, tokens: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
-    """As `propose`, of the m most likely tokens of every beam, `[B, k, m]` both: m is M or V, so no other can matter."""
+    """As `propose`, of the m most likely tokens of every beam, `[B, k, m]` both: m is M or V, no other can matter."""
     batch, _, each = log_probs.shape
     best, index = (log_probs + scores[:, :, None]).reshape(batch, -1).topk(rules.num_candidates)
     return Candidates(best, index // each, tokens.reshape(batch, -1).gather(1, index))

@@ -9,11 +9,11 @@ call was which is gone. A processor that keeps a state for every row, such as th
 
     fork(parents, added)
 
-that is called before each of its calls, with int64 tensors on the CPU. It keeps its states in a list or tensor; row i
-of the coming call goes on from state `parents[i]`, or starts anew where that is -1, and has `added[i]` tokens, the last of
-`input_ids[i]`, which that state has not seen (for a new one: all of them, the prompt's too). `parents` is longer than
-the call has rows if some states are not asked now but may be later, those of branches that wait or of other searches:
-they follow behind, unchanged. So, for a state that tokens lead from one to the next,
+that is called before each of its calls, with int64 tensors on the CPU. It keeps its states in a list or tensor. Row i
+of the coming call goes on from state `parents[i]`, or starts anew where that is -1; its newest `added[i]` tokens, the
+last of `input_ids[i]`, are those that the state has not seen (a new one has seen none, not the prompt's either).
+`parents` is longer than the call has rows if there are states that are not asked now but may be later, those of
+branches that wait or of other searches: they follow behind, unchanged. So, where tokens lead from state to state,
 
     def fork(self, parents, added):
         self.states = [start if p < 0 else self.states[p] for p in parents.tolist()]
