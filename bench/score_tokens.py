@@ -3,6 +3,7 @@
     python bench/score_tokens.py                  # bf16, 2 threads, V = 151,936; writes results/score_tokens-cpu.json
     python bench/score_tokens.py --device cuda --out score_tokens.json
     python bench/score_tokens.py --dry-run        # tiny, writes nothing
+    python bench/score_tokens.py --traffic        # bytes that the Triton kernel moves on an H200, computed
 
 Ours: `lse` (log-sum-exp alone), `top_k` (the 32 best), `draw` (one token at temperature 0.8), `nucleus` (the same with
 top-p 0.95), `all` (the 64 best, a draw, log-sum-exp and entropy) and `select` (two tokens, nothing else). Beside them:
@@ -158,6 +159,36 @@ def show(cases: list[dict[str, Any]], title: str) -> None:
     Console(width=150).print(table)
 
 
+def traffic(rows: int, size: int, vocab: int) -> dict[str, float]:
+    """Bytes of a launch for the 64 best, a draw, log-sum-exp and entropy, in bf16 on 132 multiprocessors of sm_90: from
+    memory and from the second-level cache; and those of the product, which writes its logits. Computed."""
+    kernel: Any = importlib.import_module("forktree.triton_kernels.score_tokens")
+    chosen = kernel.config(90, 2, rows)
+    splits, of_split = kernel.divided(rows, vocab, chosen, 2 * 132, kernel.LISTED, False)
+    row_tiles = -(-rows // chosen.block_t)
+    head, state, lists = vocab * size * 2, rows * splits * kernel.FIELDS * 4, rows * splits * kernel.LISTED * 8
+    tiles = splits * of_split * row_tiles
+    return dict(
+        programs=splits * row_tiles,
+        product=head + rows * (size + vocab) * 2,
+        memory=head + rows * size * 2 + 2 * state + 3 * lists,  # written, read; cleared, written, read
+        cache=head * row_tiles + tiles * chosen.block_t * size * 2,
+    )
+
+
+def show_traffic() -> None:
+    """Prints what `traffic` computes."""
+    table = Table(title="computed for an H200, bf16, top-64, draw, log-sum-exp and entropy; GB")
+    for column in ("H", "T", "programs", "from memory", "x product's", "from the cache"):
+        table.add_column(column, justify="right")
+    for size in SIZES["cuda"]:
+        for rows in ROWS["cuda"]:
+            t = traffic(rows, size, VOCAB)
+            numbers = (t["memory"] / 1e9, t["memory"] / t["product"], t["cache"] / 1e9)
+            table.add_row(str(size), str(rows), str(t["programs"]), *(f"{x:.3f}" for x in numbers))
+    Console(width=120).print(table)
+
+
 def main() -> None:
     """Measures and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,7 +196,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", help="report; default on a CPU: results/score_tokens-cpu.json")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
+    parser.add_argument("--traffic", action="store_true", help="compute, measure nothing")
     args = parser.parse_args()
+    if args.traffic:
+        return show_traffic()
     torch.set_num_threads(args.threads)
     shapes = [(t, h, VOCAB) for h in SIZES[args.device] for t in ROWS[args.device]]
     if args.dry_run:

@@ -179,9 +179,9 @@ inline void add(float* max_to, float* sum_to, float* weighted_to, const Sums& mo
     store(max_to, top);
     store(sum_to, sum_from * down + more.sum * down_more);
     if (!weighted_to) return;
-    // those of an empty side are 0, and its distance is -inf
-    const vf shift = sum_from == 0.0f ? vf{} : (load(weighted_to) + sum_from * (max_from - base)) * down;
-    const vf shift_more = more.sum == 0.0f ? vf{} : (more.weighted + more.sum * (more.max - base)) * down_more;
+    // a side that no longer counts may be infinitely far
+    const vf shift = down == 0.0f ? vf{} : (load(weighted_to) + sum_from * (max_from - base)) * down;
+    const vf shift_more = down_more == 0.0f ? vf{} : (more.weighted + more.sum * (more.max - base)) * down_more;
     store(weighted_to, shift + shift_more);
 }
 

@@ -9,41 +9,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 import tiny
+from distributions import by_transformers, chi_square
 from forktree import BestOfN, Decoder, Draw, InvalidInput, Sample, Sampling, TextScorer
 from forktree.sampling import noise
-
-
-def by_transformers(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The shaped distribution `[n, V]`, by transformers' warpers in the order of its `generate`."""
-    warpers = LogitsProcessorList()
-    if sampling.temperature != 1:
-        warpers.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    return warpers(torch.zeros(len(logits), 1, dtype=torch.long), logits).softmax(dim=-1)
-
-
-def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
-    """p-value of counts against expected counts; cells too rare to count are pooled. Impossible ones must be 0."""
-    assert observed[expected == 0].sum() == 0, "something impossible was drawn"
-    order = np.argsort(expected)
-    expected, observed = expected[order], observed[order]
-    rare = max(int(np.searchsorted(np.cumsum(expected), 5)) + 1, 1)
-    pooled = [np.concatenate([[x[:rare].sum()], x[rare:]]) for x in (observed, expected)]
-    return stats.chisquare(*pooled).pvalue if len(pooled[0]) > 1 else 1.0
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["exponential", "uniform"])

@@ -42,7 +42,7 @@ def assert_close(found: list[np.ndarray], expected: list[np.ndarray], atol: floa
 
 
 def family(seed: int, vocab: int, *, longest: int = 40) -> list[list[int]]:
-    """Ragged texts, in no order, that share beginnings: forks of forks, prefixes of others, equal ones, single tokens."""
+    """Ragged texts in no order that share beginnings: forks of forks, prefixes of others, equal ones, single tokens."""
     rng = np.random.default_rng(seed)
     texts = [rng.integers(vocab, size=rng.integers(1, longest)).tolist() for _ in range(3)]
     for _ in range(12):
@@ -254,7 +254,7 @@ def test_bad_input_is_named_before_anything_runs(arguments: dict[str, Any], mess
 
 def test_a_text_that_does_not_fit_alone() -> None:
     with pytest.raises(
-        OutOfMemory, match=r"12 tokens needs 11 KV slots.*10 are free of 10; raise num_slots \(\d+ bytes"
+        OutOfMemory, match=r"sequence 1 needs 11 KV slots.*10 are free of 10; raise num_slots \(\d+ bytes"
     ):
         sequence_logprobs(tiny.model(), [[1, 2], list(range(12))], num_slots=10)
 
@@ -269,3 +269,21 @@ def test_captured_steps_give_the_same() -> None:
 def test_a_model_without_a_head() -> None:
     with pytest.raises(InvalidInput, match="language-model head, got none"):
         sequence_logprobs(tiny.new_model().base_model, [[1, 2]])
+
+
+def test_a_model_in_fp64_is_scored_in_fp64() -> None:
+    model = tiny.new_model().double()
+    texts = family(9, tiny.VOCAB)
+    assert_close(sequence_logprobs(model, texts, max_batch_tokens=32), reference(model, texts), atol=1e-9)
+
+
+class Squared(torch.nn.Linear):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden) ** 2
+
+
+def test_a_head_that_cannot_be_fused() -> None:
+    model = tiny.new_model(spread=0.1)
+    model.lm_head.__class__ = Squared
+    texts = family(11, tiny.VOCAB)
+    assert_close(sequence_logprobs(model, texts, max_batch_tokens=32), reference(model, texts))

@@ -46,6 +46,8 @@ NOBODY = tl.constexpr(2**31 - 1)
 BINS = tl.constexpr(2048)
 FIXED = tl.constexpr(float(2**40))  # masses relative to the greatest, as integers: their sums know no order
 COUNT, MASS, DRAW = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # what a row left over is to do next
+# Where these begin depends on the number of rows: not a reason to compile anew.
+OF_ROWS = ["keys", "settings", "edit_indptr", "edit_ids", "edit_ops", "edit_values", "allowed"]
 # Triton's interpreter multiplies bf16 as the integers it keeps them in.
 WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -281,7 +283,7 @@ def _merged(at, splits, SPLITS: tl.constexpr, LIST: tl.constexpr, CHUNK: tl.cons
 # ---------------------------------------------------------------------- the pass over the vocabulary
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "tiles"])
+@triton.jit(do_not_specialize=["rows", "splits", "tiles"], do_not_specialize_on_alignment=OF_ROWS)
 def _score_tokens(
     hidden,
     lm_head,
@@ -490,7 +492,7 @@ def _drawn_among(s, id, floor, high, key):
     return token, chosen - high - tl.log(tl.sum(p))
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@triton.jit(do_not_specialize=["rows", "splits"], do_not_specialize_on_alignment=OF_ROWS)
 def _reduce_scores(
     hidden,
     lm_head,
@@ -663,7 +665,7 @@ def _advance(record, counts, settings, row, rows, real, todo, BLOCK_B: tl.conste
     tl.store(record + 5 * rows + row, tl.maximum(held, found), mask=seeking & ends)
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "tiles"])
+@triton.jit(do_not_specialize=["rows", "splits", "tiles"], do_not_specialize_on_alignment=OF_ROWS)
 def _search_again(
     hidden,
     lm_head,
@@ -806,7 +808,7 @@ def config(arch: int, itemsize: int, rows: int) -> Config:
         return Config(64, 16, 32, 4, 3)
     block_t = 16 if rows <= 16 else 32 if rows <= 32 else 64
     large = 90 <= arch < 120  # in shared memory
-    return Config(128, block_t, 64, 8 if block_t == 64 and arch >= 100 else 4, 4 if large else 3)
+    return Config(128, block_t, 64, 4 if block_t < 64 or arch == 90 else 8, 4 if large else 3)
 
 
 def launch(
@@ -863,6 +865,14 @@ def launch(
     return found
 
 
+def divided(rows: int, vocab: int, chosen: Config, programs: int, listed: int, truncates: bool) -> tuple[int, int]:
+    """Splits of the vocabulary, and tiles of each: work for so many programs, in bounded scratch. listed: of a row."""
+    room = (SCRATCH - truncates * rows * (BINS.value + RECORD) * 8) // (rows * (FIELDS * 4 + listed * 8))
+    tiles = triton.cdiv(vocab, chosen.block_v)
+    of_split = triton.cdiv(tiles, max(1, min(programs // triton.cdiv(rows, chosen.block_t), room)))
+    return triton.cdiv(tiles, of_split), of_split
+
+
 def _launch(
     hidden: Tensor,
     lm_head: Tensor,
@@ -887,10 +897,7 @@ def _launch(
     lists = int(own_list) + int(top_k > 0 or (truncates and not own_list))
     listed = LISTED if truncates else max(16, triton.next_power_of_2(top_k))
     row_tiles = triton.cdiv(rows, chosen.block_t)
-    room = (SCRATCH - truncates * rows * (BINS.value + RECORD) * 8) // (rows * (FIELDS * 4 + lists * listed * 8))
-    tiles = triton.cdiv(vocab, chosen.block_v)
-    of_split = triton.cdiv(tiles, max(1, min(programs // row_tiles, room)))
-    splits = triton.cdiv(tiles, of_split)
+    splits, of_split = divided(rows, vocab, chosen, programs, lists * listed, truncates)
     state = found[0].new_empty(FIELDS, rows, splits)
     best = found[2].new_empty(lists, rows, splits, listed) if lists else None
     record = found[2].new_empty(RECORD, rows) if truncates else None

@@ -1,13 +1,16 @@
-"""The command line: `forktree generate`, `forktree demo` and `forktree env`."""
+"""The command line: `forktree generate`, `forktree score`, `forktree demo` and `forktree env`."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -104,11 +107,11 @@ def generate(
         described["scorer"] = scorer
     # what can be checked without loading a model is checked first
     kind = _search_class(search, settings, scorer)
-    texts = read_prompts(prompts)
-    output = ResultFile(out, texts, described, resume=resume)
+    inputs = read_inputs("--prompts", prompts, [("prompt",)])
+    output = ResultFile("generate", out, inputs, described, resume=resume)
     todo = output.missing()
     if not todo:
-        console.print(f"{out}: all {len(texts)} results are there")
+        console.print(f"{out}: all {len(inputs)} results are there")
         return
 
     decoder = _decoder(model, dtype, device, num_slots, max_batch_tokens)
@@ -118,11 +121,62 @@ def generate(
         settings["scorer"] = load_scorer(scorer, activation=activation, time_limit=scorer_time_limit, device=device)
     one = kind(**settings)
     # everything that can be wrong is said here, before the output file is made
-    results = decoder.search_iter([texts[i] for i in todo], one, max_new_tokens=max_new_tokens, seed=seed)
-    with output:
-        failures = _run(results, todo, output, len(texts))
-    if failures:
-        raise typer.Exit(1)
+    texts = [inputs[i]["prompt"] for i in todo]
+    results = decoder.search_iter(texts, one, max_new_tokens=max_new_tokens, seed=seed)
+    _run("prompt", (_searched(todo[result.index], result) for result in results), output)
+
+
+SCORE_HELP = """Log-probs of the texts of a JSON Lines file under a model: perplexity, reranking, p(response | prompt).
+
+Each input line is {"text": "..."}, or {"prompt": "...", "response": "..."}, where the response is scored, given the \
+prompt. Each output line holds the sum of the log-probs, the number of tokens, the perplexity exp(-mean), and ids and \
+log-probs of all tokens scored; it is written and synced as soon as it is known, so a run that is stopped goes on with \
+--resume. Beginnings that texts share, such as a prompt with many responses, are computed once.
+
+A text is what the tokenizer makes of it, special tokens included. What stands first (BOS, where the tokenizer adds \
+one) is given, and not scored. Prompt and response are tokenised together, as a model reads them: a token that holds \
+the end of the prompt and the beginning of the response counts to the response.
+
+Examples:
+
+forktree score --model DIR --texts in.jsonl --out out.jsonl
+
+forktree score --model DIR --texts answers.jsonl --out out.jsonl --dtype bfloat16 --device cuda
+"""
+
+
+@app.command(help=SCORE_HELP)
+def score(
+    model: Annotated[Path, typer.Option(help="Directory of the model: config.json, *.safetensors, tokenizer.")],
+    texts: Annotated[Path, typer.Option(help="Input, JSON Lines: a text, or prompt and response, a line.")],
+    out: Annotated[Path, typer.Option(help="Output, JSON Lines. Must not exist, unless --resume.")],
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    num_slots: Annotated[
+        int | None, typer.Option(help="Tokens whose KV fits at once (the longest text and one pass).")
+    ] = None,
+    max_batch_tokens: Annotated[int, typer.Option(help="Most tokens of one forward pass.")] = 512,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an output file: keep what it has.")] = False,
+) -> None:
+    """See `SCORE_HELP`."""
+    inputs = read_inputs("--texts", texts, [("text",), ("prompt", "response")])
+    output = ResultFile("score", out, inputs, {"dtype": dtype}, resume=resume)
+    todo = output.missing()
+    if not todo:
+        console.print(f"{out}: all {len(inputs)} results are there")
+        return
+
+    loaded, tokenizer = _load(model, dtype, device)
+    from forktree.sequences import scored_sequences
+
+    tokens, given = [list(column) for column in zip(*_tokenised(tokenizer, inputs), strict=True)]
+    there = set(range(len(inputs))).difference(todo)
+    for i in there:  # nothing is wanted of them, which costs nothing, and numbers stay those of the inputs
+        given[i] = len(tokens[i])
+    results = scored_sequences(
+        loaded, tokens, prompt_lengths=given, num_slots=num_slots, max_batch_tokens=max_batch_tokens
+    )
+    _run("sequence", (_scored(i, tokens[i][given[i] :], found) for i, found in results if i not in there), output)
 
 
 @app.command()
@@ -148,25 +202,31 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object in
         show(environment, Console(markup=False))
 
 
-def _run(results: Iterator[Any], todo: list[int], output: "ResultFile", total: int) -> int:
-    """Writes results as they come; returns how many prompts failed. Ctrl-C keeps what is finished."""
-    failures = 0
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one input: something to write, a complaint, or both."""
+
+    index: int
+    record: dict[str, Any] | None
+    error: str | None
+
+
+def _run(what: str, outcomes: Iterator[Outcome], output: "ResultFile") -> None:
+    """Writes results as they come, and exits with 1 if any of the inputs had an error. Ctrl-C keeps what is finished.
+
+    what: an input is called in messages.
+    """
+    failures, total = 0, output.total
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console) as progress:
-            bar = progress.add_task("prompts", total=total, completed=total - len(todo))
-            for result in results:
-                index = todo[result.index]
-                if result.error is not None:
+        with output, Progress(*columns, console=console) as progress:
+            bar = progress.add_task(f"{what}s", total=total, completed=total - len(output.missing()))
+            for outcome in outcomes:
+                if outcome.record is not None:
+                    output.write(outcome.index, outcome.record)
+                if outcome.error is not None:
                     failures += 1
-                    _complain(progress.console, f"prompt {index}: {_one_line(result.error)}")
-                else:
-                    output.write(index, result)
-                    for i, candidate in enumerate(result.candidates):
-                        if candidate.hypothesis.error is not None:
-                            _complain(progress.console, f"prompt {index}, candidate {i}: {candidate.hypothesis.error}")
-                            failures += 1
-                            break
+                    _complain(progress.console, f"{what} {outcome.index}{outcome.error}")
                 progress.advance(bar)
     except KeyboardInterrupt:
         done = total - len(output.missing())
@@ -174,8 +234,56 @@ def _run(results: Iterator[Any], todo: list[int], output: "ResultFile", total: i
         raise typer.Exit(130) from None
     if failures:
         left = len(output.missing())
-        _complain(console, f"{failures} of {total} prompts had errors; --resume tries {left} missing ones again")
-    return failures
+        _complain(console, f"{failures} of {total} {what}s had errors; --resume tries {left} missing ones again")
+        raise typer.Exit(1)
+
+
+def _searched(index: int, result: Any) -> Outcome:
+    """Of `Decoder.search_iter`."""
+    if result.error is not None:
+        return Outcome(index, None, f": {_one_line(result.error)}")
+    record = {
+        "text": result.text,
+        "candidates": [_candidate(c) for c in result.candidates],
+        "counters": vars(result.counters),
+    }
+    errors = [f", candidate {i}: {e}" for i, c in enumerate(result.candidates) if (e := c.hypothesis.error) is not None]
+    return Outcome(index, record, errors[0] if errors else None)
+
+
+def _scored(index: int, token_ids: list[int], found: Any) -> Outcome:
+    """Of `scored_sequences`; token_ids: those that were scored."""
+    if isinstance(found, Exception):
+        return Outcome(index, None, f": {_one_line(found)}")
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(-found.mean())) if len(found) else math.nan
+    record = {
+        "log_prob": _number(float(found.sum())),
+        "num_tokens": len(found),
+        "perplexity": _number(perplexity),
+        "log_probs": [_number(x) for x in found.tolist()],
+        "token_ids": token_ids,
+    }
+    return Outcome(index, record, None)
+
+
+def _tokenised(tokenizer: Any, inputs: list[dict[str, str]]) -> Iterator[tuple[list[int], int]]:
+    """Token ids of each input, and how many of them are given."""
+    for i, one in enumerate(inputs):
+        ids = list(tokenizer(one.get("text") or one["prompt"] + one["response"]).input_ids)
+        if not ids:
+            raise InvalidInput(f"sequence {i}: expected at least one token, got none of {one}")
+        if "text" in one:
+            yield ids, 1
+            continue
+        prompt = list(tokenizer(one["prompt"]).input_ids)
+        same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False))))
+        if not same:
+            raise InvalidInput(
+                f"sequence {i}: expected a prompt with a token before the one that the response begins in, got "
+                f"{one['prompt']!r:.60}"
+            )
+        yield ids, same
 
 
 def _search_class(name: str, settings: dict[str, Any], scorer: str | None) -> Any:
@@ -206,10 +314,17 @@ def _search_class(name: str, settings: dict[str, Any], scorer: str | None) -> An
 
 
 def _decoder(model: Path, dtype: str, device: str, num_slots: int | None, max_batch_tokens: int) -> Any:
+    loaded, tokenizer = _load(model, dtype, device)
+    from forktree.decoder import Decoder
+
+    return Decoder(loaded, tokenizer, num_slots=num_slots, max_batch_tokens=max_batch_tokens)
+
+
+def _load(model: Path, dtype: str, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer."""
     import torch
     import transformers
 
-    from forktree.decoder import Decoder
     from forktree.loading import load_model, load_tokenizer
 
     transformers.utils.logging.set_verbosity_error()
@@ -222,16 +337,18 @@ def _decoder(model: Path, dtype: str, device: str, num_slots: int | None, max_ba
         loaded = loaded.to(device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidInput(f"--device must name a device of this machine, got {device!r}: {_one_line(error)}") from None
-    return Decoder(loaded, load_tokenizer(model), num_slots=num_slots, max_batch_tokens=max_batch_tokens)
+    return loaded, load_tokenizer(model)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a JSON Lines file; every line is checked."""
+def read_inputs(option: str, path: Path, forms: list[tuple[str, ...]]) -> list[dict[str, str]]:
+    """The inputs of a JSON Lines file: of each line the texts that one of `forms` names. Every line is checked."""
+    expected = " or ".join(json.dumps(dict.fromkeys(form, "some text")) for form in forms)
+    known = {key for form in forms for key in form}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"--prompts {path}: cannot be read: {error}") from None
-    texts = []
+        raise InvalidInput(f"{option} {path}: cannot be read: {error}") from None
+    inputs = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -239,20 +356,26 @@ def read_prompts(path: Path) -> list[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise InvalidInput(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}: {error}") from None
-        text = record.get("prompt") if isinstance(record, dict) else None
-        if not isinstance(text, str) or not text:
-            raise InvalidInput(f'{path}, line {number}: expected {{"prompt": "some text"}}, got {line[:60]!r}')
-        texts.append(text)
-    if not texts:
-        raise InvalidInput(f'{path}: expected at least one line {{"prompt": "..."}}, got none')
-    return texts
+        one = {key: record[key] for key in record if key in known} if isinstance(record, dict) else {}
+        if set(one) not in map(set, forms) or not all(isinstance(text, str) and text for text in one.values()):
+            raise InvalidInput(f"{path}, line {number}: expected {expected}, got {line[:60]!r}")
+        inputs.append(one)
+    if not inputs:
+        raise InvalidInput(f"{path}: expected at least one line {expected}, got none")
+    return inputs
 
 
 class ResultFile:
-    """JSON Lines of results, each synced to disk when written. A line cut short by a kill is dropped on resume."""
+    """JSON Lines of results, each synced to disk when written. A line cut short by a kill is dropped on resume.
 
-    def __init__(self, path: Path, prompts: list[str], settings: dict[str, Any], *, resume: bool) -> None:
-        self.path, self._prompts, self._settings = path, prompts, json.loads(json.dumps(settings))
+    A line has its input's number, the input itself, the result and the settings it was made with.
+    """
+
+    def __init__(
+        self, command: str, path: Path, inputs: list[dict[str, str]], settings: dict[str, Any], *, resume: bool
+    ) -> None:
+        self.path, self.total = path, len(inputs)
+        self._command, self._inputs, self._settings = command, inputs, json.loads(json.dumps(settings))
         self._done: set[int] = set()
         self._whole = 0  # bytes of complete lines
         if path.exists() and not resume:
@@ -268,11 +391,14 @@ class ResultFile:
         for number, line in enumerate(content[: self._whole].splitlines(), 1):
             try:
                 record = json.loads(line)
-                index, prompt, settings = record["index"], record["prompt"], record["settings"]
+                index, settings = record["index"], record["settings"]
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-                raise InvalidInput(f"{self.path}, line {number}: not a result of forktree generate") from None
-            if not (isinstance(index, int) and 0 <= index < len(self._prompts) and self._prompts[index] == prompt):
-                raise InvalidInput(f"{self.path}, line {number}: its prompt is not number {index} of --prompts")
+                raise InvalidInput(f"{self.path}, line {number}: not a result of forktree {self._command}") from None
+            known = isinstance(index, int) and 0 <= index < self.total
+            if not known or not self._inputs[index].items() <= record.items():
+                raise InvalidInput(
+                    f"{self.path}, line {number}: what it was made of is not number {index} of the inputs"
+                )
             if settings != self._settings:
                 raise InvalidInput(
                     f"{self.path}, line {number}: made with {json.dumps(settings)}, expected "
@@ -281,8 +407,8 @@ class ResultFile:
             self._done.add(index)
 
     def missing(self) -> list[int]:
-        """Numbers of the prompts that have no result yet."""
-        return [i for i in range(len(self._prompts)) if i not in self._done]
+        """Numbers of the inputs that have no result yet."""
+        return [i for i in range(self.total) if i not in self._done]
 
     def __enter__(self) -> "ResultFile":
         self._file = open(self.path, "ab")
@@ -292,16 +418,9 @@ class ResultFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def write(self, index: int, result: Any) -> None:
+    def write(self, index: int, result: dict[str, Any]) -> None:
         """Appends one result and waits until it is on disk."""
-        record = {
-            "index": index,
-            "prompt": self._prompts[index],
-            "text": result.text,
-            "candidates": [_candidate(c) for c in result.candidates],
-            "counters": vars(result.counters),
-            "settings": self._settings,
-        }
+        record = {"index": index, **self._inputs[index], **result, "settings": self._settings}
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         self._done.add(index)  # an interrupt while the disk is waited for finds it counted
@@ -312,19 +431,24 @@ def _candidate(candidate: Any) -> dict[str, Any]:
     h = candidate.hypothesis
     record = {
         "text": candidate.text,
-        "score": None if h.score != h.score else h.score,  # JSON has no NaN
+        "score": _number(h.score),
         "log_prob": h.log_prob,
         "num_tokens": len(h.token_ids),
         "finish_reason": h.finish_reason,
         "token_ids": candidate.token_ids,
     }
     if h.step_scores:
-        record["step_scores"] = [None if s != s else s for s in h.step_scores]
+        record["step_scores"] = [_number(s) for s in h.step_scores]
     if h.weight is not None:
         record["weight"] = h.weight
     if h.error is not None:
         record["error"] = str(h.error)
     return record
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _early_stopping(value: str | None) -> bool | str | None:
@@ -359,5 +483,5 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # a usage error of the command line says so by having one
             raise
         if message := _one_line(error.format_message()):  # none: help was printed for want of arguments
-            _complain(console, f"{message} See forktree --help and forktree generate --help.")
+            _complain(console, f"{message} See forktree --help and forktree COMMAND --help.")
     sys.exit(2)

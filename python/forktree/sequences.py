@@ -90,16 +90,18 @@ def scored_sequences(
     if spec.head is None:
         raise InvalidInput(f"{spec.name}: expected a model with a language-model head, got none")
     texts = [_tokens(i, tokens, spec) for i, tokens in enumerate(sequences)]
-    walk = _Walk.through(texts, _prompt_lengths(prompt_lengths, texts))
-    longest = max((piece.begin + len(piece.tokens) for piece in walk.pieces), default=1)
+    given = _prompt_lengths(prompt_lengths, texts)
+    needed = [len(text) - 1 if length < len(text) else 0 for text, length in zip(texts, given, strict=True)]
+    longest = max(needed, default=0)
+    walk = _Walk.through(texts, given)
     if own:
         lane = model.lane
     else:
-        lane = Lane(model, num_slots=num_slots or min(longest + max_batch_tokens, walk.num_rows or 1), spec=spec)
+        lane = Lane(model, num_slots=num_slots or max(1, min(longest + max_batch_tokens, walk.num_rows)), spec=spec)
     slots = lane.tree.slots
     if longest > slots.num_slots:
         raise OutOfMemory(
-            f"a sequence of {longest + 1} tokens needs {longest} KV slots, even alone: {slots.num_free} are free of "
+            f"sequence {needed.index(longest)} needs {longest} KV slots, even alone: {slots.num_free} are free of "
             f"{slots.num_slots}; raise num_slots ({lane.runner.bytes_per_slot} bytes each)"
         )
     return _scored(lane, walk, max_batch_tokens)
@@ -150,7 +152,7 @@ class _Walk:
                 pieces.append(_Piece(shared, path[shared:]))
             new = len(path) - shared
             rows = np.concatenate([rows[:shared], np.arange(num_rows, num_rows + new)])
-            wanted[i] = rows[prompt_lengths[i] - 1 :]
+            wanted[i] = rows[prompt_lengths[i] - 1 :].copy()
             num_rows, before = num_rows + new, path
         row = np.concatenate([np.zeros(0, np.int64), *wanted])
         target = np.concatenate([np.zeros(0, np.int64), *(t[n:] for t, n in zip(texts, prompt_lengths, strict=True))])

@@ -108,7 +108,7 @@ def shaped(z: Tensor, draw: Draw) -> Tensor:
 def drawn(s: Tensor, draw: Draw) -> Tensor:
     """The token of each row, `[T]`; any one where there is none."""
     rows, vocab = s.shape
-    tiles = F.pad(s, (0, -vocab % TILE), value=-torch.inf).view(rows, -1, TILE)
+    tiles = F.pad(s, (0, -vocab % TILE), value=-torch.inf).view(rows, -(-vocab // TILE), TILE)
     keys = torch.from_numpy(draw.keys.view("int64")).to(s.device)
     exponential, uniform = noise(keys, tiles.shape[1])
     tile = (tiles.logsumexp(dim=-1) - exponential.log().to(s.dtype)).nan_to_num(nan=-torch.inf).argmax(dim=-1)
