@@ -53,6 +53,9 @@ def assert_same(model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor | None =
     want = model.generate(ids, **settings)
     got = model.generate(ids, custom_generate=forktree.generate, **settings)
     assert got.sequences.tolist() == want.sequences.tolist()
+    # without scores to keep, no row of logits is computed unless a processor wants it
+    fused = model.generate(ids, custom_generate=forktree.generate, **{**settings, "output_scores": False})
+    assert fused.sequences.tolist() == want.sequences.tolist()
     assert len(got.scores) == len(want.scores)
     beams = settings.get("num_beams", 1) > 1
     eos = torch.tensor(settings.get("eos_token_id", 1) or [])
@@ -62,6 +65,7 @@ def assert_same(model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor | None =
         live = torch.ones(len(ours), dtype=torch.bool) if beams else ~torch.isin(drawn, eos).any(dim=1)
         torch.testing.assert_close(ours[live], theirs[live], atol=1e-4, rtol=0)
     if beams:
+        assert fused.beam_indices.tolist() == want.beam_indices.tolist()
         torch.testing.assert_close(got.sequences_scores, want.sequences_scores, atol=1e-4, rtol=0)
         assert got.beam_indices.tolist() == want.beam_indices.tolist()
 

@@ -31,6 +31,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.prefixes = PrefixIndex(self.tree)
         self.naive: dict[Branch, list[Token]] = {}
         self.kept: dict[bytes, list[Token]] = {}
+        self.marked: dict[int, list[Token]] = {}  # what a branch saw when it was given this mark
 
     @rule(target=branches, tokens=st.lists(st.integers(0, 3), min_size=1, max_size=12))
     def root(self, tokens: list[int]) -> Branch:
@@ -45,6 +46,7 @@ class TreeMachine(RuleBasedStateMachine):
         in_use = self.tree.slots.in_use
         forks = branch.fork(n)
         assert self.tree.slots.in_use == in_use, "a fork took slots"
+        assert set(self.marks(forks)) == set(self.marks([branch])), "a fork inherits its mark"
         for fork in forks:
             self.naive[fork] = list(self.naive[branch])
         return multiple(*forks)
@@ -55,6 +57,17 @@ class TreeMachine(RuleBasedStateMachine):
             branch.append(tokens)
             path = self.naive[branch]
             path += [Token(t, path[-1].position + 1 + i) for i, t in enumerate(tokens)]
+
+    def marks(self, some: list[Branch]) -> list[int]:
+        return self.tree.marks_of(some)[0].tolist()
+
+    @rule(data=st.data())
+    def mark(self, data: st.DataObject) -> None:
+        if self.naive:
+            some = data.draw(st.lists(st.sampled_from(list(self.naive)), unique=True))
+            marks = self.tree.mark(some).tolist()
+            assert not set(marks) & set(self.marked) and len(set(marks)) == len(some)
+            self.marked.update((mark, list(self.naive[b])) for mark, b in zip(marks, some, strict=True))
 
     @rule(data=st.data())
     def append_one_to_many(self, data: st.DataObject) -> None:
@@ -93,7 +106,10 @@ class TreeMachine(RuleBasedStateMachine):
         if branch.alive:
             path = self.naive[branch]
             length = data.draw(st.integers(path[0].position + 1, path[-1].position + 1))
+            mark = self.marks([branch])[0]
             branch.rewind(length)
+            kept = mark >= 0 and length > self.marked[mark][-1].position
+            assert self.marks([branch]) == [mark if kept else -1]
             self.naive[branch] = path[: length - path[0].position]
 
     @rule(branch=consumes(branches))
@@ -108,8 +124,9 @@ class TreeMachine(RuleBasedStateMachine):
         some = data.draw(st.lists(st.sampled_from(list(self.naive)), min_size=1, unique=True))
         parents = data.draw(st.lists(st.integers(0, len(some) - 1), min_size=1, max_size=len(some) + 2))
         paths = [list(self.naive[some[p]]) for p in parents]
-        in_use = self.tree.slots.in_use
+        in_use, marks = self.tree.slots.in_use, self.marks(some)
         out = reassign(some, parents)
+        assert self.marks(out) == [marks[p] for p in parents]
         assert self.tree.slots.in_use <= in_use
         for gone in some[len(parents) :]:
             del self.naive[gone]
@@ -245,6 +262,14 @@ class TreeMachine(RuleBasedStateMachine):
         for branch, path in self.naive.items():
             assert branch.tokens.tolist() == [t.id for t in path]
             assert branch.length == path[-1].position + 1
+
+    @invariant()
+    def marked_branches_still_see_what_they_saw(self) -> None:
+        marks, lengths = self.tree.marks_of(list(self.naive))
+        for path, mark, length in zip(self.naive.values(), marks.tolist(), lengths.tolist(), strict=True):
+            if mark >= 0:
+                text = self.marked[mark]
+                assert path[: len(text)] == text and length == text[-1].position + 1
 
     @invariant()
     def slots_are_bounded(self) -> None:

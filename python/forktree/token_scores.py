@@ -128,8 +128,7 @@ class Draw:
     @cached_property
     def keys(self) -> NDArray[np.uint64]:
         """What keys the noise of a row: `mix(mix(seed) ^ position)`, `[T]`."""
-        seed, position = (np.asarray(x).astype(np.uint64).reshape(-1) for x in (self.seed, self.position))
-        return mix(mix(seed) ^ position)
+        return mix(mix(_uint64(self.seed)) ^ _uint64(self.position))
 
     @cached_property
     def settings(self) -> NDArray[np.float64]:
@@ -146,6 +145,12 @@ class Draw:
         """Whether a row may lose tokens to top-k, top-p or min-p."""
         temperature, top_k, top_p, min_p = self.settings
         return bool(((temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))).any())
+
+
+def _uint64(values: ArrayLike) -> NDArray[np.uint64]:
+    """`[T]`. Of a list with integers of 2^63 and more numpy would make floating-point numbers first."""
+    given = np.asarray(values)
+    return (given if given.dtype.kind in "iu" else np.asarray(values, dtype=np.uint64)).astype(np.uint64).reshape(-1)
 
 
 COLDEST = 1e-5  # temperatures below count as 0
