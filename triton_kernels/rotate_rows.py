@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from forktree.ops.checks import check_rotate_rows
-from forktree.ops.cpu.dispatch import is_watched
-from forktree.ops.cpu.dtypes import dtype_number
+from forktree.ops.dtypes import dtype_number
+from forktree.ops.watched import is_watched
 from forktree.triton_kernels.device import device_of
 
 HEADS = 8  # turned at once: 8 * 64 pairs are four for each of 128 threads

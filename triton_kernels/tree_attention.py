@@ -15,8 +15,8 @@ from torch import Tensor
 
 from forktree.ops.checks import check_plan_tensors, check_tree_attention
 from forktree.ops.choice import MAX_DIM
-from forktree.ops.cpu.dispatch import is_watched
-from forktree.ops.cpu.dtypes import dtype_number
+from forktree.ops.dtypes import dtype_number
+from forktree.ops.watched import is_watched
 from forktree.plan import AttentionPlan
 from forktree.target import NARROW, multiprocessors
 from forktree.triton_kernels.device import architecture, device_of

@@ -29,8 +29,8 @@ from forktree.ops.checks import (
     check_tree_attention,
 )
 from forktree.ops.choice import available, choose, launcher, load, missing
-from forktree.ops.cpu.dispatch import is_watched
 from forktree.ops.vocabulary import answer
+from forktree.ops.watched import is_watched
 from forktree.plan import AttentionPlan
 from forktree.token_scores import TokenRequest, TokenScores
 

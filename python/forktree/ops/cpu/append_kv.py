@@ -5,8 +5,8 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.ops.checks import check_append_kv
-from forktree.ops.cpu.dispatch import is_watched
-from forktree.ops.cpu.dtypes import dtype_number
+from forktree.ops.dtypes import dtype_number
+from forktree.ops.watched import is_watched
 
 
 def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:

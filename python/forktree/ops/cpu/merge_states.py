@@ -5,7 +5,7 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.ops.checks import check_merge_states
-from forktree.ops.cpu.dtypes import dtype_number
+from forktree.ops.dtypes import dtype_number
 
 
 def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

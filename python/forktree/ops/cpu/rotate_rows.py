@@ -5,7 +5,7 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.ops.checks import check_rotate_rows
-from forktree.ops.cpu.dtypes import dtype_number
+from forktree.ops.dtypes import dtype_number
 
 
 def rotate_rows(q: Tensor, shift: Tensor, inv_freq: Tensor, *, interleaved: bool, rotary_dim: int) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.ops.checks import check_draw_tensors, check_lm_head
-from forktree.ops.cpu.dtypes import dtype_number
+from forktree.ops.dtypes import dtype_number
 from forktree.ops.vocabulary import Vocabulary
 
 

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.ops.checks import check_plan_tensors, check_tree_attention
-from forktree.ops.cpu.dispatch import is_watched
-from forktree.ops.cpu.dtypes import dtype_number
+from forktree.ops.dtypes import dtype_number
+from forktree.ops.watched import is_watched
 from forktree.plan import AttentionPlan
 
 

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.ops.checks import check_append_kv, check_slots
-from forktree.ops.cpu.dispatch import is_watched
-from forktree.ops.cpu.dtypes import dtype_number
 from forktree.ops.cuda.stream import stream_of
+from forktree.ops.dtypes import dtype_number
+from forktree.ops.watched import is_watched
 
 
 def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:

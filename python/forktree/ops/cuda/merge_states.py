@@ -5,8 +5,8 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.ops.checks import check_lists, check_merge_states
-from forktree.ops.cpu.dtypes import dtype_number
 from forktree.ops.cuda.stream import stream_of
+from forktree.ops.dtypes import dtype_number
 
 
 def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
