@@ -3,12 +3,12 @@
     python bench/step.py      # random Qwen2-0.5B-shaped bf16 model, 16 samples and 16 beams, prompt 256, 2 threads
 
 One clock runs all the time and is handed from part to part as functions are entered and left, so the parts add up to
-the step and nothing is run twice or left out. Model: the decoder without its attention function, and the head's
-matrix product. Attention: forktree's attention function, which appends and attends, called by every layer. Planning:
-layout and plans, or growing those of the step before. Packing: the rest of a forward pass. Tree: which tokens are
-pending, and their slots. Search: logits to tokens, and the search's own decisions. Means of the steps in which every
-branch computes one token; prefill and the first two of them are left out. Prints a table and writes
-bench/results/step-<device>.json.
+the step and nothing is run twice or left out. Model: the decoder without its attention function. Head: from hidden
+states to tokens, or to the best ones, the head's product included. Attention: forktree's attention function, which
+appends and attends, called by every layer. Planning: layout and plans, or growing those of the step before. Packing:
+the rest of a forward pass. Tree: which tokens are pending, and their slots. Search: the search's own decisions. Means
+of the steps in which every branch computes one token; prefill and the first two of them are left out. Prints a table
+and writes bench/results/step-<device>.json.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from rich.table import Table
 from transformers import AttentionInterface
 
 import forktree
-from forktree.model import head, interface
+from forktree.model import interface
 
-PARTS = ("model", "attention", "planning", "packing", "tree", "search", "engine")
+PARTS = ("model", "head", "attention", "planning", "packing", "tree", "search", "engine")
 
 
 class Clock:
@@ -62,7 +61,7 @@ def watch(decoder: forktree.Decoder, clock: Clock) -> None:
     """Puts the clock around the parts."""
     engine, lane, model = decoder.engine, decoder.lane, decoder.lane.runner.spec.packed.decoder
     model.forward = clock.around("model", model.forward)
-    head.F = SimpleNamespace(linear=clock.around("model", torch.nn.functional.linear))
+    lane.runner.score = clock.around("head", lane.runner.score)
     AttentionInterface.register(interface.IMPLEMENTATION, clock.around("attention", interface._attention))
     lane._plans_for = clock.around("planning", lane._plans_for)
     lane.forward = clock.around("packing", lane.forward)
@@ -116,11 +115,12 @@ def main() -> None:
     }
     report = {name: measure(decoder, clock, search, args) for name, search in searches.items()}
     table = Table(title=f"ms a step, {args.shape} bf16, prompt {args.prompt}, {args.threads} threads")
-    for column in ("", "step", *PARTS, "outside the model"):
+    for column in ("", "step", *PARTS, "outside model and head"):
         table.add_column(column, justify="right")
     for name, ms in report.items():
         step = sum(ms.values())
-        table.add_row(name, f"{step:.1f}", *(f"{ms[p]:.2f}" for p in PARTS), f"{1 - ms['model'] / step:.1%}")
+        rest = 1 - (ms["model"] + ms["head"]) / step
+        table.add_row(name, f"{step:.1f}", *(f"{ms[p]:.2f}" for p in PARTS), f"{rest:.1%}")
     Console(width=120).print(table)
     if args.shape != "tiny":
         path = Path(__file__).parent / "results" / f"step-{args.device}.json"
