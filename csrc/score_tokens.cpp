@@ -100,30 +100,19 @@ private:
 
 // ------------------------------------------------------------------ a block of rows
 
+// Sums over the vocabulary, relative to the highest: as ChunkSums.
 struct Total {
     double max = -INF, sum = 0, weighted = 0;
 
-    void add(double max_from, double sum_from, double weighted_from) {
-        if (std::isnan(sum_from)) sum = sum_from;
-        if (!(sum_from > 0) || std::isnan(sum)) return;
-        const double top = std::max(max, max_from);
-        const double down = max == -INF ? 0 : std::exp(max - top), down_more = std::exp(max_from - top);
-        if (max != -INF) weighted = (weighted + sum * (max - top)) * down;
-        weighted += (weighted_from + sum_from * (max_from - top)) * down_more;
-        sum = sum * down + sum_from * down_more;
-        max = top;
-    }
-
-    double lse() const { return std::isnan(sum) ? sum : sum > 0 ? max + std::log(sum) : -INF; }
+    double lse() const { return max == -INF && sum == 0 ? -INF : max + std::log(sum); }
 };
 
 // What is known of the draw of a row before it is made.
 struct Nucleus {
-    float highest = 0;       // s
-    float threshold = -INF;  // of s
-    double limit = 0;        // tokens that top-k leaves; 0: all
-    double share = 1;        // top-p
-    float least = -INF;      // threshold of min-p
+    float highest = 0;   // s
+    double limit = 0;    // tokens that top-k leaves; 0: all
+    double share = 1;    // top-p
+    float least = -INF;  // threshold of min-p
 };
 
 class Block {
@@ -259,7 +248,14 @@ private:
     Total total(int64_t lane, int64_t first) const {
         Total all;
         for (int64_t chunk = 0; chunk < room.chunks; ++chunk)
-            all.add(sums(chunk, first)[lane], sums(chunk, first + 1)[lane], first ? 0 : sums(chunk, 2)[lane]);
+            all.max = std::max(all.max, double(sums(chunk, first)[lane]));
+        for (int64_t chunk = 0; chunk < room.chunks; ++chunk) {
+            const double sum = sums(chunk, first + 1)[lane], distance = sums(chunk, first)[lane] - all.max;
+            if (sum == 0) continue;
+            const double down = std::exp(distance);
+            all.sum += sum * down;
+            if (first == 0 && down > 0) all.weighted += (sums(chunk, 2)[lane] + sum * distance) * down;
+        }
         return all;
     }
 
