@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from forktree.ops.checks import check_lm_head
+from forktree.ops.checks import check_draw_tensors, check_lm_head
 from forktree.ops.choice import FLOATS
 from forktree.sampling import TILE as NOISE_TILE
 from forktree.target import multiprocessors
@@ -831,8 +831,10 @@ def launch(
     allowed: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """See `forktree.ops.vocabulary`. More than 64 best tokens, and fp64, are left to the torch backend."""
+    edits = edit_indptr, edit_ids, edit_ops, edit_values
     check_lm_head(hidden, lm_head, bias, scale, softcap or None)
-    draw = keys, settings, truncates, edit_indptr, edit_ids, edit_ops, edit_values, allowed
+    check_draw_tensors(hidden, len(lm_head), top_k, keys, settings, edits, allowed)
+    draw = keys, settings, truncates, *edits, allowed
     if top_k > LISTED or hidden.dtype not in FLOATS:
         other: Callable[..., Any] = importlib.import_module("forktree.ops.torch_backend.score_tokens").launch
         answer: tuple[Tensor, ...] = other(hidden, lm_head, bias, scale, softcap, top_k, entropy, *draw)
