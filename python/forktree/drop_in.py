@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
@@ -113,6 +115,7 @@ class _Run:
             early_stopping=config.early_stopping,
             max_new_tokens=self._room,
             do_sample=bool(config.do_sample),
+            best_first=Version(transformers.__version__) >= Version("5.24"),
         )
         # as in transformers, where a pad id of 0 counts as none
         fill = -1 if eos is None else int(pad) if pad is not None and int(pad) else int(eos[0])

@@ -31,6 +31,7 @@ class BeamRules:
     num_candidates: M, continuations looked at a step: `max(2, 1 + number of EOS ids) * num_beams`.
     max_new_tokens: used by the bound of `early_stopping="never"`.
     do_sample: draw the candidates without replacement, by torch's global generator, instead of taking the best.
+    best_first: put drawn candidates in order, as transformers does from 5.24 on; before, they stood as drawn.
     """
 
     num_beams: int
@@ -39,6 +40,7 @@ class BeamRules:
     early_stopping: bool | str
     max_new_tokens: int
     do_sample: bool = False
+    best_first: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ def propose(log_probs: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
     if rules.do_sample:
         index = torch.multinomial(total.softmax(dim=-1), num_samples=rules.num_candidates)
         best = total.gather(1, index)
+        if rules.best_first:
+            best, order = best.sort(dim=1, descending=True)
+            index = index.gather(1, order)
     else:
         best, index = total.topk(rules.num_candidates)
     return Candidates(best, index // vocab, index % vocab)
