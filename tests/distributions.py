@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from forktree import Draw, Sampling
-from forktree.kv.tree import mix
+from forktree.mix import mix
 
 TILE = 64
 

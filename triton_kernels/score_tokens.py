@@ -15,11 +15,8 @@ radix search over the bits of the logits, three digits each for top-k and top-p,
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -27,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from forktree.ops.checks import check_draw_tensors, check_lm_head
-from forktree.ops.choice import FLOATS
+from forktree.ops.choice import FLOATS, launcher
+from forktree.ops.vocabulary import Vocabulary
 from forktree.sampling import TILE as NOISE_TILE
 from forktree.target import multiprocessors
 from forktree.token_scores import REPETITION as REPEATED
@@ -836,21 +834,12 @@ def launch(
     check_draw_tensors(hidden, len(lm_head), top_k, keys, settings, edits, allowed)
     draw = keys, settings, truncates, *edits, allowed
     if top_k > LISTED or hidden.dtype not in FLOATS:
-        other: Callable[..., Any] = importlib.import_module("forktree.ops.torch_backend.score_tokens").launch
-        answer: tuple[Tensor, ...] = other(hidden, lm_head, bias, scale, softcap, top_k, entropy, *draw)
+        answer: tuple[Tensor, ...] = launcher("torch", "score_tokens")(
+            hidden, lm_head, bias, scale, softcap, top_k, entropy, *draw
+        )
         return answer
-    rows, drawn = len(hidden), 0 if keys is None else len(hidden)
-    hidden = hidden.contiguous()
-    real = hidden.new_empty(0, dtype=torch.float32)
-    found = (
-        real.new_empty(rows),
-        real.new_empty(rows if entropy else 0),
-        hidden.new_empty(rows, top_k, dtype=torch.long),
-        real.new_empty(rows, top_k),
-        hidden.new_empty(drawn, dtype=torch.long),
-        real.new_empty(drawn),
-        real.new_empty(drawn),
-    )
+    rows, hidden = len(hidden), hidden.contiguous()
+    found = Vocabulary.empty(hidden, top_k, entropy, keys is not None)
     for begin in range(0, rows, ROWS):
         part = slice(begin, begin + ROWS)
         _launch(

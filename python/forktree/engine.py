@@ -321,7 +321,8 @@ class Engine:
         if not parts:
             return None
         works = [work for some, *_ in parts for work in some]
-        hidden, tokens, log_probs = (torch.cat(column) for column in zip(*(part[1:] for part in parts), strict=True))
+        columns = zip(*(part[1:] for part in parts), strict=True)
+        hidden, tokens, log_probs = (torch.cat(c) if len(c) > 1 else c[0] for c in columns)
         rows = [work.ready() for work in works]
         for work, at in zip(works, rows, strict=True):
             work.count(at)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from forktree.errors import InvalidInput
+from forktree.mix import mix_bits
 
 TILE = 64  # tokens whose mass shares one Gumbel number
 
@@ -48,14 +49,6 @@ def noise(keys: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
 
 def noise_of(keys: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
     """The same for tiles of these numbers, int64 `[n]` or `[T, n]`."""
-    bits = _mix(keys[:, None] ^ tiles)
+    bits = mix_bits(keys[:, None] ^ tiles)
     high, low = bits >> 32 & 0xFFFFFFFF, bits & 0xFFFFFFFF
     return -torch.log1p(-(high.double() + 0.5) * 2.0**-32), low.double() * 2.0**-32
-
-
-def _mix(z: Tensor) -> Tensor:
-    """`forktree.kv.tree.mix` on the bits of int64, whose shifts keep the sign and must not."""
-    z = z + (0x9E3779B97F4A7C15 - 2**64)
-    z = (z ^ (z >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
-    z = (z ^ (z >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
-    return z ^ (z >> 31 & 2**33 - 1)

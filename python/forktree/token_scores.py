@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from forktree.errors import InvalidInput, NonFinite
-from forktree.kv.tree import mix
+from forktree.mix import mix
 from forktree.sampling import Sampling
 
 ADD, REPETITION = 0, 1  # operations of `Edits`

@@ -81,9 +81,12 @@ class TokensWork(Work):
             return logits
         scores = runner.score(hidden, request.request)
         if request.checked:
-            if scores.lse is not None:
-                self._check(scores.lse)
-            scores.check()
+            try:
+                scores.check()
+            except NonFinite:
+                if scores.lse is not None:
+                    self._check(scores.lse)  # names the branch
+                raise
         return scores
 
     def _check(self, numbers: Tensor) -> None:

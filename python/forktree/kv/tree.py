@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from forktree.kv.slots import Ints, SlotAllocator, spans
 from forktree.layout import TreeLayout
+from forktree.mix import mix
 
 _ID = attrgetter("id")
 _MARKS = itertools.count()  # of all trees
@@ -823,11 +824,3 @@ def _columns(chunks: Sequence[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int
     """Nodes, begins and stops, `[len(chunks)]` each."""
     node, begin, stop = np.array(chunks, dtype=np.int64).reshape(-1, 3).T
     return node, begin, stop
-
-
-def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection on 64-bit integers that looks random."""
-    z = np.atleast_1d(values) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))

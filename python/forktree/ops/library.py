@@ -21,6 +21,7 @@ from forktree.ops.checks import (
     check_tree_attention,
 )
 from forktree.ops.choice import choose, launcher
+from forktree.ops.vocabulary import Vocabulary
 
 LIBRARY = Library("forktree", "DEF")  # the operations live as long as this object
 
@@ -105,14 +106,4 @@ def _(
     *draw: Any,
 ) -> tuple[Tensor, ...]:
     check_lm_head(hidden, lm_head, bias, scale, softcap or None)
-    rows, drawn = hidden.shape[0], 0 if keys is None else hidden.shape[0]
-    real = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
-    return (
-        hidden.new_empty(rows, dtype=real),
-        hidden.new_empty(rows if entropy else 0, dtype=real),
-        hidden.new_empty(rows, top_k, dtype=torch.long),
-        hidden.new_empty(rows, top_k, dtype=real),
-        hidden.new_empty(drawn, dtype=torch.long),
-        hidden.new_empty(drawn, dtype=real),
-        hidden.new_empty(drawn, dtype=real),
-    )
+    return tuple(Vocabulary.empty(hidden, top_k, entropy, keys is not None))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forktree.ops.reference.precision import math_dtype
 from forktree.token_scores import Ragged, TokenRequest, TokenScores
 from forktree.transfer import upload
 
@@ -25,6 +26,21 @@ class Vocabulary(NamedTuple):
     token: Tensor  # [T] int64
     token_logit: Tensor  # [T] as the model gives it; NaN where the row is not finite or nothing is left
     shaped_log_prob: Tensor  # [T] likewise
+
+    @classmethod
+    def empty(cls, hidden: Tensor, top_k: int, entropy: bool, draws: bool) -> Vocabulary:
+        """Room for it, on the device of hidden [T, ...]."""
+        rows, real = hidden.shape[0], math_dtype(hidden)
+        drawn = rows if draws else 0
+        return cls(
+            lse=hidden.new_empty(rows, dtype=real),
+            entropy=hidden.new_empty(rows if entropy else 0, dtype=real),
+            top_ids=hidden.new_empty(rows, top_k, dtype=torch.long),
+            top_logits=hidden.new_empty(rows, top_k, dtype=real),
+            token=hidden.new_empty(drawn, dtype=torch.long),
+            token_logit=hidden.new_empty(drawn, dtype=real),
+            shaped_log_prob=hidden.new_empty(drawn, dtype=real),
+        )
 
 
 Launch = Callable[..., Any]  # the arguments of `forktree::score_tokens` (forktree.ops.library) -> those of Vocabulary
@@ -75,11 +91,14 @@ def complete(
         top_k = min(max(request.top_k, 2 if request.margin else 0), vocab)
         found |= _of_vocabulary(Vocabulary(*launch(top_k, *tensors(request, hidden))), request)
     lse = found.get("lse")
-    every = torch.arange(len(hidden), device=hidden.device)
+
+    def every() -> Tensor:
+        return torch.arange(len(hidden), device=hidden.device)
+
     if request.targets is not None and lse is not None:
-        found["target_log_probs"] = of_pairs(every, request.targets.long()) - lse
+        found["target_log_probs"] = of_pairs(every(), request.targets.long()) - lse
     if isinstance(request.select, Ragged):
-        rows = every.repeat_interleave(request.select.indptr.long().diff(), output_size=len(request.select.ids))
+        rows = every().repeat_interleave(request.select.indptr.long().diff(), output_size=len(request.select.ids))
         found["selected_logits"] = z = of_pairs(rows, request.select.ids.long())
         if lse is not None:
             found["selected_log_probs"] = z - lse[rows]
@@ -92,9 +111,9 @@ def complete(
     if request.rewards is not None:
         if request.top_k:
             ids = found["top_ids"]
-            found["top_rewards"] = paired(hidden, request.rewards, every[:, None].expand_as(ids), ids)
+            found["top_rewards"] = paired(hidden, request.rewards, every()[:, None].expand_as(ids), ids)
         if request.draw is not None:
-            found["token_reward"] = paired(hidden, request.rewards, every, found["token"])
+            found["token_reward"] = paired(hidden, request.rewards, every(), found["token"])
     return TokenScores(**found)
 
 
@@ -132,7 +151,7 @@ def _of_vocabulary(found: Vocabulary, request: TokenRequest) -> dict[str, Tensor
 
 def crossed(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     """hidden[t] · weight[id] for all rows and ids, [T, n], summed in fp32 (fp64 for fp64)."""
-    math = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    math = math_dtype(hidden)
     some = max(1, GATHERED // (hidden.shape[1] * math.itemsize))
     rows = hidden.to(math)
     return torch.cat([rows @ weight[of].to(math).T for of in ids.split(some)], dim=1)
@@ -140,7 +159,7 @@ def crossed(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 def paired(hidden: Tensor, weight: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
     """hidden[row] · weight[id] for every pair, in their shape, summed in fp32 (fp64 for fp64)."""
-    math = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    math = math_dtype(hidden)
     shape, rows, ids = rows.shape, rows.reshape(-1), ids.reshape(-1)
     some = max(1, GATHERED // (hidden.shape[1] * math.itemsize))
     parts = [

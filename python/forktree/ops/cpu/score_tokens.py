@@ -34,16 +34,7 @@ def launch(
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    drawn = 0 if keys is None else rows
-    found = Vocabulary(
-        lse=hidden.new_empty(rows, dtype=torch.float32),
-        entropy=hidden.new_empty(rows if entropy else 0, dtype=torch.float32),
-        top_ids=hidden.new_empty(rows, top_k, dtype=torch.long),
-        top_logits=hidden.new_empty(rows, top_k, dtype=torch.float32),
-        token=hidden.new_empty(drawn, dtype=torch.long),
-        token_logit=hidden.new_empty(drawn, dtype=torch.float32),
-        shaped_log_prob=hidden.new_empty(drawn, dtype=torch.float32),
-    )
+    found = Vocabulary.empty(hidden, top_k, entropy, keys is not None)
     given = [None if x is None else x.contiguous() for x in (keys, settings, *edits, allowed)]
     addresses = [0 if x is None else x.data_ptr() for x in given]
     addresses += [x.data_ptr() if x.numel() else 0 for x in found]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from forktree.ops.checks import check_draw_tensors, check_lm_head, check_token_request
+from forktree.ops.reference.precision import math_dtype
 from forktree.ops.vocabulary import Vocabulary, complete
 from forktree.sampling import TILE, noise_of
 from forktree.token_scores import REPETITION, TokenRequest, TokenScores
@@ -45,7 +46,7 @@ def launch(
     keys, settings, _, *edits, allowed = draw
     check_lm_head(hidden, lm_head, bias, scale, softcap or None)
     check_draw_tensors(hidden, len(lm_head), top_k, keys, settings, tuple(edits), allowed)
-    size, vocab, real = hidden.shape[1], lm_head.shape[0], _real(hidden)
+    size, vocab, real = hidden.shape[1], lm_head.shape[0], math_dtype(hidden)
     exact = hidden.dtype != real and hidden.is_cuda  # sums of 16-bit products that are not rounded to 16 bits
     widens = hidden.dtype != real and not exact
     block, some = _sizes(hidden, vocab, top_k, widens * size * real.itemsize)
@@ -76,7 +77,7 @@ def from_logits(logits: Tensor, request: TokenRequest, hidden: Tensor) -> TokenS
             f"logits must be floating-point [{len(hidden)}, V] with V at least 1, got {logits.dtype} "
             f"{list(logits.shape)}"
         )
-    vocab, real = logits.shape[1], _real(logits)
+    vocab, real = logits.shape[1], math_dtype(logits)
     check_token_request(request, hidden, vocab)
 
     def passed(top_k: int, entropy: bool, *draw: Any) -> Vocabulary:
@@ -114,17 +115,7 @@ def score_chunks(
 
     like: `[T, ...]`, of their device and type. block: rows done together. The others as in `launch`.
     """
-    rows, real = len(like), _real(like)
-    drawn = 0 if keys is None else rows
-    found = Vocabulary(
-        lse=like.new_empty(rows, dtype=real),
-        entropy=like.new_empty(rows if entropy else 0, dtype=real),
-        top_ids=like.new_empty(rows, top_k, dtype=torch.long),
-        top_logits=like.new_empty(rows, top_k, dtype=real),
-        token=like.new_empty(drawn, dtype=torch.long),
-        token_logit=like.new_empty(drawn, dtype=real),
-        shaped_log_prob=like.new_empty(drawn, dtype=real),
-    )
+    rows, found = len(like), Vocabulary.empty(like, top_k, entropy, keys is not None)
     shaping = None
     if keys is not None and settings is not None:
         shaping = Shaping.of(vocab, keys, settings, *changes)
@@ -172,10 +163,6 @@ def _score(chunks: Chunks, part: slice, shaping: Shaping | None, truncates: bool
     if best.keep:
         found.top_ids.copy_(best.ids)
         found.top_logits.copy_(best.values)
-
-
-def _real(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _sizes(x: Tensor, vocab: int, top_k: int, weight: int) -> tuple[int, int]:
