@@ -9,7 +9,9 @@ from scipy import stats
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import forktree
+import tiny
 from forktree.errors import InvalidInput
+from forktree.lane import Lane
 from forktree.search.beam import BeamRules, propose
 
 IDS = torch.tensor([[0, 0, 5, 6, 7], [0, 9, 10, 11, 12], [5, 6, 7, 8, 9]])
@@ -199,17 +201,39 @@ def test_beam_sampling_is_transformers_own(llama: Any) -> None:
     assert outputs[0] == outputs[1]
 
 
-def test_the_prompt_is_computed_once(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes = []
-    from forktree.lane import Lane
-
+@pytest.fixture
+def lanes(monkeypatch: pytest.MonkeyPatch) -> list[Lane]:
+    """Those made from now on."""
+    made: list[Lane] = []
     init = Lane.__init__
 
     def watched(self: Lane, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        lanes.append(self)
+        made.append(self)
 
     monkeypatch.setattr(Lane, "__init__", watched)
+    return made
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_memory_follows_the_tokens_there_are(
+    lanes: list[Lane], monkeypatch: pytest.MonkeyPatch, num_beams: int
+) -> None:
+    tiny.pools_of_nan(monkeypatch, first=8)
+    torch.manual_seed(0)
+    eos = list(range(1, 25))
+    config = LlamaConfig(**SHAPE, max_position_embeddings=2**18, eos_token_id=eos, pad_token_id=0)
+    model = peaked(LlamaForCausalLM(config))
+    settings = dict(attention_mask=MASK, do_sample=False, num_beams=num_beams)
+    got = model.generate(IDS, max_new_tokens=2**17, custom_generate=forktree.generate, **settings)
+    assert got.tolist() == model.generate(IDS, max_new_tokens=200, **settings).tolist()
+    assert got.shape[1] < 50
+    (lane,) = lanes
+    assert lane.runner.num_slots > len(IDS) * num_beams * 2**17
+    assert max(len(x) for pool in lane.runner.pools for x in pool) <= 2048 and len(lane.tree.slots.is_free()) <= 8192
+
+
+def test_the_prompt_is_computed_once(llama: Any, lanes: list[Lane]) -> None:
     llama.generate(
         IDS[2:], custom_generate=forktree.generate, num_beams=8, do_sample=False, max_new_tokens=4, eos_token_id=None
     )

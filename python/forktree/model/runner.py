@@ -29,9 +29,9 @@ Plans = Mapping[LayerKind, AttentionPlan]
 class Runner:
     """A proved model (`attach`) and pools for the keys and values of up to `num_slots` tokens in every layer.
 
-    The pools hold 512 slots at first and are at least doubled, up to `num_slots`, when a step uses a slot beyond: memory
-    follows the highest slot in use, one layer at a time, so that only one is ever held twice. `bytes_per_slot` is what a
-    slot takes in all layers.
+    The pools hold 512 slots at first, and at least twice as many whenever a step uses one beyond, up to `num_slots`:
+    memory follows the highest slot in use. They grow one layer at a time, so that only one is ever held twice.
+    `bytes_per_slot` is what a slot takes in all layers.
     """
 
     def __init__(self, spec: ModelSpec, *, num_slots: int, graphs: Graphs | None = None) -> None:
