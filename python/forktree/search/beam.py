@@ -169,12 +169,14 @@ async def beam_search(
     processors: Sequence[Processor] = (),
     stops: Criterion,
     on_step: Callable[[Tensor], None] | None = None,
+    whole_rows: bool = False,
 ) -> Finished:
     """Searches the prompts of `roots` side by side; `rows [B, L]` are their tokens, left-padded.
 
     fill: token behind the end of a finished row. processors: applied to the log-probs of all `[B * k]` rows. stops:
     told every candidate row. on_step: sees the processed log-probs of every step, `[B * k, V]`. With processors,
-    on_step or do_sample, rows of logits are computed; without, only their best are.
+    on_step, do_sample or whole_rows, rows of logits are computed, rounded as the model rounds them; without, only their
+    best are.
     """
     batch, prompt = rows.shape
     k, device = rules.num_beams, rows.device
@@ -192,7 +194,7 @@ async def beam_search(
     )
     offset = torch.arange(batch, device=device)[:, None] * k
     for step in range(rules.max_new_tokens):
-        if not processors and on_step is None and not rules.do_sample:
+        if not (whole_rows or processors or on_step or rules.do_sample):
             found = await score_tokens(beams, TokenRequest(top_k=rules.num_candidates), checked=False)
             assert found.lse is not None and found.top_ids is not None and found.top_log_probs is not None
             wrong = ~found.lse.isfinite()
