@@ -194,3 +194,25 @@ def test_text_of_a_decoder_without_tokenizer_and_of_a_failed_search() -> None:
     assert failed.candidates == []
     with pytest.raises(InvalidInput, match="tokenizer=None"):
         _ = failed.best
+
+
+def test_pools_follow_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same bits whether pools grow, full of NaN, or not; what may exist costs nothing, what existed stays."""
+    prompts, search = tiny.prompts(8), Sample(num_return_sequences=4)
+    found = []
+    for first in (4096, 1):
+        tiny.pools_of_nan(monkeypatch, first)
+        decoder = tiny.decoder(num_slots=10**9)
+        sizes = [{len(x) for pool in decoder.lane.runner.pools for x in pool}]
+        for _ in range(2):
+            results = decoder.search(prompts, search, max_new_tokens=20)
+            found.append([[(c.token_ids, c.score) for c in result.candidates] for result in results])
+            sizes.append({len(x) for pool in decoder.lane.runner.pools for x in pool})
+        assert sizes[0] == {first} and sizes[1] == sizes[2] and max(sizes[2]) <= 4096
+        tiny.assert_all_returned(decoder.lane)
+    assert found[0] == found[2] and found[1] == found[3]
+
+
+def test_more_slots_than_there_are_numbers_for() -> None:
+    with pytest.raises(InvalidInput, match="num_slots must be at least 1 and at most 2147483647, got 2147483648"):
+        tiny.decoder(num_slots=2**31)

@@ -1,15 +1,30 @@
 """The drop-in against transformers' own `generate`: token for token and score for score."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from scipy import stats
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    EosTokenCriteria,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StoppingCriteria,
+)
 
 import forktree
+import tiny
 from forktree.errors import InvalidInput
+from forktree.lane import Lane
 from forktree.search.beam import BeamRules, propose
 
 IDS = torch.tensor([[0, 0, 5, 6, 7], [0, 9, 10, 11, 12], [5, 6, 7, 8, 9]])
@@ -58,12 +73,16 @@ def assert_same(model: Any, ids: torch.Tensor = IDS, mask: torch.Tensor | None =
     assert fused.sequences.tolist() == want.sequences.tolist()
     assert len(got.scores) == len(want.scores)
     beams = settings.get("num_beams", 1) > 1
-    eos = torch.tensor(settings.get("eos_token_id", 1) or [])
+    eos = torch.tensor(settings.get("eos_token_id", 1) or []).flatten()
+    live = torch.ones(len(want.scores[0]), dtype=torch.bool)
     for step, (ours, theirs) in enumerate(zip(got.scores, want.scores, strict=True)):
-        # without beams, rows behind their end are not computed: their scores mean nothing
-        drawn = want.sequences[:, ids.shape[1] : ids.shape[1] + step]
-        live = torch.ones(len(ours), dtype=torch.bool) if beams else ~torch.isin(drawn, eos).any(dim=1)
         torch.testing.assert_close(ours[live], theirs[live], atol=1e-4, rtol=0)
+        # without beams, but with an EOS, rows that have ended are not computed: their scores mean nothing
+        if not beams and len(eos):
+            rows = want.sequences[:, : ids.shape[1] + step + 1]
+            live &= ~torch.isin(rows[:, -1], eos)
+            for criterion in settings.get("stopping_criteria", []):
+                live &= ~criterion(rows, want.scores[: step + 1])
     if beams:
         assert fused.beam_indices.tolist() == want.beam_indices.tolist()
         torch.testing.assert_close(got.sequences_scores, want.sequences_scores, atol=1e-4, rtol=0)
@@ -120,13 +139,55 @@ def test_without_padding_and_with_more_beams_than_tokens(llama: Any) -> None:
     assert_same(peaked(LlamaForCausalLM(config)), torch.tensor([[2, 3, 4]]), None, num_beams=8, num_return_sequences=8)
 
 
-def test_custom_stopping_criterion(llama: Any) -> None:
-    class EndsWithEven(StoppingCriteria):
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            return (input_ids[:, -1] % 6 == 0) & (input_ids.shape[1] > 7)
+class Stops(StoppingCriteria):
+    """A row stops where `rule` says so."""
 
-    for num_beams in (1, 3):
-        assert_same(llama, num_beams=num_beams, stopping_criteria=[EndsWithEven()])
+    def __init__(self, rule: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
+        self.rule = rule
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return self.rule(input_ids, scores)
+
+
+CRITERIA = {
+    "multiples": [Stops(lambda ids, _: (ids[:, -1] % 6 == 0) & (ids.shape[1] > 7))],
+    "one row each step": [Stops(lambda ids, _: torch.arange(len(ids)) % 4 == ids.shape[1] - 6)],
+    "a row stops and takes it back": [Stops(lambda ids, _: torch.arange(len(ids)) % 3 == ids.shape[1] % 3)],
+    "two": [Stops(lambda ids, _: ids[:, -1] > 30), Stops(lambda ids, _: (ids[:, 5:] < 9).sum(dim=1) > 1)],
+    "scores": [Stops(lambda ids, scores: torch.full((len(ids),), bool(scores and scores[-1].amax() > 15)))],
+    "all": [Stops(lambda ids, _: torch.full((len(ids),), ids.shape[1] == 8))],
+}
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("eos_token_id", [None, 1, [1, 2, 3, 30]])
+def test_rows_that_a_criterion_ends(llama: Any, name: str, eos_token_id: Any) -> None:
+    """With an EOS they are padded; without, they go on, from their own logits, until the last has ended."""
+    for num_beams, more in ((1, {}), (1, dict(num_return_sequences=1, no_repeat_ngram_size=2)), (3, {})):
+        assert_same(llama, num_beams=num_beams, eos_token_id=eos_token_id, stopping_criteria=CRITERIA[name], **more)
+
+
+def test_ended_rows_give_their_slots_back(llama: Any, lanes: list[Lane]) -> None:
+    held: list[int] = []
+    watch = Stops(lambda ids, _: held.append(lanes[-1].tree.slots.in_use) or ids[:, -1] < 0)
+    rows = llama.generate(
+        IDS,
+        attention_mask=MASK,
+        custom_generate=forktree.generate,
+        max_new_tokens=30,
+        do_sample=False,
+        eos_token_id=[5, 20],
+        stopping_criteria=[watch],
+    )
+    ended = (rows[:, 5:] == 0).any(dim=1)
+    assert ended.tolist() == [True, True, False] and held[-1] < max(held)
+
+
+def test_an_eos_criterion_needs_a_pad_token() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, eos_token_id=None)).eval()
+    criteria = [EosTokenCriteria(eos_token_id=3)]
+    with pytest.raises(InvalidInput, match="need a pad_token_id, got None"):
+        model.generate(IDS[2:], custom_generate=forktree.generate, max_new_tokens=3, stopping_criteria=criteria)
 
 
 def test_plain_tensor_is_returned_unless_asked_otherwise(llama: Any) -> None:
@@ -199,17 +260,39 @@ def test_beam_sampling_is_transformers_own(llama: Any) -> None:
     assert outputs[0] == outputs[1]
 
 
-def test_the_prompt_is_computed_once(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes = []
-    from forktree.lane import Lane
-
+@pytest.fixture
+def lanes(monkeypatch: pytest.MonkeyPatch) -> list[Lane]:
+    """Those made from now on."""
+    made: list[Lane] = []
     init = Lane.__init__
 
     def watched(self: Lane, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        lanes.append(self)
+        made.append(self)
 
     monkeypatch.setattr(Lane, "__init__", watched)
+    return made
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_memory_follows_the_tokens_there_are(
+    lanes: list[Lane], monkeypatch: pytest.MonkeyPatch, num_beams: int
+) -> None:
+    tiny.pools_of_nan(monkeypatch, first=8)
+    torch.manual_seed(0)
+    eos = list(range(1, 25))
+    config = LlamaConfig(**SHAPE, max_position_embeddings=2**18, eos_token_id=eos, pad_token_id=0)
+    model = peaked(LlamaForCausalLM(config))
+    settings = dict(attention_mask=MASK, do_sample=False, num_beams=num_beams)
+    got = model.generate(IDS, max_new_tokens=2**17, custom_generate=forktree.generate, **settings)
+    assert got.tolist() == model.generate(IDS, max_new_tokens=200, **settings).tolist()
+    assert got.shape[1] < 50
+    (lane,) = lanes
+    assert lane.runner.num_slots > len(IDS) * num_beams * 2**17
+    assert max(len(x) for pool in lane.runner.pools for x in pool) <= 2048 and len(lane.tree.slots.is_free()) <= 8192
+
+
+def test_the_prompt_is_computed_once(llama: Any, lanes: list[Lane]) -> None:
     llama.generate(
         IDS[2:], custom_generate=forktree.generate, num_beams=8, do_sample=False, max_new_tokens=4, eos_token_id=None
     )
@@ -229,6 +312,149 @@ REFUSED = [
 def test_what_cannot_be_honoured_is_refused(llama: Any, how: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidInput, match=named):
         llama.generate(IDS[2:], custom_generate=forktree.generate, max_new_tokens=3, **how)
+
+
+def test_usual_positions_are_honoured(llama: Any) -> None:
+    cumulative = MASK.cumsum(dim=1) - 1
+    for num_beams in (1, 3):
+        for positions in (cumulative, cumulative.clamp(min=0), cumulative.masked_fill(MASK == 0, 1)):
+            assert_same(llama, num_beams=num_beams, position_ids=positions)
+        assert_same(llama, IDS[2:], None, num_beams=num_beams, position_ids=torch.arange(5)[None])
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_other_positions_are_refused(llama: Any, num_beams: int) -> None:
+    cumulative = MASK.cumsum(dim=1) - 1
+    wrong = cumulative.clone()
+    wrong[0, -1] += 1
+    for positions in (torch.arange(5)[None].repeat(3, 1), cumulative + 1, wrong, cumulative.flip(1)):
+        with pytest.raises(InvalidInput, match=r"gives position_ids \[\d, 5\] with \["):
+            llama.generate(
+                IDS,
+                attention_mask=MASK,
+                position_ids=positions,
+                num_beams=num_beams,
+                custom_generate=forktree.generate,
+                max_new_tokens=3,
+            )
+
+
+class Prepares(LlamaForCausalLM):
+    """Gives the model what `change` makes of the usual inputs."""
+
+    change: Callable[[dict[str, Any]], Any] = staticmethod(lambda inputs: None)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        type(self).change(inputs)
+        return inputs
+
+
+CHANGES = {
+    "inputs_embeds": lambda i: i.update(inputs_embeds=torch.zeros(len(i["input_ids"]), 7, 32), input_ids=None),
+    "input_ids": lambda i: i.update(input_ids=i["input_ids"].flip(1)),
+    "attention_mask": lambda i: i.update(attention_mask=torch.tril(torch.ones(5, 5))),
+    "token_type_ids": lambda i: i.update(token_type_ids=torch.ones_like(i["input_ids"])),
+    "position_ids": lambda i: i.update(position_ids=i["position_ids"] * 2),
+    "langs": lambda i: i.update(langs=[1, 2]),
+}
+
+
+@pytest.mark.parametrize("named", CHANGES)
+def test_a_model_that_prepares_other_inputs_is_refused(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    """By its class, or by an attribute of its own as wrappers set it; what it adds is named, what it says is not."""
+    model = Prepares(LlamaConfig(**SHAPE, eos_token_id=None)).eval()
+    settings = dict(attention_mask=MASK, do_sample=False, max_new_tokens=4, pad_token_id=0)
+    monkeypatch.setattr(Prepares, "change", staticmethod(lambda i: i.update(is_first=True, bias=None)))
+    got = model.generate(IDS, custom_generate=forktree.generate, **settings)
+    monkeypatch.undo()
+    assert got.tolist() == model.generate(IDS, **settings).tolist()
+    monkeypatch.setattr(Prepares, "change", staticmethod(CHANGES[named]))
+    with pytest.raises(InvalidInput, match=f"Prepares.prepare_inputs_for_generation gives .*{named} "):
+        model.generate(IDS, custom_generate=forktree.generate, **settings)
+    own = model.prepare_inputs_for_generation
+    monkeypatch.undo()
+    model.prepare_inputs_for_generation = lambda *args, **kwargs: CHANGES[named](i := own(*args, **kwargs)) or i
+    with pytest.raises(InvalidInput, match=f"gives .*{named} "):
+        model.generate(IDS, custom_generate=forktree.generate, **settings)
+
+
+def test_adapters() -> None:
+    """LoRA is weights; prompt tuning, P-tuning and prefix tuning put something before the prompt."""
+    peft = pytest.importorskip("peft")
+    kind, settings = dict(task_type="CAUSAL_LM"), dict(do_sample=False, max_new_tokens=8, pad_token_id=0)
+
+    def adapted(config: Any) -> Any:
+        torch.manual_seed(0)
+        model = peaked(LlamaForCausalLM(LlamaConfig(**SHAPE, max_position_embeddings=128, eos_token_id=1)))
+        return peft.get_peft_model(model, config).eval()
+
+    model = adapted(peft.LoraConfig(**kind, target_modules=["q_proj", "v_proj", "lm_head"], init_lora_weights=False))
+    for num_beams in (1, 3):
+        settings["num_beams"] = num_beams
+        want = model.generate(input_ids=IDS, attention_mask=MASK, **settings)
+        got = model.generate(input_ids=IDS, attention_mask=MASK, custom_generate=forktree.generate, **settings)
+        assert got.tolist() == want.tolist()
+    for config, named in (
+        (peft.PromptTuningConfig(**kind, num_virtual_tokens=4), "inputs_embeds"),
+        (peft.PromptEncoderConfig(**kind, num_virtual_tokens=4, encoder_hidden_size=16), "inputs_embeds"),
+        (peft.PrefixTuningConfig(**kind, num_virtual_tokens=4), "past_key_values|cache"),
+    ):
+        model = adapted(config)
+        for rows in (slice(None), slice(2, None)):
+            with pytest.raises(InvalidInput, match=f"gives .*({named}) "):
+                model.generate(
+                    input_ids=IDS[rows], attention_mask=MASK[rows], custom_generate=forktree.generate, **settings
+                )
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_positions_are_looked_at_before_anything_runs(num_beams: int) -> None:
+    """5 + 24 tokens, the last of which takes no position."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=28)).eval()
+    settings = dict(num_beams=num_beams, eos_token_id=None)
+    assert_same(model, max_new_tokens=24, **settings)
+    runs: list[Any] = []
+    model.transformer.register_forward_hook(lambda *_: runs.append(1))
+    with pytest.raises(InvalidInput, match="a prompt of 5 tokens and 25 new ones take 29 positions, the model has 28"):
+        model.generate(
+            IDS, attention_mask=MASK, custom_generate=forktree.generate, max_new_tokens=25, pad_token_id=0, **settings
+        )
+    assert not runs
+
+
+HALVES = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "gemma2": lambda: Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=3.0),
+    "cohere": lambda: CohereConfig(**SHAPE, logit_scale=0.3),
+    "granite": lambda: GraniteConfig(**SHAPE, logits_scaling=6.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", HALVES)
+def test_half_precision_chooses_among_rounded_logits(name: str, dtype: torch.dtype) -> None:
+    """Many logits are equal once they are rounded; hidden states of single tokens are the model's own, bit for bit."""
+    config = HALVES[name]()
+    config.update(dict(vocab_size=400, eos_token_id=None, pad_token_id=0, bos_token_id=None))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    ids = torch.arange(400)[:, None]
+    single = dict(attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=1)
+    with torch.no_grad():
+        logits = model(ids).logits[:, -1]
+    assert int((logits == logits.amax(dim=1, keepdim=True)).sum()) - len(ids) > 30
+    for num_beams in (1, 4):
+        for more in ({}, dict(num_return_sequences=num_beams, return_dict_in_generate=True, output_scores=True)):
+            want, got = (
+                model.generate(ids, num_beams=num_beams, custom_generate=custom, **single, **more)
+                for custom in (None, forktree.generate)
+            )
+            if more:
+                assert torch.equal(got.scores[0], want.scores[0])
+                want, got = want.sequences, got.sequences
+            assert got.tolist() == want.tolist()
 
 
 def test_inputs_that_cannot_be_honoured_are_refused(llama: Any) -> None:

@@ -109,6 +109,15 @@ def test_plans_that_outgrow_their_memory(monkeypatch):
     assert 4 <= pair.graphs.captures < 12
 
 
+def test_pools_that_grow(monkeypatch):
+    """Graphs read and write the pools they were captured with."""
+    models.pools_of_nan(monkeypatch, first=4)
+    pair = Pair("gemma2")
+    pair.random_steps(12)
+    assert {len(x) for runner in (pair.eager, pair.captured) for pool in runner.pools for x in pool} == {NUM_SLOTS}
+    assert pair.graphs.captures >= 3
+
+
 def test_more_partials_than_there_is_room_for(monkeypatch):
     """The runner's own plans keep to it; with others it runs eagerly."""
     monkeypatch.setattr(captured, "SCRATCH", 4 * 4 * (8 + 2) * 3)

@@ -5,15 +5,19 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers as hf
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from forktree import Decoder
 from forktree.lane import Lane
+from forktree.model import runner
+from forktree.model.layers import LayerKind
 
 EOS = "<eos>"
 CHARACTERS = "\n0123456789abcd+-=. "
+_POOL = LayerKind.pool
 VOCAB = 1 + len(CHARACTERS)
 SIZES = dict(
     hidden_size=32,
@@ -66,6 +70,12 @@ def prompts(count: int, *, seed: int = 0, shortest: int = 2, longest: int = 24) 
     rng = np.random.default_rng(seed)
     lengths = rng.integers(shortest, longest + 1, count)
     return ["".join(rng.choice(list(CHARACTERS[1:]), size)) for size in lengths]
+
+
+def pools_of_nan(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    """New pools have room for `first` slots; reading one that nobody wrote spoils everything."""
+    monkeypatch.setattr(runner, "FIRST_SLOTS", first)
+    monkeypatch.setattr(LayerKind, "pool", lambda *args: tuple(x.fill_(torch.nan) for x in _POOL(*args)))
 
 
 @torch.no_grad()

@@ -778,8 +778,8 @@ class Tree:
         free = self.slots.is_free()
         assert len(np.unique(owned)) == len(owned), "a slot has two owners"
         assert not free[owned].any(), "an owned slot is free"
-        assert len(owned) + free.sum() == self.slots.num_slots, "a slot is lost"
-        assert self.slots.num_free == free.sum(), "the count of free slots is wrong"
+        assert len(owned) + free.sum() == len(free), "a slot is lost"
+        assert self.slots.in_use == len(owned), "the count of free slots is wrong"
         order = live[np.argsort(self.begin[live])]
         assert (np.diff(self.begin[order]) >= self.capacity[order][:-1]).all(), "two runs overlap"
         assert len(live) + len(self._free_nodes) == self.num_nodes, "a node is lost"

@@ -38,7 +38,7 @@ class CapturedSteps:
     def __init__(self, spec: ModelSpec, pools: list[Pool], graphs: Graphs) -> None:
         kinds = list(dict.fromkeys(spec.layers))
         self.max_partials = [kind.max_partials(SCRATCH) for kind in kinds]  # of each kind's plans
-        self._shapes = [(kind.num_qo_heads, kind.head_dim, pools[spec.layers.index(kind)][0].shape) for kind in kinds]
+        self._checked = [(kind.num_qo_heads, kind.head_dim, spec.layers.index(kind)) for kind in kinds]
         self._spec, self._pools, self._graphs = spec, pools, graphs
         self._kind = [kinds.index(kind) for kind in spec.layers]
         self._buckets = [bucket for bucket in BUCKETS if bucket >= spec.packed.min_rows]
@@ -50,10 +50,10 @@ class CapturedSteps:
 
     def forward(self, tokens: Inputs, positions: Inputs, slots: Inputs, plans: Sequence[AttentionPlan]) -> Tensor:
         """tokens, positions, slots [T], arrays of the host or tensors of the device; plans of each kind -> [T, H]."""
-        for plan, (heads, dim, pool) in zip(plans, self._shapes, strict=True):  # a graph does not look
-            check_fits(torch.Size((len(tokens), heads, dim)), pool, plan)
+        for plan, (heads, dim, layer) in zip(plans, self._checked, strict=True):  # a graph does not look
+            check_fits(torch.Size((len(tokens), heads, dim)), self._pools[layer][0].shape, plan)
         if self._plans.hold(plans):
-            self._steps.clear()  # they read the former memory
+            self.clear()  # they read the former memory
         count = len(tokens)
         inputs = self._upload(tokens, positions, slots)
         bucket = self._bucket(count, plans)
@@ -63,6 +63,10 @@ class CapturedSteps:
             return hidden[:count].clone()  # the next replay writes there
         ids, at, to = inputs[:, :count]
         return self._spec.packed.forward(ids, at, Step(to, self._pools, [plans[i] for i in self._kind]))
+
+    def clear(self) -> None:
+        """Forgets all graphs, whose addresses are no longer those of the pools or plans."""
+        self._steps.clear()
 
     def _bucket(self, count: int, plans: Sequence[AttentionPlan]) -> int | None:
         """Tokens to pad to; None where the step is to run eagerly."""

@@ -32,11 +32,11 @@ class LinearHead:
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, H] -> [n, V] fp32."""
-        logits = F.linear(hidden, self.weight, self.bias).float()
+        """hidden [n, H] -> [n, V] fp32, each step rounded to the dtype of hidden, as models do."""
+        logits = F.linear(hidden, self.weight, self.bias)
         if self.scale != 1.0:
             logits *= self.scale
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        return (logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)).float()
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ class LayerKind:
         return scratch // (4 * self.num_qo_heads * (self.value_dim + 2))
 
     def pool(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> Pool:
-        """Zeroed; on a CPU, pages that were never written take no memory."""
+        """Uninitialised: a slot is written before anyone reads it."""
         k, v = (
-            torch.zeros(num_slots, self.num_kv_heads, dim, dtype=dtype, device=device)
+            torch.empty(num_slots, self.num_kv_heads, dim, dtype=dtype, device=device)
             for dim in (self.head_dim, self.value_dim)
         )
         return k, v

@@ -19,23 +19,31 @@ from forktree.ops.torch_backend.score_tokens import from_logits
 from forktree.plan import AttentionPlan
 from forktree.token_scores import TokenRequest, TokenScores
 
+FIRST_SLOTS = 512  # of the pools of a new runner
+MOST_SLOTS = 2**31 - 1  # slots are int32
+
 Integers = np.ndarray | Tensor | Sequence[int]
 Plans = Mapping[LayerKind, AttentionPlan]
 
 
 class Runner:
-    """A proved model (`attach`) and room for the keys and values of `num_slots` tokens in every layer."""
+    """A proved model (`attach`) and pools for the keys and values of up to `num_slots` tokens in every layer.
+
+    The pools hold 512 slots at first, and at least twice as many whenever a step uses one beyond, up to `num_slots`:
+    memory follows the highest slot in use. They grow one layer at a time, so that only one is ever held twice.
+    `bytes_per_slot` is what a slot takes in all layers.
+    """
 
     def __init__(self, spec: ModelSpec, *, num_slots: int, graphs: Graphs | None = None) -> None:
         """graphs: what captures steps; default: CUDA for a model on a GPU, nothing elsewhere."""
-        if num_slots < 1:
-            raise InvalidInput(f"num_slots must be at least 1, got {num_slots}")
+        if not 1 <= num_slots <= MOST_SLOTS:
+            raise InvalidInput(f"num_slots must be at least 1 and at most {MOST_SLOTS}, got {num_slots}")
         self.spec = spec
         self.device, self.dtype = self.spec.packed.device, self.spec.packed.dtype
         self.hidden_size, self.vocab_size = self.spec.hidden_size, self.spec.vocab_size
         self.max_position = self.spec.max_position
         self.num_slots = num_slots
-        self.pools = [kind.pool(num_slots, self.dtype, self.device) for kind in self.spec.layers]
+        self.pools = [kind.pool(min(num_slots, FIRST_SLOTS), self.dtype, self.device) for kind in self.spec.layers]
         self.bytes_per_slot = spec.bytes_per_slot
         self.kinds = list(dict.fromkeys(spec.layers))
         if graphs is None and self.device.type == "cuda":
@@ -71,10 +79,27 @@ class Runner:
             raise InvalidInput(
                 f"plans must be of a layout of {len(ids)} tokens, got {[p.layout.num_tokens for p in plans.values()]}"
             )
+        self._make_room(plans[self.kinds[0]].layout, to)
         if self._captured is not None:
             return self._captured.forward(ids, at, to, [plans[kind] for kind in self.kinds])
         ids, at, to = (torch.as_tensor(x, dtype=torch.long, device=self.device) for x in (ids, at, to))
         return packed.forward(ids, at, Step(to, self.pools, [plans[kind] for kind in self.spec.layers]))
+
+    def _make_room(self, layout: TreeLayout, slots: np.ndarray | Tensor) -> None:
+        """Lets the pools hold every slot of a step; those on a device are in the layout as well."""
+        last = layout.slot_bounds[1] if isinstance(slots, Tensor) else max(layout.slot_bounds[1], int(slots.max()))
+        room = len(self.pools[-1][0])  # it grows last
+        if last < room or room == self.num_slots:
+            return
+        if self._captured is not None:
+            self._captured.clear()
+        room = min(max(last + 1, 2 * room), self.num_slots)
+        with torch.inference_mode(False), torch.no_grad():  # whatever mode the caller is in
+            for i, kind in enumerate(self.spec.layers):
+                larger = kind.pool(room, self.dtype, self.device)
+                for new, old in zip(larger, self.pools[i], strict=True):
+                    new[: len(old)] = old
+                self.pools[i] = larger
 
     @torch.no_grad()
     def score(self, hidden: Tensor, request: TokenRequest) -> TokenScores:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from forktree.errors import InvalidInput, NonFinite
 from forktree.kv import Branch, append, reassign
@@ -56,8 +57,8 @@ class Candidates:
 class Finished:
     """The k best finished rows of every prompt.
 
-    rows [B, k, L + N] int64, scores [B, k] (with length penalty), done bool [B, k], beam_indices [B, k, N] int32 (-1
-    behind the end), open bool [B]: a running beam may still do better.
+    N: tokens generated so far. rows [B, k, L + N] int64, scores [B, k] (with length penalty), done bool [B, k],
+    beam_indices [B, k, N] int32 (-1 behind the end), open bool [B]: a running beam may still do better.
     """
 
     rows: Tensor
@@ -168,32 +169,32 @@ async def beam_search(
     processors: Sequence[Processor] = (),
     stops: Criterion,
     on_step: Callable[[Tensor], None] | None = None,
+    whole_rows: bool = False,
 ) -> Finished:
     """Searches the prompts of `roots` side by side; `rows [B, L]` are their tokens, left-padded.
 
     fill: token behind the end of a finished row. processors: applied to the log-probs of all `[B * k]` rows. stops:
     told every candidate row. on_step: sees the processed log-probs of every step, `[B * k, V]`. With processors,
-    on_step or do_sample, rows of logits are computed; without, only their best are.
+    on_step, do_sample or whole_rows, rows of logits are computed, rounded as the model rounds them; without, only their
+    best are.
     """
     batch, prompt = rows.shape
     k, device = rules.num_beams, rows.device
     beams = [branch for root in roots for branch in root.fork(k)]
-    running = rows.new_full((batch, k, prompt + rules.max_new_tokens), fill)
-    running[:, :, :prompt] = rows[:, None]
+    running = rows[:, None].repeat(1, k, 1)
     scores = torch.zeros(batch, k, device=device)
     scores[:, 1:] = NEVER
-    indices = torch.full((batch, k, rules.max_new_tokens), -1, dtype=torch.int32, device=device)
+    indices = torch.zeros(batch, k, 0, dtype=torch.int32, device=device)
     finished = Finished(
-        rows=running.clone(),
+        rows=running,
         scores=torch.full((batch, k), NEVER, device=device),
         done=torch.zeros(batch, k, dtype=torch.bool, device=device),
-        beam_indices=indices.clone(),
+        beam_indices=indices,
         open=torch.ones(batch, dtype=torch.bool, device=device),
     )
     offset = torch.arange(batch, device=device)[:, None] * k
     for step in range(rules.max_new_tokens):
-        length = prompt + step
-        if not processors and on_step is None and not rules.do_sample:
+        if not (whole_rows or processors or on_step or rules.do_sample):
             found = await score_tokens(beams, TokenRequest(top_k=rules.num_candidates), checked=False)
             assert found.lse is not None and found.top_ids is not None and found.top_log_probs is not None
             wrong = ~found.lse.isfinite()
@@ -203,14 +204,18 @@ async def beam_search(
             logits = await next_logits(beams, checked=rules.do_sample)  # multinomial dies of NaN; all else passes it on
             wrong = ~logits.amax(dim=-1).isfinite()
             log_probs = logits.log_softmax(dim=-1)
-            log_probs = process(processors, beams, running[:, :, :length].reshape(batch * k, length), log_probs)
+            log_probs = process(processors, beams, running.reshape(batch * k, prompt + step), log_probs)
             if on_step is not None:
                 on_step(log_probs)
             candidates = propose(log_probs.reshape(batch, k, -1), scores, rules)
-        candidate_rows, candidate_indices = _along(running, candidates.beam), _along(indices, candidates.beam)
-        candidate_rows[:, :, length] = candidates.token
-        candidate_indices[:, :, step] = (candidates.beam + offset).int()
-        stopped = stops(candidate_rows[:, :, : length + 1].flatten(0, 1)).reshape(batch, -1)
+        candidate_rows = _wider(_along(running, candidates.beam), candidates.token)
+        candidate_indices = _wider(_along(indices, candidates.beam), (candidates.beam + offset).int())
+        stopped = stops(candidate_rows.flatten(0, 1)).reshape(batch, -1)
+        finished = replace(
+            finished,
+            rows=F.pad(finished.rows, (0, 1), value=fill),
+            beam_indices=F.pad(finished.beam_indices, (0, 1), value=-1),
+        )
         chosen, scores = select_running(candidates, stopped, k)
         finished = update_finished(finished, candidate_rows, candidate_indices, candidates, stopped, step + 1, rules)
         running, indices = _along(candidate_rows, chosen), _along(candidate_indices, chosen)
@@ -219,7 +224,7 @@ async def beam_search(
         if rules.early_stopping is True:
             over = over | finished.done.all()
         parents = candidates.beam.gather(1, chosen) + offset
-        told = torch.stack([parents.flatten(), running[:, :, length].flatten(), wrong, over.expand(batch * k)])
+        told = torch.stack([parents.flatten(), running[:, :, -1].flatten(), wrong, over.expand(batch * k)])
         origin, token, bad, ends = told.cpu().numpy()  # all that the host needs to know, at once
         if bad.any():
             first = int(np.argmax(bad))
@@ -288,6 +293,11 @@ class BeamSearch(Search):
             log_prob=score * length**self.length_penalty,
             finish_reason="eos" if ended else "length",
         )
+
+
+def _wider(values: Tensor, column: Tensor) -> Tensor:
+    """`values [B, n, m]` and one more column, `[B, n]` -> `[B, n, m + 1]`."""
+    return torch.cat([values, column[:, :, None]], dim=2)
 
 
 def _along(values: Tensor, columns: Tensor) -> Tensor:
