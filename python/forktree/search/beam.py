@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forktree.checks import number
 from forktree.errors import InvalidInput, NonFinite
 from forktree.kv import Branch, append, reassign
 from forktree.search.base import Hypothesis, Job, Search, at_least_one
@@ -252,6 +253,7 @@ class BeamSearch(Search):
             raise InvalidInput(
                 f"num_return_sequences must be at most num_beams = {self.num_beams}, got {self.num_return_sequences}"
             )
+        number("length_penalty", self.length_penalty, "finite", lambda x: True)
         if self.early_stopping not in (True, False, "never"):
             raise InvalidInput(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
 
