@@ -24,6 +24,7 @@ from torch import Tensor
 from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import Branch
 from forktree.search.request import Rewards
+from forktree.text import response_text
 from forktree.token_scores import Head, TokenRequest
 from forktree.transfer import upload
 
@@ -42,11 +43,13 @@ class Subject:
     tokenizer: Any  # None when the decoder has none
 
     def responses(self) -> list[str]:
-        """Text of each branch behind the prompt."""
+        """Text of each branch after the prompt: see `forktree.text.response_text`."""
         if self.tokenizer is None:
             raise InvalidInput("this scorer reads text: expected a Decoder with a tokenizer, got tokenizer=None")
-        tails = [branch.tokens[self.prompt_length :].tolist() for branch in self.branches]
-        return [self.tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
+        if not self.branches:
+            return []
+        text_of = response_text(self.tokenizer, self.branches[0].tokens[: self.prompt_length].tolist())
+        return [text_of(branch.tokens[self.prompt_length :].tolist()) for branch in self.branches]
 
 
 class Reading(ABC):
