@@ -137,8 +137,9 @@ def tokenise(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         return []
     found, twice = [], False
     bos = tokenizer.bos_token_id
-    with_special = tokenizer(list(texts)).input_ids
-    without = tokenizer(list(texts), add_special_tokens=False).input_ids
+    with_special = without = tokenizer(list(texts)).input_ids
+    if tokenizer.num_special_tokens_to_add():
+        without = tokenizer(list(texts), add_special_tokens=False).input_ids
     for whole, own in zip(with_special, without, strict=True):
         starts = range(len(whole) - len(own), -1, -1)
         before = next((k for k in starts if whole[k : k + len(own)] == own), len(whole) - len(own))
