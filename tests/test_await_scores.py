@@ -29,7 +29,7 @@ from test_sampling import by_transformers
 
 
 def greedy(n: int, **options: Any) -> Draw:
-    return Draw(Sampling(temperature=0), seed=np.zeros(n), position=np.zeros(n), **options)
+    return Draw(Sampling(temperature=0), seed=np.zeros(n, int), position=np.zeros(n, int), **options)
 
 
 def everything(texts: Sequence[Sequence[int]], seed: int) -> TokenRequest:

@@ -180,11 +180,6 @@ def test_the_longest_prompt_that_fits_is_let_in() -> None:
     assert result.best.token_ids == expected[0, 200:].tolist()
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused() -> None:
-    with pytest.raises(InvalidInput, match=rf"tokenizer.*{tiny.VOCAB} tokens.*{tiny.VOCAB - 1}"):
-        Decoder(tiny.model(vocab=tiny.VOCAB - 1), tiny.tokenizer(), num_slots=64)
-
-
 def test_text_of_a_decoder_without_tokenizer_and_of_a_failed_search() -> None:
     result = bare().search([[1, 2]], Greedy(), max_new_tokens=3)[0]
     assert result.best.text is None

@@ -4,6 +4,7 @@ The draw of one token is tested in `test_score_tokens.py`.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy import stats
 
 import tiny
 from distributions import by_transformers, chi_square
-from forktree import BestOfN, Decoder, Draw, InvalidInput, Sample, Sampling, TextScorer
+from forktree import BestOfN, Decoder, Draw, InvalidInput, Sample, Sampling, TextScorer, TokenRequest, ops
 from forktree.sampling import noise
 
 
@@ -39,7 +40,7 @@ def test_noise_is_uniform_and_independent_over_seeds_positions_and_tiles(number:
 
 
 def test_the_two_numbers_of_a_tile_are_independent() -> None:
-    keys = Draw(Sampling(), seed=np.arange(1000), position=np.zeros(1000)).keys.view("int64")
+    keys = Draw(Sampling(), seed=np.arange(1000), position=np.zeros(1000, int)).keys.view("int64")
     exponential, u = noise(torch.from_numpy(keys), 90)
     v = -torch.expm1(-exponential)
     cells = np.bincount((torch.floor(v * 16) * 16 + torch.floor(u * 16)).long().flatten().numpy(), minlength=256)
@@ -58,13 +59,65 @@ def test_the_two_numbers_of_a_tile_are_independent() -> None:
         ("top_p", math.nan, "(0, 1]"),
         ("min_p", -0.01, "[0, 1]"),
         ("min_p", 1.01, "[0, 1]"),
+        ("temperature", "0.5", "finite"),
+        ("temperature", True, "finite"),
+        ("temperature", None, "finite"),
+        ("top_k", 2.5, "an integer of at least 0"),
+        ("top_k", 2.0, "an integer of at least 0"),
+        ("top_k", True, "an integer of at least 0"),
+        ("top_k", np.bool_(True), "an integer of at least 0"),
+        ("top_k", "5", "an integer of at least 0"),
+        ("top_p", "0.5", "(0, 1]"),
+        ("top_p", True, "(0, 1]"),
+        ("min_p", [0.1], "[0, 1]"),
     ],
 )
-def test_bad_settings_name_expectation_and_value(setting: str, value: float, expected: str) -> None:
+def test_bad_settings_name_expectation_and_value(setting: str, value: Any, expected: str) -> None:
     for make in (Sampling, Sample, lambda **kw: BestOfN(scorer=TextScorer(lambda p, r: 0.0), **kw)):
         with pytest.raises(InvalidInput) as error:
             make(**{setting: value})
         assert setting in str(error.value) and expected in str(error.value) and str(value) in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(4, 50)))
+    plain, own = (
+        Sampling(0.5, 3, 0.75, 0.25),
+        Sampling(np.float32(0.5), np.int64(3), np.float64(0.75), np.float16(0.25)),
+    )
+    given = [
+        TokenRequest(draw=Draw(s, seed, [0, 1, 2, 3])) for s, seed in ((plain, [1, 2, 3, 4]), (own, np.arange(1, 5)))
+    ]
+    found = [ops.score_tokens(logits, torch.eye(50).double(), request).token for request in given]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(seed=[1.0, 2]), "seed must be an integer from"),
+        (dict(seed=np.array([0.5, 1])), "seed must be an integer from .* got .*0.5"),
+        (dict(seed=[True, False]), "seed must be an integer"),
+        (dict(seed=[2**64, 0]), "seed must be an integer from -9223372036854775808 to 18446744073709551615"),
+        (dict(seed=["1", "2"]), "seed must be an integer"),
+        (dict(position=[0, 1.5]), "position must be an integer"),
+        (dict(position=[[0], [1, 2]]), "position must be integers on the host"),
+        (dict(sampling=None), "sampling must be a Sampling, or a sequence of one a row, got None"),
+        (dict(sampling=[Sampling(), 0.5]), "sampling must be a Sampling"),
+        (dict(edits=[1]), "edits must be Edits, got list"),
+        (dict(allowed=np.ones((2, 1), np.int32)), "allowed must be an int32 tensor, got ndarray"),
+    ],
+)
+def test_bad_draws_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        _ = Draw(**{"sampling": Sampling(), "seed": [1, 2], "position": [0, 0], **wrong}).keys
+
+
+def test_seeds_of_all_64_bits_draw_as_their_bits_do() -> None:
+    bits = np.array([2**64 - 1, 2**63, 5], np.uint64)
+    for seeds in (bits, bits.tolist(), bits.view(np.int64), torch.from_numpy(bits.view(np.int64))):
+        assert np.array_equal(Draw(Sampling(), seeds, [1, 2, 3]).keys, Draw(Sampling(), bits, [1, 2, 3]).keys)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7), Sampling(1.3, top_k=3), Sampling(1.0, top_p=0.8)])

@@ -261,7 +261,7 @@ def test_value_heads(backend: str, dtype: torch.dtype, activation: str) -> None:
 def test_rewards_are_gathered_at_what_was_found(backend: str, dtype: torch.dtype) -> None:
     hidden, lm_head = problem(6, 300, 20, dtype)
     rewards = torch.randn(300, 20).to(dtype)
-    draw = Draw(Sampling(), np.arange(6), np.zeros(6))
+    draw = Draw(Sampling(), np.arange(6), np.zeros(6, int))
     found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=70, draw=draw, rewards=rewards))
     exact = hidden.double() @ rewards.double().T
     assert found.top_ids is not None and found.token is not None
@@ -401,10 +401,10 @@ def test_rows_that_are_not_finite_are_named(backend: str) -> None:
 def test_a_row_without_a_token_is_named(backend: str, kind: Sampling) -> None:
     rows, vocab = 5, 130
     hidden, lm_head = problem(rows, vocab, 16)
-    seed, position = np.arange(rows), np.zeros(rows)
+    seed, position = np.arange(rows), np.zeros(rows, int)
     bits = torch.ones(rows, vocab, dtype=torch.bool)
     bits[3] = False
-    banned = Edits([0, 0, 0, 0, vocab, vocab], np.arange(vocab), np.zeros(vocab), np.full(vocab, -np.inf))
+    banned = Edits([0, 0, 0, 0, vocab, vocab], np.arange(vocab), np.zeros(vocab, int), np.full(vocab, -np.inf))
     free = ops.score_tokens(hidden, lm_head, TokenRequest(draw=Draw(kind, seed, position))).token
     for draw in (Draw(kind, seed, position, allowed=words(bits)), Draw(kind, seed, position, banned)):
         with pytest.raises(InvalidInput, match="row 3: no token is allowed, mask and edits leave none"):
@@ -420,7 +420,7 @@ def test_a_row_without_a_token_is_named(backend: str, kind: Sampling) -> None:
 def test_one_token_allowed_is_the_one_drawn(backend: str, kind: Sampling) -> None:
     vocab = 200
     hidden, lm_head = problem(vocab, vocab, 8)
-    draw = Draw(kind, np.arange(vocab), np.zeros(vocab), allowed=words(torch.eye(vocab, dtype=torch.bool)))
+    draw = Draw(kind, np.arange(vocab), np.zeros(vocab, int), allowed=words(torch.eye(vocab, dtype=torch.bool)))
     found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
     assert found.token is not None and torch.equal(found.token, torch.arange(vocab))
     assert torch.equal(found.shaped_log_prob, torch.zeros(vocab))
@@ -572,7 +572,9 @@ def test_ties_with_a_threshold_stay(backend: str) -> None:
     z = torch.cat([torch.tensor([2.0]), torch.ones(100), torch.zeros(20)])
     rows = 1000
     for kind in (Sampling(1.0, top_k=2), Sampling(1.0, top_k=80), Sampling(1.0, min_p=0.36), Sampling(1.0, top_p=0.5)):
-        found = ops.score_tokens(*same_logits(z, rows), TokenRequest(draw=Draw(kind, np.arange(rows), np.zeros(rows))))
+        found = ops.score_tokens(
+            *same_logits(z, rows), TokenRequest(draw=Draw(kind, np.arange(rows), np.zeros(rows, int)))
+        )
         assert found.token is not None and found.shaped_log_prob is not None
         expected = z[:101].double().softmax(dim=0)
         close(found.shaped_log_prob, expected.log()[found.token], 1e-5)
@@ -659,12 +661,12 @@ def test_penalties_change_the_logits_of_every_token_as_a_loop_does(
     bits = torch.zeros(len(row), vocab, dtype=torch.bool)
     bits[torch.arange(len(row)), other] = True
     bits[:, anchor] = True
-    draw = Draw(Sampling(), np.arange(len(row)), np.zeros(len(row)), repeated, words(bits))
+    draw = Draw(Sampling(), np.arange(len(row)), np.zeros(len(row), int), repeated, words(bits))
     found = ops.score_tokens(*given_logits(z[row]), TokenRequest(draw=draw))
     assert found.token is not None
     pair = torch.stack([expected[row, other], expected[row, anchor]], dim=1).log_softmax(dim=1)
     close(found.shaped_log_prob, pair[torch.arange(len(row)), (found.token == anchor).long()], 1e-5)
-    greedy = Draw(Sampling(0.0), np.arange(rows), np.zeros(rows), edits)
+    greedy = Draw(Sampling(0.0), np.arange(rows), np.zeros(rows, int), edits)
     best = ops.score_tokens(*given_logits(z), TokenRequest(draw=greedy)).token
     assert best is not None and torch.equal(best, expected.argmax(dim=1))
 
@@ -681,11 +683,41 @@ def test_penalties_change_the_logits_of_every_token_as_a_loop_does(
         (([0, 2], [3], [0], [1]), r"indptr of edits must rise from 0 to 1, got \[0, 2\]"),
         (([1, 1], [3], [0], [1]), r"indptr of edits must rise from 0 to 1, got \[1, 1\]"),
         (([0, 1, 0, 1], [3], [0], [1]), r"indptr of edits must rise from 0 to 1, got \[0, 1, 0, 1\]"),
+        (([0, 1], [2**32 + 3], [0], [1]), "ids of edits must be integers from 0 to 2147483647, got 4294967299"),
+        (([0, 1], [-1], [0], [1]), "ids of edits must be integers from 0"),
+        (([0, 1], [3.7], [0], [1]), "ids of edits must be an integer from 0 to 2147483647, got 3.7"),
+        (([0, 1], np.array([3.0]), [0], [1]), "ids of edits must be an integer"),
+        (([0, 1], [True], [0], [1]), "ids of edits must be an integer"),
+        (([0, 2**32 + 1], [3], [0], [1]), "indptr of edits must be integers from 0"),
+        (([0, 1], [3], [0.0], [1]), "ops of edits must be an integer"),
+        (([0, 1], [3], [0], ["1"]), "values of edits must be numbers, got"),
+        (([0, 1], [3], [0], [True]), "values of edits must be numbers, got"),
     ],
 )
 def test_bad_edits_are_refused(edits: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         Edits(*edits)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(prompt_lengths=[0, -1]), "prompt length of text 1 must be an integer from 0 to 2, got -1"),
+        (dict(prompt_lengths=[4, 0]), "prompt length of text 0 must be an integer from 0 to 3, got 4"),
+        (dict(prompt_lengths=[1.0, 0]), "prompt length of text 0 must be an integer"),
+        (dict(prompt_lengths=[1]), "one for each of 2 texts, got 1"),
+        (dict(texts=[[1, 2.5], [3]]), "text 0 must be an integer from 0 to 2147483647, got 2.5"),
+        (dict(texts=[[1, 2], [2**31]]), "text 1 must be integers from 0 to 2147483647, got 2147483648"),
+        (dict(repetition=0.0), "repetition must be finite and above 0, got 0.0"),
+        (dict(frequency="1"), "frequency must be finite, got '1'"),
+        (dict(presence=math.nan), "presence must be finite, got nan"),
+        (dict(bias={2.5: 1.0}), "tokens of bias must be an integer"),
+        (dict(bias={"a": 1.0}), "tokens of bias must be an integer"),
+    ],
+)
+def test_bad_penalties_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        Edits.penalties(**{"texts": [[1, 2, 3], [4, 5]], "frequency": 0.5, **wrong})
 
 
 # ---------------------------------------------------------------------- arguments
@@ -771,6 +803,11 @@ def test_bad_arguments_are_refused_by_name(change: dict[str, Any], message: str)
         ([(torch.zeros(1, 4), None)], "relu", "activation must be one of sigmoid, tanh, identity, got 'relu'"),
         ([(torch.zeros(3, 4), None)], "tanh", "1 or 2 outputs, got 3"),
         ([(torch.zeros(3, 4), None), (torch.zeros(1, 5), None)], "tanh", "second layer must take 3 inputs, got 5"),
+        ([(torch.zeros(4), None)], "tanh", r"floating-point tensor \[out, in\], got torch.float32 \[4\]"),
+        ([(torch.zeros(1, 4, dtype=torch.int64), None)], "tanh", "floating-point tensor .* got torch.int64"),
+        ([([[1.0]], None)], "tanh", "floating-point tensor .* got list"),
+        ([(torch.zeros(1, 4), torch.zeros(2))], "tanh", r"bias of a value head must be \[1\], got \[2\]"),
+        ([(torch.zeros(1, 4), 0.5)], "tanh", r"bias of a value head must be \[1\], got float"),
     ],
 )
 def test_bad_heads_are_refused(layers: list[Any], activation: str, message: str) -> None:
@@ -789,11 +826,11 @@ def registered(hidden: Tensor, lm_head: Tensor, request: TokenRequest) -> tuple[
 def requests(rows: int, vocab: int) -> list[TokenRequest]:
     edits = Edits.penalties([[1, 2]] * rows, repetition=1.2, presence=0.1)
     allowed = words(torch.ones(rows, vocab, dtype=torch.bool))
-    every = Draw(Sampling(1.0, top_k=5), np.arange(rows), np.zeros(rows), edits, allowed)
+    every = Draw(Sampling(1.0, top_k=5), np.arange(rows), np.zeros(rows, int), edits, allowed)
     return [
         TokenRequest(lse=True),
         TokenRequest(top_k=5, entropy=True),
-        TokenRequest(top_k=5, draw=Draw(Sampling(), np.arange(rows), np.zeros(rows))),
+        TokenRequest(top_k=5, draw=Draw(Sampling(), np.arange(rows), np.zeros(rows, int))),
         TokenRequest(top_k=0, draw=every, entropy=True),
     ]
 
@@ -819,7 +856,7 @@ def test_shapes_are_known_without_values() -> None:
 @pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
 def test_compiles_into_one_graph(backend: str) -> None:
     hidden, lm_head = problem(4, 300, 16)
-    request = TokenRequest(top_k=5, draw=Draw(Sampling(1.0, top_p=0.9), np.arange(4), np.zeros(4)), entropy=True)
+    request = TokenRequest(top_k=5, draw=Draw(Sampling(1.0, top_p=0.9), np.arange(4), np.zeros(4, int)), entropy=True)
     drawn = tensors(request, hidden)
 
     def step(states: Tensor, weight: Tensor) -> tuple[Tensor, ...]:

@@ -200,6 +200,17 @@ def test_a_question_leaves_neither_text_nor_slots_behind() -> None:
     [
         lambda: TokenLogits([3]),
         lambda: TokenLogits([3, 3]),
+        lambda: TokenLogits([3, -4]),
+        lambda: TokenLogits([3, 4.0]),
+        lambda: TokenLogits([3, True]),
+        lambda: TokenLogits("34"),
+        lambda: TokenLogits([3, 4], suffix=[2.5]),
+        lambda: TokenLogits([3, 4], suffix=["5"]),
+        lambda: StepFormat(separator="#"),
+        lambda: StepFormat(between="#"),
+        lambda: StepFormat(template=None),
+        lambda: StepFormat(step_delimiter=5),
+        lambda: TextScorer(len, time_limit="1"),
         lambda: ValueHead([]),
         lambda: StepFormat("{prompt}"),
         lambda: ValueHead([(W1, B1)], activation="relu"),
@@ -216,19 +227,32 @@ def test_scorers_that_make_no_sense_are_refused(make: Callable[[], object]) -> N
 
 def test_token_ids_out_of_range_are_refused_before_anything_runs() -> None:
     decoder = tiny.decoder()
-    for judge in (TokenLogits([1, tiny.VOCAB]), TokenLogits([1, 2], suffix=[-1])):
+    for judge in (TokenLogits([1, tiny.VOCAB]), TokenLogits([1, 2], suffix=[2**40])):
         with pytest.raises(InvalidInput, match=rf"\[0, {tiny.VOCAB}\)"):
             decoder.search(["12"], BestOfN(scorer=judge), max_new_tokens=3)
     assert decoder.lane.forwards == 0
 
 
-def test_a_question_that_passes_the_models_last_position_costs_its_search_only() -> None:
-    decoder = tiny.decoder()
-    long = "1" * 240
-    searches = [BestOfN(scorer=TokenLogits([1, 2], suffix=[3] * 30), num_samples=2), Greedy()]
-    results = sorted(decoder.search_iter([long, "12"], searches, max_new_tokens=4), key=lambda r: r.index)
-    assert isinstance(results[0].error, InvalidInput) and "256 positions" in str(results[0].error)
+def test_a_question_that_passes_the_models_last_position_costs_its_branch_only() -> None:
+    decoder, judge = tiny.decoder(), TokenLogits([1, 2], suffix=[3] * 30)
+    searches = [BestOfN(scorer=judge, num_samples=2), Greedy()]
+    results = sorted(decoder.search_iter(["1" * 240, "12"], searches, max_new_tokens=4), key=lambda r: r.index)
+    assert isinstance(results[0].error, ScorerError) and "256 positions" in str(results[0].error)
     assert results[1].error is None
+
+    async def script(root: Any) -> Rewards:
+        branches = root.fork(4)
+        for branch, length in zip(branches, (1, 7, 6, 1), strict=True):
+            branch.append([5] * length)
+        return await score(branches, judge)
+
+    task = decoder.engine.submit(script, [[3] * 220])
+    list(decoder.engine.run())
+    assert [e is not None for e in task.result.errors] == [False, True, False, False]
+    assert "256 positions, got 257 tokens (branch 1)" in str(task.result.errors[1])
+    for i, length in ((0, 1), (2, 6), (3, 1)):
+        p = tiny.next_log_probs(tiny.model(), [3] * 220 + [5] * length + [3] * 30)[[1, 2]].softmax(0)[0]
+        assert task.result.values[i] == pytest.approx(float(p), abs=1e-5)
     tiny.assert_all_returned(decoder.lane)
 
 
@@ -255,14 +279,14 @@ def char_rewards(trunk: Any, head: ValueHead, text: str) -> float:
 
 FORMATS = {
     "plain": (StepFormat(), lambda p, r: p + r),
-    "template": (StepFormat("a{prompt}==\n{response}dd<eos>"), lambda p, r: "a" + p + "==\n" + r),
+    "template": (StepFormat("a{prompt}==\n{response}dd<eos>"), lambda p, r: "a" + p + "==\n" + r + "dd<eos>"),
     "steps": (
         StepFormat("{prompt} {response}+", step_delimiter="5", separator="."),
-        lambda p, r: p + " " + r.replace("5", ".") + ("." if r and not r.endswith("5") else ""),
+        lambda p, r: p + " " + r.replace("5", ".") + ("" if r.endswith("5") else "."),
     ),
     "delimiter kept": (
         StepFormat(step_delimiter="5"),
-        lambda p, r: p + r + ("5" if r and not r.endswith("5") else ""),
+        lambda p, r: p + r + ("" if r.endswith("5") else "5"),
     ),
 }
 
@@ -278,13 +302,17 @@ def test_a_reward_model_reads_what_transformers_would_read_from_scratch(trunk: A
     tiny.assert_all_returned(lane)
 
 
-def test_rendering_replaces_delimiters_and_feeds_nothing_behind_the_response() -> None:
+def test_rendering_replaces_delimiters_and_ends_with_the_last_step_where_there_are_steps() -> None:
     qwen = StepFormat("<u>{prompt}</u><a>{response}</a>", step_delimiter="\n\n", separator="<extra_0>")
     assert qwen.render("q", "one\n\ntwo\n\n") == "<u>q</u><a>one<extra_0>two<extra_0>"
     assert qwen.render("q", "one\n\ntwo") == "<u>q</u><a>one<extra_0>two<extra_0>"
-    assert qwen.render("q", "") == "<u>q</u><a>"
+    assert qwen.render("q", "") == "<u>q</u><a><extra_0>"
+    assert qwen.render("q", "\n\n") == "<u>q</u><a><extra_0>"
     assert qwen.render("{response}", "{prompt}") == "<u>{response}</u><a>{prompt}<extra_0>"
     assert StepFormat().render("q", "one\n\ntwo") == "qone\n\ntwo"
+    assert StepFormat("[{prompt}|{response}]").render("{response}", "{prompt}") == "[{response}|{prompt}]"
+    lines = StepFormat(step_delimiter="\n", separator=" #", between="\n")
+    assert lines.render("q ", "one\ntwo") == "q one #\ntwo #"
 
 
 @pytest.mark.parametrize("template", [StepFormat(), StepFormat("aa{prompt}=={response}")], ids=["plain", "template"])
@@ -355,23 +383,27 @@ def _forget(directory: Path, key: str) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_reward_model_whose_tokenizer_has_more_tokens_than_it_embeds_is_refused() -> None:
-    small = tiny.new_model("qwen3", vocab=tiny.VOCAB - 1, seed=5)
-    with pytest.raises(InvalidInput, match=rf"{tiny.VOCAB} tokens.*{tiny.VOCAB - 1}"):
-        RewardModel(Lane(small, num_slots=64), tiny.tokenizer(), HEADS["linear"][0])
-
-
 @pytest.mark.parametrize("format", [StepFormat(), StepFormat("{prompt}{response}", "5", "")], ids=["plain", "steps"])
-def test_texts_the_reward_model_cannot_read_cost_their_search_only(format: StepFormat) -> None:
-    """Too long for its positions, or empty; the others go on and nothing stays behind in its pool."""
-    lane = Lane(tiny.new_model("qwen3", seed=5, max_position_embeddings=32), num_slots=512)
-    search = BestOfN(scorer=RewardModel(lane, tiny.tokenizer(), HEADS["linear"][0], format=format), num_samples=3)
+def test_texts_the_reward_model_cannot_read_cost_their_branch_only(format: StepFormat) -> None:
+    """Too long for its positions, or of tokens that it does not embed; nothing stays behind in its pool."""
+    small = tiny.new_model("qwen3", seed=5, vocab=tiny.VOCAB - 1, max_position_embeddings=32)
+    lane, head = Lane(small, num_slots=512), HEADS["linear"][0]
+    scorer = RewardModel(lane, tiny.tokenizer(), head, format=format)
     decoder = tiny.decoder()
-    results = decoder.search(["12=", "1" * 40, "34="], search, max_new_tokens=6)
-    assert isinstance(results[1].error, InvalidInput) and "1 to 32 tokens" in str(results[1].error)
-    assert results[0].error is None and results[2].error is None
-    nothing = decoder.search([[0]], search, max_new_tokens=1, seed=1)[0]  # an EOS is no text at all
-    assert nothing.error is None or "got 0" in str(nothing.error)
+    results = decoder.search(["12=", "1" * 40, "34="], BestOfN(scorer=scorer, num_samples=9), max_new_tokens=6, seed=1)
+    assert isinstance(results[1].error, ScorerError) and "1 to 32 tokens, got" in str(results[1].error)
+    unknown = 0
+    for result, prompt in ((results[0], "12="), (results[2], "34=")):
+        assert result.error is None
+        for c in result.candidates:
+            if " " in c.text:
+                unknown += 1
+                message = str(c.hypothesis.error)
+                assert f"embeds token ids in [0, {tiny.VOCAB - 1}), got {tiny.VOCAB - 1} (branch" in message
+            else:
+                expected = char_rewards(small.base_model, head, format.render(prompt, c.text))
+                assert c.hypothesis.error is None and c.score == pytest.approx(expected, abs=1e-4)
+    assert 0 < unknown < 18
     tiny.assert_all_returned(decoder.lane)
     tiny.assert_all_returned(lane)
 

@@ -38,7 +38,8 @@ def first_stop(stop: TextStop, tokens: Sequence[int]) -> int | None:
 
 @pytest.mark.parametrize("make", [byte_tokenizer, sentence_piece_tokenizer, tiny.tokenizer], ids=lambda f: f.__name__)
 def test_stops_behind_the_first_token_that_completes_a_text(make: object) -> None:
-    """Random token sequences; the reference decodes every prefix whole and looks for the texts."""
+    """Random token sequences after some token; the reference decodes every prefix whole and looks for the texts in
+    what it has beyond that token."""
     tokenizer, rng = make(), np.random.default_rng(0)
     texts = {
         "byte_tokenizer": [("\n\n",), ("end", "é"), ("aa", " a"), ("<end>",), ("日",), (".\n\na",)],
@@ -54,7 +55,11 @@ def test_stops_behind_the_first_token_that_completes_a_text(make: object) -> Non
         for _ in range(60):
             anything = rng.integers(0, len(tokenizer), 24)
             tokens = np.where(rng.random(24) < 0.8, rng.choice(likely, 24), anything).tolist()
-            prefixes = (tokenizer.decode(tokens[:n]) for n in range(1, len(tokens) + 1))
+            first = tokenizer("a", add_special_tokens=False).input_ids
+            prefixes = (
+                tokenizer.decode([*first, *tokens[:n]])[len(tokenizer.decode(first)) :]
+                for n in range(1, len(tokens) + 1)
+            )
             expected = next((n + 1 for n, seen in enumerate(prefixes) if any(t in seen for t in group)), None)
             assert first_stop(stop, tokens) == expected, (group, tokens)
             ended += expected is not None
@@ -67,6 +72,8 @@ def test_a_long_text_without_a_stop_is_not_decoded_again_at_every_token() -> Non
     decoded: list[int] = []
 
     class Counting:
+        all_special_ids = tokenizer.all_special_ids
+
         def __len__(self) -> int:
             return len(tokenizer)
 
@@ -78,6 +85,7 @@ def test_a_long_text_without_a_stop_is_not_decoded_again_at_every_token() -> Non
             return tokenizer.decode(ids)
 
     stop = TextStop(Counting(), ("\n\n",))
+    decoded.clear()
     tokens = tokenizer("12\n" * 200).input_ids
     assert first_stop(stop, tokens) is None
     assert len(decoded) == 200 and max(decoded) < 16

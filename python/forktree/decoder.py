@@ -1,6 +1,5 @@
 """`Decoder`: a model, its tokenizer and an engine; searches over prompts."""
 
-import operator
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,21 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from forktree.checks import integer
 from forktree.engine import Counters, Engine, Run, Task
 from forktree.errors import InvalidInput
 from forktree.integers import integers
 from forktree.kv import Branch
 from forktree.lane import Lane
+from forktree.prompts import Prompt, read_prompts, tokenise
 from forktree.search import Hypothesis, Job, Search
 from forktree.search.base import at_least_one
-from forktree.text import TextStop
+from forktree.text import TextStop, response_text
 
-Prompt = str | Sequence[int]
+LARGEST_SEED = 2**127 - 1
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A hypothesis with its text (None when the decoder has no tokenizer)."""
+    """A hypothesis with its text: see `forktree.text.response_text`. None when the decoder has no tokenizer."""
 
     text: str | None
     hypothesis: Hypothesis
@@ -42,7 +43,8 @@ class Candidate:
 class SearchResult:
     """What a search found for one prompt, or why it failed.
 
-    index: the prompt's place in the list given. candidates: best first; empty if `error` is set.
+    index: the prompt's place in the list given. prompt: its text, or its token ids. candidates: best first; empty if
+    `error` is set.
     """
 
     index: int
@@ -72,7 +74,8 @@ class Decoder:
 
     model: any causal LM whose every layer is softmax attention, in evaluation mode, fp32, bf16 or fp16; proved on
         construction (`UnsupportedModel` names what fails).
-    tokenizer: its tokenizer; without one, prompts are token ids and texts cannot stop or be scored.
+    tokenizer: its tokenizer; without one, prompts are token ids and texts cannot stop or be scored. It may know more
+        tokens than the model embeds: the ids that occur must be the model's.
     num_slots: most tokens whose KV may exist at once (None: at most 65,536, within a quarter of the free memory).
         Memory is taken as they come: for 512 at first, at least twice as many each time that room is short.
     max_batch_tokens: most tokens of one forward pass; longer prefills are split and mixed with decoding.
@@ -93,17 +96,12 @@ class Decoder:
             at_least_one("num_slots", num_slots)
         self.model, self.tokenizer = model, tokenizer
         self.lane = Lane(model, num_slots=num_slots, prefix_cache=prefix_cache)
-        if tokenizer is not None and len(tokenizer) > self.lane.runner.vocab_size:
-            raise InvalidInput(
-                f"the tokenizer does not match the model: it has {len(tokenizer)} tokens, "
-                f"the model embeds {self.lane.runner.vocab_size}"
-            )
         self.engine = Engine(self.lane, tokenizer=tokenizer, max_batch_tokens=max_batch_tokens)
         self._stops: dict[tuple[str, ...], TextStop] = {}
 
     def search(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Any,
         search: Search,
         *,
         max_new_tokens: int = 256,
@@ -119,7 +117,7 @@ class Decoder:
 
     def search_iter(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Any,
         search: Search | Sequence[Search],
         *,
         max_new_tokens: int = 256,
@@ -128,10 +126,14 @@ class Decoder:
     ) -> Generator[SearchResult, None, None]:
         """Results as they finish, in any order; `result.index` says whose.
 
-        prompts: texts, or lists of token ids; or a single one.
+        prompts: texts or token ids, or a single one; ids as a sequence of integers, an array or tensor `[n]`, or what a
+            tokenizer returns (`apply_chat_template` too), its padding left out. Such a batch by itself is several
+            prompts. Of a text, what the tokenizer puts at its end is dropped; an EOS that it spells out stays. Scorers
+            see a text as it is, and ids decoded with their special tokens.
         search: one for all prompts, or one for each.
         max_new_tokens: most tokens behind the prompt, EOS included.
-        seed: same seed and prompt, same text, whatever else is in the batch (fp32; otherwise up to rounding).
+        seed: same seed and prompt, same text, whatever else is in the batch (fp32; otherwise up to rounding). From 0 to
+            2^127 - 1.
         on_step: called after every forward pass.
 
         Raises `InvalidInput` before anything runs if a prompt or setting is bad. A search that fails later is a
@@ -141,7 +143,7 @@ class Decoder:
         another thread are not all read yet, or inside a call of this Decoder to a scorer, processor, stop, `on_step` or
         search. Ctrl-C ends this call's searches, after the step under way; pressed twice, at once, and all searches.
         """
-        texts = _prompt_list(prompts)
+        texts = read_prompts(prompts)
         searches = list(search) if isinstance(search, Sequence) else [search] * len(texts)
         if len(searches) != len(texts):
             raise InvalidInput(f"search must be one, or one for each of {len(texts)} prompts, got {len(searches)}")
@@ -151,9 +153,10 @@ class Decoder:
             for scorer in one.scorers:
                 scorer.check(self.lane)
         at_least_one("max_new_tokens", max_new_tokens)
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise InvalidInput(f"seed must be an integer of at least 0, got {seed!r}")
-        tokens = [self._tokens(i, prompt, max_new_tokens) for i, prompt in enumerate(texts)]
+        seed = integer("seed", seed, 0, LARGEST_SEED)
+        tokens = self._tokens(texts)
+        for i, ids in enumerate(tokens):
+            self._check(i, ids, max_new_tokens)
         return self._run(texts, tokens, searches, max_new_tokens, seed, on_step)
 
     def _run(
@@ -191,6 +194,7 @@ class Decoder:
             self.engine.close(run)  # again, in case an interrupt cut that short
 
     async def _start(self, search: Search, max_new_tokens: int, root: Branch) -> list[Candidate]:
+        text_of = None if self.tokenizer is None else response_text(self.tokenizer, root.tokens.tolist())
         job = Job(
             root=root,
             max_new_tokens=max_new_tokens,
@@ -199,7 +203,7 @@ class Decoder:
             vocab_size=self.lane.runner.vocab_size,
             device=self.lane.runner.device,
             stops=self._stop if self.tokenizer is not None else None,
-            decode=self._decode if self.tokenizer is not None else None,
+            decode=text_of,
             rng=np.random.default_rng(root.key),
         )
         name, running = f"{type(search).__name__}.run", search.run(job)
@@ -210,26 +214,26 @@ class Decoder:
             raise InvalidInput(f"{name} must return a list of Hypothesis, got {found!r:.80}")
         for h in found:
             integers(f"token_ids of a hypothesis of {name}", h.token_ids, 0, job.vocab_size)
-        return [Candidate(self._decode(h.token_ids), h) for h in found]
+        return [Candidate(None if text_of is None else text_of(h.token_ids), h) for h in found]
 
     def _result(self, index: int, prompts: list[Prompt], task: Task) -> SearchResult:
-        found = [] if task.error is not None else task.result
-        return SearchResult(index, prompts[index], found, task.counters, task.error)
+        candidates = [] if task.error is not None else task.result
+        return SearchResult(index, prompts[index], candidates, task.counters, task.error)
 
-    def _tokens(self, index: int, prompt: Prompt, max_new_tokens: int) -> list[int]:
-        """Token ids of a prompt that fits the model and the pool."""
+    def _tokens(self, prompts: list[Prompt]) -> list[list[int]]:
+        """Token ids of each prompt."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if texts and self.tokenizer is None:
+            i = next(i for i, prompt in enumerate(prompts) if isinstance(prompt, str))
+            raise InvalidInput(f"prompt {i} is text: expected a Decoder with a tokenizer, got tokenizer=None")
+        if "" in texts:
+            raise InvalidInput(f"prompt {prompts.index('')} is empty: expected at least one token")
+        of_texts = iter(tokenise(self.tokenizer, texts))
+        return [next(of_texts) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    def _check(self, index: int, ids: list[int], max_new_tokens: int) -> None:
+        """Raises unless a prompt fits the model and the pool."""
         runner = self.lane.runner
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidInput(f"prompt {index} is text: expected a Decoder with a tokenizer, got tokenizer=None")
-            ids = list(self.tokenizer(prompt).input_ids) if prompt else []
-            if ids and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-                ids.pop()  # a tokenizer that closes every text would end ours before it began
-        else:
-            try:
-                ids = [operator.index(t) for t in prompt]
-            except TypeError:
-                raise InvalidInput(f"prompt {index} must be a text or token ids, got {prompt!r:.80}") from None
         if not ids:
             raise InvalidInput(f"prompt {index} is empty: expected at least one token")
         bad = next((t for t in ids if not 0 <= t < runner.vocab_size), None)
@@ -244,12 +248,12 @@ class Decoder:
             raise InvalidInput(
                 f"prompt {index} has {len(ids)} tokens, the KV pool holds {runner.num_slots}: raise num_slots"
             )
-        return ids
 
-    def _decode(self, tokens: Any) -> str | None:
+    def _decode(self, prompt: Sequence[int]) -> str | None:
+        """Text of a prompt given as token ids, with its special tokens."""
         if self.tokenizer is None:
             return None
-        text: str = self.tokenizer.decode([int(t) for t in tokens], skip_special_tokens=True)
+        text: str = self.tokenizer.decode(prompt)
         return text
 
     def _stop(self, texts: Sequence[str]) -> TextStop:
@@ -266,16 +270,7 @@ class Decoder:
         return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
 
     def _pad_token_id(self) -> int:
+        """The model's, if it embeds that; else an EOS."""
         config = getattr(self.model, "generation_config", None) or self.model.config
-        return int(config.pad_token_id or min(self._eos_token_ids(), default=0))
-
-
-def _prompt_list(prompts: Any) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence) and not hasattr(prompts, "__iter__"):
-        raise InvalidInput(f"prompts must be a text, token ids, or a list of them, got {type(prompts).__name__}")
-    items = list(prompts)
-    if items and all(isinstance(item, int | np.integer) for item in items):
-        return [items]
-    return items
+        known = range(self.lane.runner.vocab_size)
+        return next((int(i) for i in (config.pad_token_id or -1, *sorted(self._eos_token_ids())) if i in known), 0)

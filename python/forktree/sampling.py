@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from forktree.errors import InvalidInput
+from forktree.checks import integer, number
 from forktree.mix import mix_bits
 
 TILE = 64  # tokens whose mass shares one Gumbel number
@@ -28,14 +27,10 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.temperature) and self.temperature >= 0):
-            raise InvalidInput(f"temperature must be finite and at least 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise InvalidInput(f"top_k must be at least 0 (0 keeps all), got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise InvalidInput(f"top_p must lie in (0, 1], got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise InvalidInput(f"min_p must lie in [0, 1], got {self.min_p}")
+        number("temperature", self.temperature, "finite and at least 0", lambda t: t >= 0)
+        integer("top_k (0 keeps all)", self.top_k, 0)
+        number("top_p", self.top_p, "a number in (0, 1]", lambda p: 0 < p <= 1)
+        number("min_p", self.min_p, "a number in [0, 1]", lambda p: 0 <= p <= 1)
 
 
 def noise(keys: Tensor, tiles: int) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,14 @@ TextScorer    any Python function of (prompt, response)
 """
 
 import importlib
+import json
 import queue
 import threading
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from forktree.checks import integer, number
 from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import Branch
 from forktree.search.request import Rewards
+from forktree.step_format import REWARD_FORMATS, SEPARATORS, StepFormat, expected_format, named_format
+from forktree.text import response_text
 from forktree.token_scores import Head, TokenRequest
 from forktree.transfer import upload
 
@@ -42,11 +47,13 @@ class Subject:
     tokenizer: Any  # None when the decoder has none
 
     def responses(self) -> list[str]:
-        """Text of each branch behind the prompt."""
+        """Text of each branch after the prompt: see `forktree.text.response_text`."""
         if self.tokenizer is None:
             raise InvalidInput("this scorer reads text: expected a Decoder with a tokenizer, got tokenizer=None")
-        tails = [branch.tokens[self.prompt_length :].tolist() for branch in self.branches]
-        return [self.tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
+        if not self.branches:
+            return []
+        text_of = response_text(self.tokenizer, self.branches[0].tokens[: self.prompt_length].tolist())
+        return [text_of(branch.tokens[self.prompt_length :].tolist()) for branch in self.branches]
 
 
 class Reading(ABC):
@@ -76,26 +83,32 @@ class Scorer(ABC):
         return None
 
 
-def rewards_of(values: Tensor) -> Rewards:
-    """Rewards `[n]` from a tensor; a value that is not finite becomes that branch's error."""
-    numbers = values.detach().to("cpu", torch.float64).numpy()
-    errors = [
-        None if np.isfinite(v) else ScorerError(f"reward of branch {i} must be a finite number, got {v}")
-        for i, v in enumerate(numbers)
-    ]
-    return Rewards(np.where(np.isfinite(numbers), numbers, np.nan), errors)
+def rewards_of(values: Tensor, errors: Sequence[ScorerError | None]) -> Rewards:
+    """Rewards `[n]` from those of the branches without an error, in their order."""
+    found = np.full(len(errors), np.nan)
+    found[[i for i, error in enumerate(errors) if error is None]] = values.detach().to("cpu", torch.float64).numpy()
+    return Rewards(found, list(errors))
 
 
 class _HiddenReading(Reading):
+    """errors: why a branch that was to be scored is not read, in its place; None for each of `branches`."""
+
     def __init__(
-        self, lane: "Lane", branches: Sequence[Branch], rewards: Callable[[Tensor], Tensor], *, temporary: bool = False
+        self,
+        lane: "Lane",
+        branches: Sequence[Branch],
+        rewards: Callable[[Tensor], Tensor],
+        *,
+        errors: Sequence[ScorerError | None] | None = None,
+        temporary: bool = False,
     ) -> None:
         self.lane, self.branches = lane, branches
+        self._errors = [None] * len(branches) if errors is None else errors
         self._rewards, self._temporary = rewards, temporary
 
     def read(self, hidden: Tensor | None) -> Rewards:
         assert hidden is not None
-        return rewards_of(self._rewards(hidden))
+        return rewards_of(self._rewards(hidden), self._errors)
 
     def close(self) -> None:
         if self._temporary and self.lane is not None:
@@ -106,29 +119,43 @@ class ValueHead(Scorer):
     """A head on the last hidden state: see `Head`.
 
     weights: one or two pairs (weight `[out, in]`, bias `[out]` or None). activation: "sigmoid", "tanh" or "identity".
+    choice: which of several outputs.
     """
 
-    def __init__(self, weights: Sequence[tuple[Tensor, Tensor | None]], *, activation: str = "sigmoid") -> None:
-        self._head = Head([(w.float(), None if b is None else b.float()) for w, b in weights], activation)
+    def __init__(
+        self,
+        weights: Sequence[tuple[Tensor, Tensor | None]],
+        *,
+        activation: str = "sigmoid",
+        choice: int | None = None,
+    ) -> None:
+        head = Head(weights, activation, choice)
+        self._head = replace(head, layers=[(w.float(), None if b is None else b.float()) for w, b in head.layers])
 
     # names a head goes by in checkpoints: first layer, second layer
     LAYOUTS = (("score.0", "score.2"), ("score", None), ("v_head.summary", None))
 
     @classmethod
-    def load(cls, path: str | Path, *, activation: str = "sigmoid") -> "ValueHead":
+    def load(cls, path: str | Path, *, activation: str = "sigmoid", choice: int | None = None) -> "ValueHead":
         """Reads a head from a safetensors file, or from the safetensors files of a model directory.
 
         Keys: `score.weight` (+ `score.bias`); `score.0.weight`, `score.2.weight` (+ biases; ReLU between); or
-        `v_head.summary.weight`. Missing keys are an error, never a random head.
+        `v_head.summary.weight`. Missing keys are an error, never a random head. Where a directory holds several heads,
+        the model's own `model.safetensors.index.json` decides; without, that is an error.
         """
         found = _read_tensors(Path(path), ("score.", "v_head."))
-        for first, second in cls.LAYOUTS:
-            if f"{first}.weight" in found:
-                names = [first] if second is None else [first, second]
-                missing = [f"{n}.weight" for n in names if f"{n}.weight" not in found]
-                if missing:
-                    raise InvalidInput(f"{path}: the head has {first}.weight but lacks {', '.join(missing)}")
-                return cls([(found[f"{n}.weight"], found.get(f"{n}.bias")) for n in names], activation=activation)
+        layouts = [names for names in cls.LAYOUTS if f"{names[0]}.weight" in found]
+        if len(layouts) > 1:
+            raise InvalidInput(
+                f"{path}: expected one value head, got {' and '.join(f'{n[0]}.weight' for n in layouts)}"
+            )
+        for first, second in layouts:
+            names = [first] if second is None else [first, second]
+            missing = [f"{n}.weight" for n in names if f"{n}.weight" not in found]
+            if missing:
+                raise InvalidInput(f"{path}: the head has {first}.weight but lacks {', '.join(missing)}")
+            weights = [(found[f"{n}.weight"], found.get(f"{n}.bias")) for n in names]
+            return cls(weights, activation=activation, choice=choice)
         expected = "score.weight, score.0.weight + score.2.weight, or v_head.summary.weight"
         got = sorted(found) or "none of these"
         raise InvalidInput(f"{path}: no value head found: expected {expected}, got keys {got}")
@@ -144,6 +171,10 @@ class ValueHead(Scorer):
         """hidden `[n, H]` -> rewards fp32 `[n]`."""
         return self._head(hidden)
 
+    def rewards_on(self, lane: "Lane") -> Callable[[Tensor], Tensor]:
+        """The same, whatever the lane."""
+        return self.rewards
+
     def begin(self, subject: Subject) -> Reading:
         return _HiddenReading(subject.lane, subject.branches, self.rewards)
 
@@ -156,26 +187,18 @@ class TokenLogits(Scorer):
     """
 
     def __init__(self, tokens: Sequence[int], *, suffix: Sequence[int] = ()) -> None:
-        if len(tokens) < 2 or len(set(tokens)) != len(tokens):
-            raise InvalidInput(f"tokens must be at least two different ids, got {list(tokens)}")
-        self._tokens, self._suffix = list(tokens), list(suffix)
+        self._tokens = [integer(f"token {i} of tokens", t, 0) for i, t in enumerate(tokens)]
+        self._suffix = [integer(f"token {i} of suffix", t, 0) for i, t in enumerate(suffix)]
+        if len(self._tokens) < 2 or len(set(self._tokens)) != len(self._tokens):
+            raise InvalidInput(f"tokens must be at least two different ids, got {self._tokens}")
 
     def check(self, lane: "Lane") -> None:
-        bad = [t for t in (*self._tokens, *self._suffix) if not 0 <= t < lane.runner.vocab_size]
+        bad = [t for t in (*self._tokens, *self._suffix) if t >= lane.runner.vocab_size]
         if bad:
             raise InvalidInput(f"token ids must lie in [0, {lane.runner.vocab_size}), got {bad}")
 
-    def begin(self, subject: Subject) -> Reading:
-        lane, branches = subject.lane, subject.branches
-        if self._suffix:
-            longest = max((b.length for b in branches), default=0) + len(self._suffix)
-            if longest > lane.runner.max_position:
-                raise InvalidInput(
-                    f"text and suffix must fit the model's {lane.runner.max_position} positions, got {longest} tokens"
-                )
-            branches = [lane.tree.fork(b, 1)[0] for b in branches]
-            for branch in branches:
-                branch.append(self._suffix)
+    def rewards_on(self, lane: "Lane") -> Callable[[Tensor], Tensor]:
+        """hidden `[n, H]` of the lane's model, after the suffix -> rewards fp32 `[n]`."""
 
         def rewards(hidden: Tensor) -> Tensor:
             select = upload(np.array(self._tokens), hidden.device)
@@ -183,54 +206,43 @@ class TokenLogits(Scorer):
             assert logits is not None
             return logits.softmax(dim=-1)[:, 0]
 
-        return _HiddenReading(lane, branches, rewards, temporary=bool(self._suffix))
+        return rewards
 
-
-@dataclass(frozen=True)
-class StepFormat:
-    """How a reward model wants to read a response.
-
-    template: text with `{prompt}` and `{response}`; what follows `{response}` is never fed.
-    step_delimiter: what ends a step in the policy's text. Empty: the response is fed as it is.
-    separator: fed in the delimiter's place behind every closed step (Qwen2.5-Math-PRM: "<extra_0>"); the reward
-        is read at the last token fed.
-    """
-
-    template: str = "{prompt}{response}"
-    step_delimiter: str = ""
-    separator: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("{prompt}", "{response}"):
-            if self.template.count(name) != 1:
-                raise InvalidInput(f"template must contain {name} exactly once, got {self.template!r}")
-        if self.template.index("{prompt}") > self.template.index("{response}"):
-            raise InvalidInput("template must name {prompt} before {response}")
-
-    def render(self, prompt: str, response: str) -> str:
-        """The text to feed, up to the last closed step."""
-        if self.step_delimiter:
-            steps = response.split(self.step_delimiter)
-            closed = steps[:-1] if steps[-1] == "" else steps
-            response = "".join(step + (self.separator or self.step_delimiter) for step in closed)
-        head, tail = self.template.split("{prompt}")
-        return head + prompt + tail.split("{response}")[0] + response
+    def begin(self, subject: Subject) -> Reading:
+        lane, branches = subject.lane, list(subject.branches)
+        if not self._suffix:
+            return _HiddenReading(lane, branches, self.rewards_on(lane))
+        most, added = lane.runner.max_position, len(self._suffix)
+        errors = [
+            ScorerError(
+                f"text and suffix must fit the model's {most} positions, got {b.length + added} tokens (branch {i})"
+            )
+            if b.length + added > most
+            else None
+            for i, b in enumerate(branches)
+        ]
+        asked = [lane.tree.fork(b, 1)[0] for b, error in zip(branches, errors, strict=True) if error is None]
+        for branch in asked:
+            branch.append(self._suffix)
+        return _HiddenReading(lane, asked, self.rewards_on(lane), errors=errors, temporary=True)
 
 
 class RewardModel(Scorer):
     """A second model whose tree mirrors the policy's: a score reads only tokens it has not read before.
 
-    lane: the model's own tree and pools (`Lane`). head: see `ValueHead`. The mirror needs no bookkeeping: the
-    reward model's tree is asked for the longest prefix it knows, and what the last score read stays alive until
-    the next one has found its prefixes.
+    lane: the model's own tree and pools (`Lane`). head: what reads a reward from the last hidden state: a `ValueHead`,
+    or a `TokenLogits` on the model's own logits. format: what is fed. A text that cannot be rendered, or is too long
+    for the model, costs its branch only. The mirror needs no bookkeeping: the reward model's tree is asked for the
+    longest prefix it knows, and what the last score read stays alive until the next one has found its prefixes.
     """
 
-    def __init__(self, lane: "Lane", tokenizer: Any, head: ValueHead, *, format: StepFormat | None = None) -> None:
+    def __init__(
+        self, lane: "Lane", tokenizer: Any, head: "ValueHead | TokenLogits", *, format: StepFormat | None = None
+    ) -> None:
         head.check(lane)
-        if len(tokenizer) > lane.runner.vocab_size:
+        if isinstance(head, TokenLogits) and head._suffix:
             raise InvalidInput(
-                f"the tokenizer does not match the reward model: it has {len(tokenizer)} tokens, "
-                f"the model embeds {lane.runner.vocab_size}"
+                "a question after a text belongs into the format's template: expected no suffix, got one"
             )
         self._lane, self._tokenizer, self._head = lane, tokenizer, head
         self._format = format or StepFormat()
@@ -243,34 +255,74 @@ class RewardModel(Scorer):
         num_slots: int | None = None,
         dtype: torch.dtype | None = None,
         device: str = "cpu",
-        format: StepFormat | None = None,
-        activation: str = "sigmoid",
+        format: StepFormat | str | None = None,
+        activation: str | None = None,
     ) -> "RewardModel":
-        """Base model, tokenizer and head from one directory of safetensors."""
+        """Model, tokenizer and head from one directory of safetensors.
+
+        format: what is fed and how the reward is read, or its name, one of `REWARD_FORMATS`; default: the prompt, the
+        response, and a sigmoid. Warns if the directory's config names a model that is known to be read in another way.
+        activation: instead of the format's.
+        """
         from forktree.lane import Lane
         from forktree.loading import load_model, load_tokenizer
 
-        head = ValueHead.load(directory, activation=activation)
-        model = load_model(directory, dtype=dtype, base=True).to(device)
-        return cls(Lane(model, num_slots=num_slots), load_tokenizer(directory), head, format=format)
+        path = Path(directory)
+        expected = expected_format(path)
+        chosen = named_format(format) if isinstance(format, str) else format or StepFormat()
+        if expected is not None and (format is None or chosen.separator != REWARD_FORMATS[expected[1]].separator):
+            warnings.warn(
+                f"{path}: {expected[0]} is known to be read by the reward format {expected[1]!r}, got "
+                f"{chosen if format is not None else 'no format'}: its rewards may mean nothing",
+                stacklevel=2,
+            )
+        head: ValueHead | TokenLogits
+        if not chosen.answers:
+            head = ValueHead.load(path, activation=activation or chosen.activation, choice=chosen.choice)
+        tokenizer = load_tokenizer(path)
+        if chosen.answers:
+            answers = _ids(tokenizer, chosen.answers)
+            if len(answers) != 2:
+                raise InvalidInput(
+                    f"{path}: {chosen.answers!r} must be two tokens, got {len(answers)}: not such a model"
+                )
+            head = TokenLogits(answers)
+        if chosen.separator in SEPARATORS and len(_ids(tokenizer, chosen.separator)) != 1:
+            raise InvalidInput(
+                f"{path}: the separator {chosen.separator!r} must be one token, its tokenizer makes "
+                f"{len(_ids(tokenizer, chosen.separator))} of it: not such a model"
+            )
+        model = load_model(path, dtype=dtype, base=not chosen.answers).to(device)
+        return cls(Lane(model, num_slots=num_slots), tokenizer, head, format=chosen)
 
     def begin(self, subject: Subject) -> Reading:
         tree = self._lane.tree
+        rewards = self._head.rewards_on(self._lane)
         if not subject.branches:
-            return _HiddenReading(self._lane, [], self._head.rewards)
+            return _HiddenReading(self._lane, [], rewards)
         owner = int(subject.lane.tree.branch_owner[subject.branches[0].id])
         before = tree.owned(owner)
-        rendered = [self._format.render(subject.prompt, response) for response in subject.responses()]
-        tokens = [self._tokenizer(text).input_ids for text in rendered]
-        for text, ids in zip(rendered, tokens, strict=True):
-            if not 1 <= len(ids) <= self._lane.runner.max_position:
-                raise InvalidInput(
-                    f"the reward model reads 1 to {self._lane.runner.max_position} tokens, got {len(ids)} "
-                    f"for the text {text[:40]!r}"
-                )
-        branches = [self._lane.open(ids, owner=owner) for ids in tokens]
+        branches: list[Branch] = []
+        errors: list[ScorerError | None] = []
+        for i, response in enumerate(subject.responses()):
+            try:
+                tokens = self._tokens(subject.prompt, response)
+                branches.append(self._lane.open(tokens, owner=owner))
+                errors.append(None)
+            except Exception as error:  # chat templates and tokenizers may raise anything
+                errors.append(ScorerError(f"{_one_line(error)} (branch {i})"))
         tree.drop(before)
-        return _HiddenReading(self._lane, branches, self._head.rewards)
+        return _HiddenReading(self._lane, branches, rewards, errors=errors)
+
+    def _tokens(self, prompt: str, response: str) -> list[int]:
+        runner = self._lane.runner
+        ids = self._format.tokens(prompt, response, self._tokenizer)
+        if not 1 <= len(ids) <= runner.max_position:
+            raise InvalidInput(f"the reward model reads 1 to {runner.max_position} tokens, got {len(ids)}")
+        bad = next((t for t in ids if not 0 <= t < runner.vocab_size), None)
+        if bad is not None:
+            raise InvalidInput(f"the reward model embeds token ids in [0, {runner.vocab_size}), got {bad}")
+        return ids
 
 
 class TextScorer(Scorer):
@@ -283,8 +335,7 @@ class TextScorer(Scorer):
     def __init__(self, function: Callable[[str, str], float], *, time_limit: float = 60.0) -> None:
         if not callable(function):
             raise InvalidInput(f"function must be callable, got {type(function).__name__}")
-        if not time_limit > 0:
-            raise InvalidInput(f"time_limit must be more than 0 seconds, got {time_limit}")
+        number("time_limit", time_limit, "finite and more than 0 seconds", lambda t: t > 0)
         self.function, self.time_limit = function, time_limit
 
     def begin(self, subject: Subject) -> Reading:
@@ -348,13 +399,24 @@ class _TextReading(Reading):
         self._answers = queue.SimpleQueue()  # the thread sees that it is no longer wanted
 
 
-def load_scorer(spec: str, *, activation: str = "sigmoid", time_limit: float = 60.0, device: str = "cpu") -> Scorer:
-    """What `--scorer` names: a head file (.safetensors), a reward-model directory, or `module:function`."""
+def load_scorer(
+    spec: str,
+    *,
+    activation: str | None = None,
+    time_limit: float = 60.0,
+    device: str = "cpu",
+    format: StepFormat | str | None = None,
+) -> Scorer:
+    """What `--scorer` names: a head file (.safetensors), a reward-model directory, or `module:function`.
+
+    activation: of a head; default: that of the format, or sigmoid. format: of a reward-model directory."""
     path = Path(spec)
     if path.is_dir():
-        return RewardModel.load(path, activation=activation, device=device)
+        return RewardModel.load(path, activation=activation, device=device, format=format)
+    if format is not None:
+        raise InvalidInput(f"a reward format belongs to a reward-model directory, got the scorer {spec!r}")
     if path.is_file() or spec.endswith(".safetensors"):
-        return ValueHead.load(path, activation=activation)
+        return ValueHead.load(path, activation=activation or "sigmoid")
     module, colon, name = spec.partition(":")
     if not colon or not module or not name:
         raise InvalidInput(
@@ -370,16 +432,43 @@ def load_scorer(spec: str, *, activation: str = "sigmoid", time_limit: float = 6
 
 
 def _read_tensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """Tensors whose names start with one of `prefixes`, from a safetensors file or all of a directory."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
+    """Tensors whose names start with one of `prefixes`, from a safetensors file or all of a directory. Of a directory
+    whose index lists such tensors, those and no others."""
+    if not path.is_dir():
+        return _tensors_of(path, prefixes)
+    if not (files := sorted(path.glob("*.safetensors"))):
         raise InvalidInput(f"{path}: no .safetensors file in this directory")
-    found = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                names = [key for key in tensors.keys() if key.startswith(prefixes)]  # noqa: SIM118  not a dict
-                found.update({key: tensors.get_tensor(key) for key in names})
-        except (OSError, SafetensorError) as error:
-            raise InvalidInput(f"{file}: not a readable safetensors file: {error}") from None
+    index = path / "model.safetensors.index.json"
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+        own = {str(key): path / str(file) for key, file in listed.items() if key.startswith(prefixes)}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InvalidInput(f"{index}: not an index of safetensors: {_one_line(error)}") from None
+    found: dict[str, Tensor] = {}
+    source: dict[str, Path] = {}
+    for file in sorted(set(own.values())) if own else files:
+        for key, tensor in _tensors_of(file, prefixes).items():
+            if own and own.get(key) != file:
+                continue
+            if key in source:
+                raise InvalidInput(f"{path}: expected one value head, got {key} in {source[key].name} and {file.name}")
+            found[key], source[key] = tensor, file
     return found
+
+
+def _tensors_of(file: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = [key for key in tensors.keys() if key.startswith(prefixes)]  # noqa: SIM118  not a dict
+            return {key: tensors.get_tensor(key) for key in names}
+    except (OSError, SafetensorError) as error:
+        raise InvalidInput(f"{file}: not a readable safetensors file: {error}") from None
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text.strip(), add_special_tokens=False).input_ids
+    return ids
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -5,7 +5,6 @@ it is new, and everything it hangs off lies earlier in the walk. So any stretch 
 wherever it is cut; it takes slots for itself and for one path, and nothing is computed twice, however few there are.
 """
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from forktree.checks import integer
 from forktree.decoder import Decoder
 from forktree.errors import InvalidInput, NonFinite, OutOfMemory
 from forktree.kv import Branch, OutOfSlots, Tree
@@ -195,12 +195,10 @@ def _prompt_lengths(given: Sequence[int] | None, texts: list[Ints]) -> list[int]
         return [1] * len(texts)
     if len(given) != len(texts):
         raise InvalidInput(f"prompt_lengths must be one for each of {len(texts)} sequences, got {len(given)}")
-    for i, (length, text) in enumerate(zip(given, texts, strict=True)):
-        if isinstance(length, bool) or not hasattr(length, "__index__") or not 1 <= length <= len(text):
-            raise InvalidInput(
-                f"prompt length of sequence {i} must be an integer from 1 to {len(text)}, its tokens, got {length!r}"
-            )
-    return [operator.index(length) for length in given]
+    return [
+        integer(f"prompt length of sequence {i}", length, 1, len(text))
+        for i, (length, text) in enumerate(zip(given, texts, strict=True))
+    ]
 
 
 # ---------------------------------------------------------------- the passes

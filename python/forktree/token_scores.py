@@ -7,6 +7,7 @@ and bias; log-probs are natural logs. Logits "as they are" have seen no penalty 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,11 +15,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from forktree.checks import integer, number
 from forktree.errors import InvalidInput, NonFinite
 from forktree.mix import mix
 from forktree.sampling import Sampling
 
 ADD, REPETITION = 0, 1  # operations of `Edits`
+Kind = TypeVar("Kind", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +39,12 @@ class Edits:
     values: NDArray[np.float32]
 
     def __init__(self, indptr: ArrayLike, ids: ArrayLike, ops: ArrayLike, values: ArrayLike) -> None:
-        for name, given, kind in zip(
-            ("indptr", "ids", "ops", "values"), (indptr, ids, ops, values), (*[np.int32] * 3, np.float32), strict=True
-        ):
-            object.__setattr__(self, name, np.ascontiguousarray(given, dtype=kind).reshape(-1))
+        for name, given in (("indptr", indptr), ("ids", ids), ("ops", ops)):
+            object.__setattr__(self, name, _integers(f"{name} of edits", given, 0, LARGEST_ID, np.int32))
+        numbers = np.asarray(values)
+        if numbers.dtype.kind not in "iuf":
+            raise InvalidInput(f"values of edits must be numbers, got {values!r:.80}")
+        object.__setattr__(self, "values", np.ascontiguousarray(numbers, dtype=np.float32).reshape(-1))
         if not len(self.ids) == len(self.ops) == len(self.values):
             raise InvalidInput(
                 f"ids, ops and values of edits must have one length, got {len(self.ids)}, {len(self.ops)} and "
@@ -78,10 +83,20 @@ class Edits:
         texts: token ids of each row so far. prompt_lengths: how many of them are prompt (default: none); repetition
         counts the prompt, frequency (times how often) and presence (once) do not, as in vLLM. Repetition comes first.
         """
-        ids, ops, values, ends = [], [], [], [0]
-        steady = np.array(sorted((bias or {}).items()), dtype=np.float64).reshape(-1, 2)
-        for text, skip in zip(texts, prompt_lengths or [0] * len(texts), strict=True):
-            tokens = np.asarray(text, dtype=np.int64)
+        number("repetition", repetition, "finite and above 0", lambda x: x > 0)
+        number("frequency", frequency, "finite", lambda x: True)
+        number("presence", presence, "finite", lambda x: True)
+        given = [0] * len(texts) if prompt_lengths is None else prompt_lengths
+        if len(given) != len(texts):
+            raise InvalidInput(f"prompt_lengths must be one for each of {len(texts)} texts, got {len(given)}")
+        biased = _integers("tokens of bias", list(bias or {}), 0, LARGEST_ID, np.int64)
+        order = np.argsort(biased)
+        bias_of = np.array(list((bias or {}).values()), dtype=np.float64)[order]
+        biased = biased[order]
+        ids, ops, values, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)], [0]
+        for i, (text, length) in enumerate(zip(texts, given, strict=True)):
+            tokens = _integers(f"text {i}", text, 0, LARGEST_ID, np.int64)
+            skip = integer(f"prompt length of text {i}", length, 0, len(tokens))
             parts = []  # (tokens, operation, value)
             if repetition != 1:
                 seen = np.unique(tokens)
@@ -89,16 +104,15 @@ class Edits:
             if frequency or presence:
                 seen, count = np.unique(tokens[skip:], return_counts=True)
                 parts.append((seen, ADD, -(frequency * count + presence)))
-            if len(steady):
-                parts.append((steady[:, 0].astype(np.int64), ADD, steady[:, 1]))
+            if len(biased):
+                parts.append((biased, ADD, bias_of))
             token = np.concatenate([np.zeros(0, np.int64), *(p[0] for p in parts)])
             order = np.argsort(token, kind="stable")
             ids.append(token[order])
             ops.append(np.concatenate([np.zeros(0, np.int64), *(np.full(len(p[0]), p[1]) for p in parts)])[order])
             values.append(np.concatenate([np.zeros(0), *(p[2] for p in parts)])[order])
             ends.append(ends[-1] + len(order))
-        empty = [np.zeros(0)]
-        return cls(ends, *(np.concatenate(empty + column) for column in (ids, ops, values)))
+        return cls(ends, *(np.concatenate(column) for column in (ids, ops, values)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,10 +139,20 @@ class Draw:
     edits: Edits | None = None
     allowed: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        several = [self.sampling] if isinstance(self.sampling, Sampling) else self.sampling
+        if not isinstance(several, Sequence) or not all(isinstance(s, Sampling) for s in several):
+            raise InvalidInput(f"sampling must be a Sampling, or a sequence of one a row, got {self.sampling!r:.80}")
+        if self.edits is not None and not isinstance(self.edits, Edits):
+            raise InvalidInput(f"edits must be Edits, got {type(self.edits).__name__}")
+        if self.allowed is not None and not isinstance(self.allowed, Tensor):
+            raise InvalidInput(f"allowed must be an int32 tensor, got {type(self.allowed).__name__}")
+
     @cached_property
     def keys(self) -> NDArray[np.uint64]:
         """What keys the noise of a row: `mix(mix(seed) ^ position)`, `[T]`."""
-        return mix(mix(_uint64(self.seed)) ^ _uint64(self.position))
+        seed = _integers("seed", self.seed, -(2**63), 2**64 - 1, np.uint64)
+        return mix(mix(seed) ^ _integers("position", self.position, -(2**63), 2**64 - 1, np.uint64))
 
     @cached_property
     def settings(self) -> NDArray[np.float64]:
@@ -147,12 +171,22 @@ class Draw:
         return bool(((temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))).any())
 
 
-def _uint64(values: ArrayLike) -> NDArray[np.uint64]:
-    """`[T]`. Of a list with integers of 2^63 and more numpy would make floating-point numbers first."""
-    given = np.asarray(values)
-    return (given if given.dtype.kind in "iu" else np.asarray(values, dtype=np.uint64)).astype(np.uint64).reshape(-1)
+def _integers(name: str, values: ArrayLike, least: int, most: int, kind: type[Kind]) -> NDArray[Kind]:
+    """`[n]` of dtype `kind`. Raises `InvalidInput` unless all are integers from `least` to `most`, both included."""
+    try:
+        given = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):  # ragged, or on a device
+        raise InvalidInput(f"{name} must be integers on the host, one by one, got {values!r:.80}") from None
+    if not given.size:
+        return np.zeros(0, kind)
+    if given.dtype.kind not in "iu":  # or some of a list are 2^63 and more, of which numpy makes no integers
+        given = np.array([integer(name, value, least, most) for value in np.array(values, object).reshape(-1)], kind)
+    elif int(given.min()) < least or int(given.max()) > most:
+        raise InvalidInput(f"{name} must be integers from {least} to {most}, got {given.min()} to {given.max()}")
+    return np.ascontiguousarray(given.astype(kind)).reshape(-1)
 
 
+LARGEST_ID = np.iinfo(np.int32).max  # of a token
 COLDEST = 1e-5  # temperatures below count as 0
 
 
@@ -169,20 +203,31 @@ class Head:
     """A head on hidden states: `activation(W h + b)`, or `activation(W2 relu(W1 h + b1) + b2)`.
 
     layers: one or two pairs (weight `[out, in]`, bias `[out]` or None). activation: of a head with one output,
-    "sigmoid", "tanh" or "identity"; with two the value is the softmax of the second (Qwen2.5-Math-PRM). Math is done in
-    fp32 (fp64 for fp64 states).
+    "sigmoid", "tanh" or "identity". choice: with several outputs the value is the softmax of this one; of two it is
+    the second unless said otherwise (Qwen2.5-Math-PRM). Math is done in fp32 (fp64 for fp64 states).
     """
 
     layers: Sequence[tuple[Tensor, Tensor | None]]
     activation: str = "sigmoid"
+    choice: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.layers) not in (1, 2):
             raise InvalidInput(f"a value head has 1 or 2 layers, got {len(self.layers)}")
         if self.activation not in ACTIVATIONS:
             raise InvalidInput(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        if self.layers[-1][0].shape[0] not in (1, 2):
-            raise InvalidInput(f"a value head has 1 or 2 outputs, got {self.layers[-1][0].shape[0]}")
+        for weight, bias in self.layers:
+            if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+                got = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+                raise InvalidInput(f"a weight of a value head must be a floating-point tensor [out, in], got {got}")
+            if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
+                got = str(list(bias.shape)) if isinstance(bias, Tensor) else type(bias).__name__
+                raise InvalidInput(f"the bias of a value head must be [{weight.shape[0]}], got {got}")
+        outputs = self.layers[-1][0].shape[0]
+        if self.choice is not None:
+            integer("choice, one of the head's outputs,", self.choice, 0, outputs - 1)
+        elif outputs not in (1, 2):
+            raise InvalidInput(f"a value head has 1 or 2 outputs, got {outputs} and no choice of one")
         if len(self.layers) == 2 and self.layers[0][0].shape[0] != self.layers[1][0].shape[1]:
             raise InvalidInput(
                 f"the head's second layer must take {self.layers[0][0].shape[0]} inputs, got "
@@ -199,8 +244,8 @@ class Head:
         x = hidden if hidden.dtype == torch.float64 else hidden.float()
         for i, (weight, bias) in enumerate(self.layers):
             x = F.linear(x.relu() if i else x, weight.to(x), None if bias is None else bias.to(x))
-        if x.shape[1] == 2:
-            return x.softmax(dim=-1)[:, 1]
+        if x.shape[1] > 1:
+            return x.softmax(dim=-1)[:, 1 if self.choice is None else self.choice]
         return ACTIVATIONS[self.activation](x[:, 0])
 
 

@@ -67,8 +67,8 @@ class ScoreWork(Work):
         if not len(rewards.values) == len(rewards.errors) == n:
             raise ScorerError(f"a scorer must give {n} rewards and errors, one a branch, got {len(rewards.values)}")
         for i in np.flatnonzero(~np.isfinite(rewards.values)).tolist():
-            if hidden is not None or rewards.errors[i] is None:  # the model's own numbers: not one branch's fault
-                raise NonFinite.of("reward", i, (self.branches or self.scored)[i].length)
+            if rewards.errors[i] is None:  # the model's own numbers: not one branch's fault
+                raise NonFinite.of("reward", i, self.scored[i].length)
         return rewards
 
 

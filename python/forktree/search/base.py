@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from forktree.checks import integer
 from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import Branch
 from forktree.kv.slots import Ints
@@ -119,8 +120,7 @@ def first_failure(errors: Sequence[ScorerError | None]) -> ScorerError:
 
 def at_least_one(name: str, value: int) -> None:
     """Raises unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidInput(f"{name} must be an integer of at least 1, got {value!r}")
+    integer(name, value, 1)
 
 
 def several_texts(name: str, value: object) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from forktree.checks import number
 from forktree.errors import InvalidInput, NonFinite
 from forktree.kv import Branch, append, reassign
 from forktree.search.base import Hypothesis, Job, Search, at_least_one
@@ -257,6 +258,7 @@ class BeamSearch(Search):
             raise InvalidInput(
                 f"num_return_sequences must be at most num_beams = {self.num_beams}, got {self.num_return_sequences}"
             )
+        number("length_penalty", self.length_penalty, "finite", lambda x: True)
         if self.early_stopping not in (True, False, "never"):
             raise InvalidInput(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from forktree.checks import number
 from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import reassign
 from forktree.search.base import Hypothesis, Job, SamplingSearch, at_least_one, first_failure, needs_scorer
@@ -49,8 +50,7 @@ class ParticleFilter(SamplingSearch):
         for name in ("num_particles", "max_step_tokens", "max_steps"):
             at_least_one(name, getattr(self, name))
         needs_scorer(self.scorer)
-        if not (np.isfinite(self.weight_temperature) and self.weight_temperature > 0):
-            raise InvalidInput(f"weight_temperature must be finite and more than 0, got {self.weight_temperature}")
+        number("weight_temperature", self.weight_temperature, "finite and more than 0", lambda t: t > 0)
         if self.resampling not in RESAMPLERS:
             raise InvalidInput(f"resampling must be one of {', '.join(RESAMPLERS)}, got {self.resampling!r}")
         if self.selection not in ("argmax", "sample"):
