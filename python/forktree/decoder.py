@@ -75,6 +75,13 @@ class Decoder:
     num_slots: tokens whose KV fits at once (None: at most 65,536, within a quarter of the free memory).
     max_batch_tokens: most tokens of one forward pass; longer prefills are split and mixed with decoding.
     prefix_cache: keep finished prompts for later prompts that begin alike, until their slots are needed.
+
+    The model is run as it is. Every call looks once whether it has changed since the last, and if so proves it anew
+    and drops what it has kept: KV, hidden states, prompts. Seen are parameters, buffers and modules that were replaced,
+    written in place, moved or cast; hooks, overrides of `forward`, adapters and other attributes of modules; values in
+    configs; autocast. Not seen are writes that PyTorch does not count (through `.data`, to inference tensors, by other
+    libraries' kernels, to weights that are offloaded) and what hooks look up outside modules: after those, call
+    `weights_changed`. Weights that change during a search take effect, but not on what it has computed already.
     """
 
     def __init__(
@@ -132,6 +139,7 @@ class Decoder:
         Raises `InvalidInput` before anything runs if a prompt or setting is bad. A search that fails later is a
         result with `error` set; the others go on. Closing the iterator cancels what still runs.
         """
+        self.engine.renew()
         texts = _prompt_list(prompts)
         searches = list(search) if isinstance(search, Sequence) else [search] * len(texts)
         if len(searches) != len(texts):
@@ -147,6 +155,10 @@ class Decoder:
         tokens = [self._tokens(i, prompt, max_new_tokens) for i, prompt in enumerate(texts)]
         return self._run(texts, tokens, searches, max_new_tokens, seed, on_step)
 
+    def weights_changed(self) -> None:
+        """Says that the model has changed where it cannot be seen: the next call proves it anew and keeps nothing."""
+        self.lane.weights_changed()
+
     def _run(
         self,
         prompts: list[Prompt],
@@ -156,6 +168,7 @@ class Decoder:
         seed: int,
         on_step: Callable[[], None] | None,
     ) -> Iterator[SearchResult]:
+        self.engine.renew()  # the iterator may be begun later
         running: dict[Task, int] = {}
         waiting = list(reversed(range(len(prompts))))
         try:

@@ -26,7 +26,7 @@ from forktree.engine import Engine
 from forktree.errors import InvalidInput
 from forktree.kv import Branch, append
 from forktree.lane import Lane
-from forktree.model import attach
+from forktree.model import attached
 from forktree.sampling import Sampling
 from forktree.search.beam import BeamRules, Finished, beam_search
 from forktree.search.processors import process
@@ -62,11 +62,8 @@ def generate(
     copies = max(config.num_beams, config.num_return_sequences)
     prompts = _without_padding(input_ids[::copies], model_kwargs.get("attention_mask"), copies)
     room = stopping_criteria.max_length - input_ids.shape[1]
-    spec = model.__dict__.get("_forktree_spec")
-    if spec is None or (spec.packed.device, spec.packed.dtype) != (model.device, model.dtype):
-        spec = model.__dict__["_forktree_spec"] = attach(model)
     slots = sum(map(len, prompts)) + len(input_ids) * room
-    engine = Engine(Lane(model, num_slots=slots, prefix_cache=False, spec=spec))
+    engine = Engine(Lane(model, num_slots=slots, prefix_cache=False, spec=attached(model)))
     beams = config.num_beams > 1
     run = _Run(input_ids, copies, logits_processor, stopping_criteria, config, room)
     task = engine.submit(run.beams if beams else run.samples, prompts)

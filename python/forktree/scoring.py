@@ -254,6 +254,11 @@ class RewardModel(Scorer):
         model = load_model(directory, dtype=dtype, base=True).to(device)
         return cls(Lane(model, num_slots=num_slots), load_tokenizer(directory), head, format=format)
 
+    def check(self, lane: "Lane") -> None:
+        if not self._lane.is_current():
+            self._lane.renew()
+        self._head.check(self._lane)
+
     def begin(self, subject: Subject) -> Reading:
         tree = self._lane.tree
         if not subject.branches:
