@@ -11,7 +11,6 @@ from torch import nn
 from forktree import Draw, Sampling, TokenRequest, ops
 from forktree.errors import InvalidInput, UnsupportedModel
 from forktree.model import LinearHead, OwnHead, Runner, attach
-from forktree.model.interface import IMPLEMENTATION, PackedModel
 from tiny import new_model
 
 SIZES = dict(
@@ -221,12 +220,8 @@ def test_attach_leaves_the_model_unchanged(llama):
     assert llama.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 23)
 
 
-def test_the_attention_is_restored_after_an_exception(llama):
-    packed, modes = PackedModel(llama), implementations(llama)
-    with pytest.raises(RuntimeError), packed.attention(IMPLEMENTATION):
-        assert set(implementations(llama)) == {IMPLEMENTATION}
-        raise RuntimeError
-    assert implementations(llama) == modes
+def test_a_refused_model_is_left_unchanged(llama):
+    modes = implementations(llama)
     llama.model.layers[1].self_attn = Wrong(llama.model.layers[1].self_attn, own_mask)
     with pytest.raises(UnsupportedModel):
         attach(llama)
@@ -348,7 +343,7 @@ def test_scores_are_of_the_models_own_logits(head, dtype):
     hidden = torch.randn(rows, 32).to(dtype)
     reference = copy.deepcopy(model).double()
     output = hf.modeling_outputs.BaseModelOutputWithPast(last_hidden_state=hidden.double()[None])
-    PackedModel(reference).decoder.forward = lambda *_, **__: output
+    reference.get_decoder().forward = lambda *_, **__: output
     exact = reference(torch.zeros(1, rows, dtype=torch.long)).logits[0]
     assert exact.shape == (rows, runner.vocab_size)
     log_probs = exact.log_softmax(dim=-1)

@@ -80,6 +80,13 @@ class Decoder:
         Memory is taken as they come: for 512 at first, at least twice as many each time that room is short.
     max_batch_tokens: most tokens of one forward pass; longer prefills are split and mixed with decoding.
     prefix_cache: keep finished prompts for later prompts that begin alike, until their slots are needed.
+
+    The model is run as it is. Every call looks once whether it has changed since the last, and if so proves it anew
+    and drops what it has kept: KV, hidden states, prompts. Seen are parameters, buffers and modules that were replaced,
+    written in place, moved or cast; hooks, overrides of `forward`, adapters and other attributes of modules; values in
+    configs; autocast. Not seen are writes that PyTorch does not count (through `.data`, to inference tensors, by other
+    libraries' kernels, to weights that are offloaded) and what hooks look up outside modules: after those, call
+    `weights_changed`. Weights that change during a search take effect, but not on what it has computed already.
     """
 
     def __init__(
@@ -143,6 +150,7 @@ class Decoder:
         another thread are not all read yet, or inside a call of this Decoder to a scorer, processor, stop, `on_step` or
         search. Ctrl-C ends this call's searches, after the step under way; pressed twice, at once, and all searches.
         """
+        self.engine.renew()
         texts = read_prompts(prompts)
         searches = list(search) if isinstance(search, Sequence) else [search] * len(texts)
         if len(searches) != len(texts):
@@ -159,6 +167,10 @@ class Decoder:
             self._check(i, ids, max_new_tokens)
         return self._run(texts, tokens, searches, max_new_tokens, seed, on_step)
 
+    def weights_changed(self) -> None:
+        """Says that the model has changed where it cannot be seen: the next call proves it anew and keeps nothing."""
+        self.lane.weights_changed()
+
     def _run(
         self,
         prompts: list[Prompt],
@@ -168,6 +180,7 @@ class Decoder:
         seed: int,
         on_step: Callable[[], None] | None,
     ) -> Generator[SearchResult, None, None]:
+        self.engine.renew()  # the iterator may be begun later
         running: dict[Task, int] = {}
         waiting = list(reversed(range(len(prompts))))
         run = Run()

@@ -30,7 +30,7 @@ from forktree.engine import Engine
 from forktree.errors import InvalidInput
 from forktree.kv import Branch, append
 from forktree.lane import Lane
-from forktree.model import attach
+from forktree.model import attached
 from forktree.model.runner import MOST_SLOTS
 from forktree.sampling import Sampling
 from forktree.search.beam import BeamRules, Finished, beam_search
@@ -69,10 +69,8 @@ def generate(
     copies = max(config.num_beams, config.num_return_sequences)
     prompts = _without_padding(input_ids[::copies], model_kwargs.get("attention_mask"), copies)
     room = stopping_criteria.max_length - input_ids.shape[1]
-    spec = model.__dict__.get("_forktree_spec")
-    if spec is None or (spec.packed.device, spec.packed.dtype) != (model.device, model.dtype):
-        spec = model.__dict__["_forktree_spec"] = attach(model)
     _check_fed(model, input_ids, model_kwargs)
+    spec = attached(model)
     longest = max(map(len, prompts)) + room - 1  # the last token is never run
     if longest > spec.max_position:
         raise InvalidInput(

@@ -200,6 +200,18 @@ class Engine:
         self._resume(task, None)
         return task
 
+    def renew(self) -> None:
+        """Looks at the policy once: if its weights are others than before, what was computed with those is dropped.
+
+        Raises what `attach` raises; then nothing has changed.
+        """
+        if not self.lane.is_current():
+            self._read_ahead()  # hidden states of tokens that are taken back would be old ones
+            self.lane.renew()
+            for work in (task.work for task in self._tasks):
+                if work is not None and work.lane is self.lane:
+                    work.hidden = [None] * len(work.branches)
+
     def has_room(self, num_tokens: int) -> bool:
         """Whether a prompt of this length is better started now than later: work for the next pass is short, no
         search has been preempted, and its slots are at hand."""

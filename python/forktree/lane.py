@@ -14,7 +14,7 @@ from forktree.errors import InvalidInput
 from forktree.kv import Branch, PrefixIndex, Tree
 from forktree.kv.slots import Ints
 from forktree.kv.tree import NOBODY, UNKNOWN, Chunk
-from forktree.model import ModelSpec, Runner, attach
+from forktree.model import Fingerprint, ModelSpec, Runner, attach
 from forktree.transfer import upload
 
 DEFAULT_SLOTS = 65536
@@ -37,6 +37,8 @@ class Lane:
         self, model: Any, *, num_slots: int | None = None, prefix_cache: bool = True, spec: ModelSpec | None = None
     ) -> None:
         """spec: what `attach(model)` returned, if it has been called already."""
+        self._model = model
+        self._proved: Fingerprint | None = None if spec is not None else Fingerprint(model)  # None: nobody knows
         spec = spec or attach(model)
         self.runner = Runner(spec, num_slots=num_slots or _default_slots(spec))
         self.tree = Tree(self.runner.num_slots, name=spec.name)
@@ -57,6 +59,30 @@ class Lane:
         self.prefixes = PrefixIndex(self.tree)
         self._hidden, self._drawn = self._hidden[:0], self._drawn[:0]
         self._planned_for = None
+
+    def is_current(self) -> bool:
+        """Whether the model is as it was when it was proved, as far as that can be seen."""
+        return self._proved is not None and Fingerprint(self._model) == self._proved
+
+    def renew(self) -> None:
+        """Proves the model as it is now and drops what was computed before: all tokens are pending, none is lost.
+
+        Raises what `attach` raises; then nothing has changed.
+        """
+        now = Fingerprint(self._model)
+        spec = attach(self._model)
+        self.runner.renew(spec, in_place=self._proved is not None and now.built_like(self._proved))
+        self._proved = now
+        self.prefixes.clear()
+        self.tree.forget()
+        runner, rows = self.runner, len(self._hidden)
+        self._hidden = torch.empty(rows, runner.hidden_size, dtype=runner.dtype, device=runner.device)
+        self._drawn = self._drawn.to(runner.device)
+        self._planned_for = None
+
+    def weights_changed(self) -> None:
+        """Says that the model has changed where it cannot be seen."""
+        self._proved = None
 
     def open(self, tokens: ArrayLike, *, key: int = 0, owner: int = NOBODY) -> Branch:
         """A branch that sees `tokens`, on the longest prefix the tree already has."""

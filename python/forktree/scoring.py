@@ -295,6 +295,11 @@ class RewardModel(Scorer):
         model = load_model(path, dtype=dtype, base=not chosen.answers).to(device)
         return cls(Lane(model, num_slots=num_slots), tokenizer, head, format=chosen)
 
+    def check(self, lane: "Lane") -> None:
+        if not self._lane.is_current():
+            self._lane.renew()
+        self._head.check(self._lane)
+
     def begin(self, subject: Subject) -> Reading:
         tree = self._lane.tree
         rewards = self._head.rewards_on(self._lane)

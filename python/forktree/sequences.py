@@ -21,7 +21,7 @@ from forktree.kv import Branch, OutOfSlots, Tree
 from forktree.kv.slots import spans
 from forktree.kv.tree import Chunk
 from forktree.lane import Lane
-from forktree.model import ModelSpec, Runner, attach
+from forktree.model import ModelSpec, Runner, attached
 from forktree.search.base import at_least_one
 from forktree.token_scores import Ragged, TokenRequest
 from forktree.transfer import Download, upload
@@ -46,8 +46,9 @@ def sequence_logprobs(
     is never computed, as nothing stands behind it.
 
     Args:
-        model: a causal language model as `Decoder` takes it, which is proved anew at every call; or a `Decoder`, whose
-            model and slots are used. Its kept prefixes, then its running searches, give way where slots are short.
+        model: a causal language model as `Decoder` takes it, which is proved if it is not as it was at the last call;
+            or a `Decoder`, whose model and slots are used. Its kept prefixes, then its running searches, give way where
+            slots are short.
         sequences: token ids of each, 1-D, at least one.
         prompt_lengths: how many tokens of each sequence are given, at least 1; default: 1, as nothing stands before
             the first.
@@ -86,7 +87,9 @@ def scored_sequences(
         raise InvalidInput(
             f"num_slots belongs to the Decoder, which has {model.lane.runner.num_slots}: got {num_slots}"
         )
-    spec = model.lane.runner.spec if own else attach(model)
+    if own:
+        model.engine.renew()
+    spec = model.lane.runner.spec if own else attached(model)
     if spec.head is None:
         raise InvalidInput(f"{spec.name}: expected a model with a language-model head, got none")
     texts = [_tokens(i, tokens, spec) for i, tokens in enumerate(sequences)]

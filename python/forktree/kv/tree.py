@@ -450,6 +450,11 @@ class Tree:
         self.computed[node] = np.maximum(self.computed[node], stop)
         self.hidden_at[node] = self.start[node] + stop - 1
 
+    def forget(self) -> None:
+        """Makes all tokens pending again, as the KV and hidden states of all are worthless from now on."""
+        self.computed[:], self.hidden_at[:] = 0, -1
+        self.version += 1
+
     def slots_of(self, chunks: Sequence[Chunk]) -> Ints:
         """Slot that each token of the chunks is written to, -1 where its KV is already there. int32 `[T]`."""
         node, first, stop = _columns(chunks)

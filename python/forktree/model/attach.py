@@ -20,9 +20,10 @@ from transformers.utils.generic import ModelOutput
 
 from forktree.errors import InvalidInput, UnsupportedModel
 from forktree.model.head import LinearHead, OwnHead, find_linear_head, is_scored_alike
-from forktree.model.interface import PackedModel, Window
+from forktree.model.interface import PackedModel, Window, find_decoder
 from forktree.model.layers import LayerKind, Pool, append_and_attend
 from forktree.model.proof_tree import ProofStep, ProofTree
+from forktree.model.replica import Replica
 from forktree.ops import check_settings
 from forktree.plan import AttentionPlan
 
@@ -144,16 +145,14 @@ def _run_eagerly(packed: PackedModel, tree: ProofTree) -> _Own:
     for row, path in zip(ids, tree.paths, strict=True):
         row[: len(path)] = torch.as_tensor(path)
     ids = ids.to(packed.device)
-    outputs: list[Any] = []
-    hook = packed.decoder.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    root = Replica(packed.model, "eager").root
+    decoder, outputs = find_decoder(root), []
+    vars(decoder)["_forward_hooks"] = decoder._forward_hooks.copy()  # it shares them with the model's own
+    decoder.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     has_head = packed.model.get_output_embeddings() is not None
-    try:
-        with packed.attention("eager"):
-            output = (packed.model if has_head else packed.decoder)(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, return_dict=True
-            )
-    finally:
-        hook.remove()
+    output: Any = (root if has_head else decoder)(
+        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, return_dict=True
+    )
     return _Own(outputs[0].last_hidden_state, output.logits if has_head else None, type(outputs[0]))
 
 
@@ -168,7 +167,7 @@ def _prove_head(own: OwnHead, hidden: Tensor, logits: Tensor) -> tuple[LinearHea
     # Also where logits reach 100: a cap, stated in the config or not, cannot hide there.
     hidden = torch.cat([hidden, hidden * (100 / logits.abs().max())])
     logits = own.logits(hidden)
-    linear = find_linear_head(own.packed.model, hidden, logits)
+    linear = find_linear_head(own.packed, hidden, logits)
     if linear is None:
         return own, "the head is not cap(scale * (h W^T + b)): logits come unfused, from the model's own head"
     if not is_scored_alike(linear, hidden, logits):

@@ -20,10 +20,27 @@ from forktree.token_scores import TokenRequest, TokenScores
 class LinearHead:
     """logits = cap * tanh(scale * (h W^T + b) / cap), without the tanh where cap is None."""
 
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
+    packed: PackedModel
+    vocab_size: int
     scale: float
     cap: float | None
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, H], as it is now. The module may have more rows, which the model cuts off."""
+        weight: Tensor = self._linear.weight
+        return weight if len(weight) == self.vocab_size else weight[: self.vocab_size]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V], as it is now."""
+        bias: Tensor | None = self._linear.bias
+        return bias if bias is None or len(bias) == self.vocab_size else bias[: self.vocab_size]
+
+    @property
+    def _linear(self) -> nn.Linear:
+        linear: nn.Linear = self.packed.model.get_output_embeddings()
+        return linear
 
     def score(self, hidden: Tensor, request: TokenRequest) -> TokenScores:
         """What `request` asks of hidden [n, H]; see `forktree.ops.score_tokens`, whose check is left out."""
@@ -48,31 +65,23 @@ class OwnHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] -> [n, V] fp32."""
-        decoder, answer = self.packed.decoder, self.output_class(last_hidden_state=hidden[None])
-        own_forward = decoder.__dict__.get("forward")  # usually absent; accelerate puts its wrapper there
-        decoder.forward = lambda *_, **__: answer
-        try:
-            ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
-            logits: Tensor = self.packed.model(input_ids=ids, use_cache=False, return_dict=True).logits
-        finally:
-            del decoder.forward
-            if own_forward is not None:
-                decoder.forward = own_forward
-        return logits[0].float()
+        return self.packed.after_decoder(self.output_class(last_hidden_state=hidden[None])).float()
 
 
-def find_linear_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> LinearHead | None:
+def find_linear_head(packed: PackedModel, hidden: Tensor, logits: Tensor) -> LinearHead | None:
     """The linear head that maps hidden [n, H] to the model's own logits [n, V], or None.
 
     Scales go by many names, and one name has opposite meanings (granite divides by `logits_scaling`,
     hyperclovax multiplies): names only propose, the logits decide.
     """
+    model: PreTrainedModel = packed.model
     linear: nn.Module | None = model.get_output_embeddings()
     if not isinstance(linear, nn.Linear) or linear.weight.dtype != hidden.dtype:  # quantised heads, for one
         return None
+    if linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear):  # which are to run
+        return None
     vocab = logits.shape[1]  # a head may be padded by rows that the model cuts off
-    weight, bias = linear.weight[:vocab], None if linear.bias is None else linear.bias[:vocab]
-    if len(weight) < vocab or not weight.is_contiguous():
+    if len(linear.weight) < vocab or not linear.weight[:vocab].is_contiguous():
         return None
     config = model.config.get_text_config(decoder=True)
     names = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -81,7 +90,7 @@ def find_linear_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> 
     tolerance = _tolerance(logits, hidden.dtype)
     for cap in (getattr(config, "final_logit_softcapping", None), None):
         for scale in scales:
-            head = LinearHead(weight, bias, scale, cap)
+            head = LinearHead(packed, vocab, scale, cap)
             if (head.logits(hidden) - logits).abs().max() <= tolerance:
                 return head
     return None

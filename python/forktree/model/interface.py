@@ -5,9 +5,10 @@ see is decided by the step, an object that travels through the model as the keyw
 nothing here is global except the name registered with transformers.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from typing import Any, Protocol
 
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils.generic import ModelOutput
+
+from forktree.model.replica import Replica
 
 IMPLEMENTATION = "forktree"
 
@@ -130,36 +133,46 @@ class _PassThrough(Cache):
         return query_length, 0
 
 
+_ANSWER: ContextVar[Any] = ContextVar("what a decoder that has been replaced returns")
+
+
 class PackedModel:
-    """A transformers model and the way to run it on packed tokens, leaving it as it was."""
+    """A transformers model and the way to run it on packed tokens. It runs as a replica: nobody else can see it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        model = model._modules.get("_orig_mod", model)  # compiled by torch
         self.model = model
-        self.decoder = _decoder(model)
+        self._replica = Replica(model, IMPLEMENTATION)
+        self.decoder = find_decoder(self._replica.root)
         # renamed in transformers 5.24
         self._cache_name = "cache" if "cache" in signature(self.decoder.forward).parameters else "past_key_values"
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.min_rows = FP32_MIN_ROWS if self.dtype == torch.float32 else 1
-        # A layer reads the name of its attention from the config it was built with: collect them all.
-        configs = [getattr(module, "config", None) for module in model.modules()]
-        for config in configs:
-            if isinstance(config, PreTrainedConfig):
-                # the loop goes on over these
-                configs.extend(getattr(config, key, None) for key in config.sub_configs)
-        self._configs = list({id(c): c for c in configs if isinstance(c, PreTrainedConfig)}.values())
 
-    @contextmanager
-    def attention(self, implementation: str) -> Iterator[None]:
-        """Within, every layer uses this attention; afterwards, also after an exception, its own again."""
-        before = [config._attn_implementation for config in self._configs]
+    def read_buffers(self) -> None:
+        """Takes over what was written into buffers of the model, whose memory has stayed."""
+        self._replica.read_buffers()
+        vars(self).pop("_head", None)
+
+    @cached_property
+    def _head(self) -> nn.Module:
+        """Whatever the model does after its decoder, which is replaced."""
+        root = Replica(self.model, IMPLEMENTATION).root
+        decoder = find_decoder(root)
+        vars(decoder).update(_forward_hooks={}, _forward_pre_hooks={}, forward=lambda *_, **__: _ANSWER.get())
+        return root
+
+    def after_decoder(self, output: ModelOutput) -> Tensor:
+        """output: what the decoder returns, with last_hidden_state [1, n, H] -> the model's own logits [n, V]."""
+        hidden = output.last_hidden_state
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        token = _ANSWER.set(output)
         try:
-            for config in self._configs:  # not by the public setter, which recurses into sub-configs
-                config._attn_implementation_internal = implementation
-            yield
+            logits: Tensor = self._head(input_ids=ids, use_cache=False, return_dict=True).logits[0]
         finally:
-            for config, own in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = own
+            _ANSWER.reset(token)
+        return logits
 
     def forward(self, tokens: Tensor, positions: Tensor, step: Step) -> Tensor:
         """tokens, positions [T] int64 on the model's device -> post-norm hidden states [T, H]."""
@@ -173,7 +186,7 @@ class PackedModel:
             tokens = F.pad(tokens, (0, self.min_rows - rows))
             positions = F.pad(positions, (0, self.min_rows - rows))
         # inference_mode is a tenth faster than no_grad where T is small
-        with torch.inference_mode(), self.attention(IMPLEMENTATION):
+        with torch.inference_mode():
             output = self.decoder(
                 input_ids=tokens[None],
                 position_ids=positions[None],
@@ -186,7 +199,7 @@ class PackedModel:
         return hidden
 
 
-def _decoder(model: PreTrainedModel) -> nn.Module:
+def find_decoder(model: PreTrainedModel) -> nn.Module:
     """The module that ends with the post-norm hidden state. Not always `base_model`: OPT never calls it."""
     decoder: nn.Module = model.get_decoder()
     if decoder is not model:

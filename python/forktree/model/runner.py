@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from forktree.errors import InvalidInput
 from forktree.layout import TreeLayout
 from forktree.model.attach import ModelSpec
+from forktree.model.attached import with_packed
 from forktree.model.captured import CapturedSteps
 from forktree.model.graphs import CudaGraphs, Graphs
 from forktree.model.head import LinearHead, OwnHead
@@ -48,7 +49,21 @@ class Runner:
         self.kinds = list(dict.fromkeys(spec.layers))
         if graphs is None and self.device.type == "cuda":
             graphs = CudaGraphs(self.device)
+        self._graphs = graphs
         self._captured = None if graphs is None else CapturedSteps(spec, self.pools, graphs)
+
+    def renew(self, spec: ModelSpec, *, in_place: bool) -> None:
+        """Goes on with what was proved of the model as it is now. What the pools held is of no use any more.
+
+        in_place: whether memory and Python code are as they were: then steps that were captured stay valid.
+        """
+        if in_place and spec.layers == self.spec.layers:
+            self.spec.packed.read_buffers()
+            self.spec = with_packed(spec, self.spec.packed)
+            self.vocab_size, self.max_position = spec.vocab_size, spec.max_position
+        else:
+            graphs = self._graphs if spec.packed.device == self.device else None
+            vars(self).update(vars(Runner(spec, num_slots=self.num_slots, graphs=graphs)))
 
     def plans(self, layout: TreeLayout) -> dict[LayerKind, AttentionPlan]:
         """One plan for each kind of layer. They stay valid while nodes only grow."""

@@ -1,0 +1,103 @@
+"""What the proof of a model rested on: how it is built, and the values of its weights.
+
+Read off in one walk over its modules that looks at no weight, as torch counts the writes to every tensor. Compared are
+plain values and identities. None of the objects is kept alive; while they are, nothing else can have their identity.
+"""
+
+import weakref
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.configuration_utils import PreTrainedConfig
+
+_PLAIN = {int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_READ_APART = frozenset(vars(nn.Module())) - {"training"}  # torch's own entries
+
+
+class Fingerprint:
+    """Of a model as it is now: modules, parameters, buffers, hooks, overrides of `forward`, attributes and configs.
+
+    Not seen: writes that torch does not count (through `.data`, by kernels that take an address, to inference tensors,
+    to weights that wait elsewhere between forward passes), and what is kept outside modules, as in closures.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        device = next((p.device.type for p in model.parameters()), "cpu")
+        self._structure: list[Any] = [torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)]
+        self._structure += [*torch_module._global_forward_pre_hooks, *torch_module._global_forward_hooks]
+        self._writes: list[int] = []  # to each tensor so far
+        self._refs: list[weakref.ref[Any]] = []
+        seen, modules = {id(model)}, [model]
+        for module in modules:  # goes on over those that are appended
+            self._read_module(module, seen)
+            for child in module._modules.values():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    modules.append(child)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether nothing has changed between the two."""
+        return isinstance(other, Fingerprint) and self._writes == other._writes and self.built_like(other)
+
+    __hash__ = object.__hash__
+
+    def built_like(self, other: "Fingerprint") -> bool:
+        """Whether at most values have changed, all of them in place: memory and Python code have stayed."""
+        return self._structure == other._structure and not any(ref() is None for ref in other._refs)
+
+    def _read_module(self, module: nn.Module, seen: set[int]) -> None:
+        entries, structure = vars(module), self._structure
+        self._refs.append(weakref.ref(module))
+        structure += (id(module), id(type(module)))
+        for name, value in entries.items():
+            if name not in _READ_APART:
+                structure.append(name)
+                if type(value) in _PLAIN:
+                    structure.append(value)
+                else:
+                    self._read(value, seen)
+        for name in _HOOKS:
+            if hooks := entries[name]:
+                structure += (name, *hooks)  # their numbers: torch gives none twice
+        if children := entries["_modules"]:
+            structure += (*children, *map(id, children.values()))
+        for tensors in (entries["_parameters"], entries["_buffers"]):
+            for name, tensor in tensors.items():
+                structure.append(name)
+                if tensor is not None:
+                    self._read_tensor(tensor)
+
+    def _read(self, value: Any, seen: set[int]) -> None:
+        structure = self._structure
+        if type(value) in _PLAIN:
+            structure.append(value)
+        elif isinstance(value, Tensor):
+            self._read_tensor(value)
+        elif isinstance(value, PreTrainedConfig | dict | list | tuple | set | frozenset):
+            if id(value) not in seen:
+                seen.add(id(value))
+                items: Collection[Any] = vars(value) if isinstance(value, PreTrainedConfig) else value
+                structure.append(len(items))
+                for item in items.items() if isinstance(items, dict) else items:
+                    self._read(item, seen)
+        else:
+            structure.append(id(value))
+            if type(value).__weakrefoffset__:
+                self._refs.append(weakref.ref(value))
+
+    def _read_tensor(self, tensor: Tensor) -> None:
+        kind = (tensor.dtype, tensor.device, tensor.shape)
+        if tensor.is_meta:  # offloaded: another one after every forward pass
+            self._structure.append(kind)
+            return
+        self._refs.append(weakref.ref(tensor))
+        try:
+            self._structure += (id(tensor), kind, tensor.stride(), tensor.data_ptr())
+        except RuntimeError:  # made of other tensors
+            self._structure += (id(tensor), kind)
+        if not tensor.is_inference():
+            self._writes.append(tensor._version)
