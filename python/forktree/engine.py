@@ -272,8 +272,9 @@ class Engine:
 
     def _end_unanswerable(self) -> bool:
         """Ends the searches whose request cannot be answered any more, as its branches were dropped meanwhile or were
-        given tokens that the model does not take: by code of a user's own, which may have been another search's."""
-        self._read_ahead()
+        given tokens that the model does not take: by code of a user's own, which may have been another search's.
+        False if nothing has changed."""
+        changed = self._read_ahead()  # which may have ended some
         unanswerable = []
         for task in self._tasks:
             try:
@@ -283,7 +284,7 @@ class Engine:
                 unanswerable.append((task, failure))
         for task, why in unanswerable:
             self._finish(task, error=why)
-        return bool(unanswerable)
+        return changed or bool(unanswerable)
 
     def _resume(self, task: Task, value: Any, error: Exception | None = None) -> None:
         """Runs the search to its next request."""
