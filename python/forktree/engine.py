@@ -118,10 +118,10 @@ class Engine:
         """Lets a run use the engine. Raises `DecoderInUse` if one of another thread does, or one that is just calling
         its user's code; those go on undisturbed."""
         runs = list(self._runs)
-        if self._critical.mine or any(r.calls_back for r in runs):
-            who = "by the very search that is calling it (a scorer, stop, logits processor, on_step or run of its own)"
-        elif runs and self._thread != threading.get_ident():
+        if runs and self._thread != threading.get_ident():
             who = "in another thread"
+        elif self._critical.mine or any(r.calls_back for r in runs):
+            who = "by the very search that is calling it (a scorer, stop, logits processor, on_step or run of its own)"
         else:
             self._thread = threading.get_ident()
             self._runs.add(run)
