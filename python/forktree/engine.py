@@ -118,10 +118,10 @@ class Engine:
         """Lets a run use the engine. Raises `DecoderInUse` if one of another thread does, or one that is just calling
         its user's code; those go on undisturbed."""
         runs = list(self._runs)
-        if self._critical.mine or any(r.calls_back for r in runs):
-            who = "by the very search that is calling it (a scorer, stop, logits processor, on_step or run of its own)"
-        elif runs and self._thread != threading.get_ident():
+        if runs and self._thread != threading.get_ident():
             who = "in another thread"
+        elif self._critical.mine or any(r.calls_back for r in runs):
+            who = "by the very search that is calling it (a scorer, stop, logits processor, on_step or run of its own)"
         else:
             self._thread = threading.get_ident()
             self._runs.add(run)
@@ -284,8 +284,9 @@ class Engine:
 
     def _end_unanswerable(self) -> bool:
         """Ends the searches whose request cannot be answered any more, as its branches were dropped meanwhile or were
-        given tokens that the model does not take: by code of a user's own, which may have been another search's."""
-        self._read_ahead()
+        given tokens that the model does not take: by code of a user's own, which may have been another search's.
+        False if nothing has changed."""
+        changed = self._read_ahead()  # which may have ended some
         unanswerable = []
         for task in self._tasks:
             try:
@@ -295,7 +296,7 @@ class Engine:
                 unanswerable.append((task, failure))
         for task, why in unanswerable:
             self._finish(task, error=why)
-        return bool(unanswerable)
+        return changed or bool(unanswerable)
 
     def _resume(self, task: Task, value: Any, error: Exception | None = None) -> None:
         """Runs the search to its next request."""
