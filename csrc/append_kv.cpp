@@ -13,27 +13,22 @@ namespace forktree {
 namespace {
 
 struct Copy {
-    const char* from;
-    char* to;
-    int64_t row_stride, head_stride, item;
+    const Strided from, to;
+    const int64_t item;
     int64_t pieces, size;  // of a row: its heads, or 1 if they lie one after the other; bytes of each
 
     Copy(const Append& x, int64_t heads, int64_t item)
-        : from(static_cast<const char*>(x.rows)),
-          to(static_cast<char*>(x.pool)),
-          row_stride(x.row_stride),
-          head_stride(x.head_stride),
-          item(item),
-          pieces(x.dim ? heads : 0),
-          size(x.dim * item) {
-        if (head_stride == x.dim && pieces) size *= std::exchange(pieces, 1);
+        : from(x.rows), to(x.pool), item(item), pieces(x.dim ? heads : 0), size(x.dim * item) {
+        if (from.head_stride == x.dim && to.head_stride == x.dim && pieces) size *= std::exchange(pieces, 1);
+    }
+
+    char* at(const Strided& x, int64_t i, int64_t head) const {
+        return static_cast<char*>(x.data) + (i * x.stride + head * x.head_stride) * item;
     }
 
     // memmove: what is appended may be a view of the pool.
     void operator()(int64_t token, int64_t slot) const {
-        for (int64_t i = 0; i < pieces; ++i)
-            std::memmove(to + (slot * pieces + i) * size, from + (token * row_stride + i * head_stride) * item,
-                         size_t(size));
+        for (int64_t i = 0; i < pieces; ++i) std::memmove(at(to, slot, i), at(from, token, i), size_t(size));
     }
 };
 

@@ -18,18 +18,22 @@ FORKTREE_KERNEL void append(Append k, Append v, int64_t heads, int64_t num_slots
     int64_t at = (int64_t(gpu::block() % parts) * THREADS + gpu::thread()) * N;
     const bool is_k = at < heads * k.dim;
     if (!is_k) at -= heads * k.dim;
-    const Append x{is_k ? k.rows : v.rows, is_k ? k.row_stride : v.row_stride, is_k ? k.head_stride : v.head_stride,
-                   is_k ? k.dim : v.dim, is_k ? k.pool : v.pool};  // a reference would put both into local memory
-    if (at >= heads * x.dim) return;
-    const int head = int(at) / int(x.dim), i = int(at) % int(x.dim);
-    const T* from = static_cast<const T*>(x.rows) + token * x.row_stride + head * x.head_stride + i;
-    gpu::store(static_cast<T*>(x.pool) + slot * heads * x.dim + at, gpu::load<N>(from));
+    const int64_t dim = is_k ? k.dim : v.dim;
+    if (at >= heads * dim) return;
+    const int head = int(at) / int(dim), i = int(at) % int(dim);
+    // A reference would put all four into local memory.
+    const auto address = [&](const Strided& of_k, const Strided& of_v, int64_t row) {
+        return static_cast<T*>(is_k ? of_k.data : of_v.data) + row * (is_k ? of_k.stride : of_v.stride) +
+               head * (is_k ? of_k.head_stride : of_v.head_stride) + i;
+    };
+    gpu::store(address(k.pool, v.pool, slot), gpu::load<N>(address(k.rows, v.rows, token)));
 }
 
 template <class T>
 void append_all(int64_t heads, int64_t num_slots, Indices slots, const Append& k, const Append& v, void* stream) {
-    const bool wide = gpu::in_chunks(sizeof(T), {k.rows, k.pool, v.rows, v.pool},
-                                     {k.dim, k.row_stride, k.head_stride, v.dim, v.row_stride, v.head_stride});
+    bool wide = gpu::in_chunks(sizeof(T), {}, {k.dim, v.dim});
+    for (const Strided& x : {k.rows, k.pool, v.rows, v.pool})
+        wide &= gpu::in_chunks(sizeof(T), {x.data}, {x.stride, x.head_stride});
     const int64_t vectors = heads * (k.dim + v.dim) / (wide ? gpu::WIDE<T> : 1);
     const int64_t parts = (vectors + THREADS - 1) / THREADS;
     const auto kernel = wide ? append<T, gpu::WIDE<T>> : append<T, 1>;

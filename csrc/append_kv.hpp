@@ -7,11 +7,17 @@
 
 namespace forktree {
 
+// [n, Hk, dim]: strides in elements, contiguous in dim.
+struct Strided {
+    void* data;
+    int64_t stride, head_stride;
+};
+
 // K or V of all tokens, and where they go.
 struct Append {
-    const void* rows;  // [T, Hk, dim], strides in elements, contiguous in dim
-    int64_t row_stride, head_stride, dim;
-    void* pool;  // [num_slots, Hk, dim], contiguous
+    int64_t dim;
+    Strided rows;  // [T, Hk, dim]
+    Strided pool;  // [num_slots, Hk, dim]
 };
 
 // slots [T]: a negative one is not stored. Throws std::invalid_argument, before anything is written, if one lies beyond

@@ -24,11 +24,14 @@ T* at(Address address) {
 }
 
 void append_kv(int dtype, int64_t tokens, int64_t heads, int64_t num_slots, Address slots, bool wide, Address k,
-               int64_t k_row_stride, int64_t k_head_stride, int64_t k_dim, Address k_slots, Address v,
-               int64_t v_row_stride, int64_t v_head_stride, int64_t v_dim, Address v_slots, int threads) {
-    forktree::append_kv(dtype, heads, num_slots, {at<void>(slots), wide, tokens},
-                        {at<void>(k), k_row_stride, k_head_stride, k_dim, at<void>(k_slots)},
-                        {at<void>(v), v_row_stride, v_head_stride, v_dim, at<void>(v_slots)}, threads);
+               int64_t k_row_stride, int64_t k_head_stride, int64_t k_dim, Address k_slots, int64_t k_slot_stride,
+               int64_t k_slots_head_stride, Address v, int64_t v_row_stride, int64_t v_head_stride, int64_t v_dim,
+               Address v_slots, int64_t v_slot_stride, int64_t v_slots_head_stride, int threads) {
+    forktree::append_kv(
+        dtype, heads, num_slots, {at<void>(slots), wide, tokens},
+        {k_dim, {at<void>(k), k_row_stride, k_head_stride}, {at<void>(k_slots), k_slot_stride, k_slots_head_stride}},
+        {v_dim, {at<void>(v), v_row_stride, v_head_stride}, {at<void>(v_slots), v_slot_stride, v_slots_head_stride}},
+        threads);
 }
 
 void rotate_rows(int dtype, Address q, int64_t row_stride, int64_t head_stride, int64_t rows, int64_t heads,
@@ -82,17 +85,22 @@ int64_t score_tokens(int dtype, Address hidden, int64_t row_stride, int64_t rows
 }
 
 void tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_stride, int64_t rows,
-                    int32_t num_qo_heads, int32_t key_dim, Address k, Address v, int64_t num_slots,
-                    int32_t num_kv_heads, int32_t value_dim, Address plan, int64_t plan_size, Address slot_index,
-                    int64_t slot_index_size, float scale, float softcap, Address sinks, Address alibi_slopes,
-                    Address out, Address lse, int64_t num_tokens, int64_t max_partials, int threads) {
+                    int32_t num_qo_heads, int32_t key_dim, Address k, int64_t k_slot_stride, int64_t k_head_stride,
+                    Address v, int64_t v_slot_stride, int64_t v_head_stride, int64_t num_slots, int32_t num_kv_heads,
+                    int32_t value_dim, Address plan, int64_t plan_size, Address slot_index, int64_t slot_index_size,
+                    float scale, float softcap, Address sinks, Address alibi_slopes, Address out, Address lse,
+                    int64_t num_tokens, int64_t max_partials, int threads) {
     forktree::Attention call{};
     call.dtype = forktree::Dtype(dtype);
     call.q = at<void>(q);
     call.q_row_stride = q_row_stride;
     call.q_head_stride = q_head_stride;
     call.k = at<void>(k);
+    call.k_slot_stride = k_slot_stride;
+    call.k_head_stride = k_head_stride;
     call.v = at<void>(v);
+    call.v_slot_stride = v_slot_stride;
+    call.v_head_stride = v_head_stride;
     call.num_qo_heads = num_qo_heads;
     call.num_kv_heads = num_kv_heads;
     call.key_dim = key_dim;
@@ -111,11 +119,14 @@ void tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_s
 #if defined(FORKTREE_CUDA)
 
 void cuda_append_kv(int dtype, int64_t tokens, int64_t heads, int64_t num_slots, Address slots, bool wide, Address k,
-                    int64_t k_row_stride, int64_t k_head_stride, int64_t k_dim, Address k_slots, Address v,
-                    int64_t v_row_stride, int64_t v_head_stride, int64_t v_dim, Address v_slots, Address stream) {
-    forktree::cuda::append_kv(dtype, heads, num_slots, {at<void>(slots), wide, tokens},
-                              {at<void>(k), k_row_stride, k_head_stride, k_dim, at<void>(k_slots)},
-                              {at<void>(v), v_row_stride, v_head_stride, v_dim, at<void>(v_slots)}, at<void>(stream));
+                    int64_t k_row_stride, int64_t k_head_stride, int64_t k_dim, Address k_slots, int64_t k_slot_stride,
+                    int64_t k_slots_head_stride, Address v, int64_t v_row_stride, int64_t v_head_stride, int64_t v_dim,
+                    Address v_slots, int64_t v_slot_stride, int64_t v_slots_head_stride, Address stream) {
+    forktree::cuda::append_kv(
+        dtype, heads, num_slots, {at<void>(slots), wide, tokens},
+        {k_dim, {at<void>(k), k_row_stride, k_head_stride}, {at<void>(k_slots), k_slot_stride, k_slots_head_stride}},
+        {v_dim, {at<void>(v), v_row_stride, v_head_stride}, {at<void>(v_slots), v_slot_stride, v_slots_head_stride}},
+        at<void>(stream));
 }
 
 void cuda_rotate_rows(int dtype, Address q, int64_t row_stride, int64_t head_stride, int64_t rows, int64_t heads,
@@ -134,16 +145,21 @@ void cuda_merge_states(int dtype, Address o, Address lse, int64_t states, int64_
 }
 
 void cuda_tree_attention(int dtype, Address q, int64_t q_row_stride, int64_t q_head_stride, int32_t num_qo_heads,
-                         int32_t head_dim, Address k, Address v, int32_t num_kv_heads, Address plan, Address slot_index,
-                         float scale, float softcap, Address sinks, Address alibi_slopes, Address out, Address lse,
-                         int32_t num_tokens, Address partials, int64_t max_partials, Address counters, int device,
-                         Address stream) {
+                         int32_t head_dim, Address k, int64_t k_slot_stride, int64_t k_head_stride, Address v,
+                         int64_t v_slot_stride, int64_t v_head_stride, int32_t num_kv_heads, Address plan,
+                         Address slot_index, float scale, float softcap, Address sinks, Address alibi_slopes,
+                         Address out, Address lse, int32_t num_tokens, Address partials, int64_t max_partials,
+                         Address counters, int device, Address stream) {
     forktree::GpuAttention call{};
     call.q = at<void>(q);
     call.q_row_stride = q_row_stride;
     call.q_head_stride = q_head_stride;
     call.k = at<void>(k);
+    call.k_slot_stride = k_slot_stride;
+    call.k_head_stride = k_head_stride;
     call.v = at<void>(v);
+    call.v_slot_stride = v_slot_stride;
+    call.v_head_stride = v_head_stride;
     call.num_qo_heads = num_qo_heads;
     call.num_kv_heads = num_kv_heads;
     call.num_tokens = num_tokens;

@@ -64,11 +64,11 @@ void merge_all(const T* o, const float* lse, int64_t heads, int64_t dim, Indices
             float mass = 0;
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t state = index[i] * heads + h;
+                if (lse[state] == EMPTY) continue;  // whatever its output holds
                 const float weight = std::exp(lse[state] - highest);
                 mass += weight;
                 add(o + state * dim, weight, sum, dim);
             }
-            // A mass of 0 leaves sum as it is: 0, unless an empty state's output was not.
             const float scale = mass == 0 ? 1 : 1 / mass;
             for (int64_t d = 0; d < dim; ++d) to[d] = from_float<T>(sum[d] * scale);
             total[output] = std::log(mass) + highest;

@@ -35,9 +35,9 @@ FORKTREE_KERNEL void merge(const T* o, const float* lse, int64_t states, int hea
         const float weight = gpu::exp2((x - highest) * LOG2E);
         mass += weight;
         const auto from = gpu::load<N>(o + state * heads * dim + at);
-        for (int i = 0; i < N; ++i) sum[i] += weight * to_float(from.item[i]);
+        // Whatever an empty state's output holds; chosen here, so that loads wait for nothing.
+        for (int i = 0; i < N; ++i) sum[i] += weight * (x == -INFINITY ? 0.0f : to_float(from.item[i]));
     });
-    // A mass of 0 leaves sum as it is: 0, unless an empty state's output was not.
     const float scale = mass == 0 ? 1 : 1 / mass;
     gpu::Vector<T, N> merged;
     for (int i = 0; i < N; ++i) merged.item[i] = from_float<T>(sum[i] * scale);

@@ -12,6 +12,12 @@ void check_aligned(const char* name, const void* address) {
                                     std::to_string(reinterpret_cast<uintptr_t>(address)));
 }
 
+void check_strides(const char* name, int64_t row_stride, int64_t head_stride) {
+    if (row_stride % 8 || head_stride % 8)
+        throw std::invalid_argument("strides of " + std::string(name) + " must be multiples of 8, got " +
+                                    std::to_string(row_stride) + " and " + std::to_string(head_stride));
+}
+
 template <class T>
 void launch_dim(int32_t head_dim, const GpuAttention& call, bool biased, GpuStream stream) {
     switch (head_dim) {
@@ -32,9 +38,9 @@ void cuda::tree_attention(int dtype, int32_t head_dim, int64_t max_partials, flo
     check_aligned("v_slots", call.v);
     check_aligned("out", call.out);
     check_aligned("partials", partials);
-    if (call.q_row_stride % 8 || call.q_head_stride % 8)
-        throw std::invalid_argument("strides of q must be multiples of 8, got " + std::to_string(call.q_row_stride) +
-                                    " and " + std::to_string(call.q_head_stride));
+    check_strides("q", call.q_row_stride, call.q_head_stride);
+    check_strides("k_slots", call.k_slot_stride, call.k_head_stride);
+    check_strides("v_slots", call.v_slot_stride, call.v_head_stride);
     if (call.num_kv_heads < 1 || call.num_qo_heads < 1 || call.num_qo_heads % call.num_kv_heads)
         throw std::invalid_argument("query heads must be a multiple of the KV heads, got " +
                                     std::to_string(call.num_qo_heads) + " and " + std::to_string(call.num_kv_heads));

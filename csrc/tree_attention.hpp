@@ -14,7 +14,9 @@ struct Attention {
     const void* q;  // [R, Hq, Dk]
     int64_t q_row_stride, q_head_stride;
     const void* k;  // [slots, Hk, Dk]
+    int64_t k_slot_stride, k_head_stride;
     const void* v;  // [slots, Hk, Dv]
+    int64_t v_slot_stride, v_head_stride;
     int32_t num_qo_heads, num_kv_heads, key_dim, value_dim;
     int32_t group;  // num_qo_heads / num_kv_heads
     PlanView plan;

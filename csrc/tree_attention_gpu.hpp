@@ -15,7 +15,9 @@ struct GpuAttention {
     const void* q;  // [at least R, Hq, D]
     int64_t q_row_stride, q_head_stride;
     const void* k;  // [slots, Hk, D]
+    int64_t k_slot_stride, k_head_stride;
     const void* v;  // [slots, Hk, D]
+    int64_t v_slot_stride, v_head_stride;
     int32_t num_qo_heads, num_kv_heads;
     int32_t group;        // num_qo_heads / num_kv_heads
     int32_t num_tokens;   // T or more; what is beyond the plan's is cleared

@@ -134,7 +134,8 @@ class Task : Scratch<Element> {
     const Item item;
     const Row* rows;  // those of the item
     const int64_t head_begin, heads, group, lanes, key_terms, value_dim;
-    bool even = true;  // whether rows see whole segments
+    bool even = true;      // whether rows see whole segments
+    bool careful = false;  // what is not finite in V is kept from rows that do not see it: 0 * NaN is NaN
     Prefetch prefetch;
 
 public:
@@ -152,7 +153,24 @@ public:
           value_dim(call.value_dim),
           prefetch(call, task.head_begin, task.head_end - task.head_begin) {}
 
+    // Damage is rare and shows in the sums, so that they alone are looked at: all is done again then, with care.
     void run() {
+        attend();
+        if (!finite()) {
+            careful = true;
+            attend();
+        }
+        for (int64_t head = 0; head < heads; ++head) finish(head);
+    }
+
+private:
+    // Tokens [at, at + count) of a segment's node; count 0: the end.
+    struct Chunk {
+        int32_t seg;
+        int64_t at, count;
+    };
+
+    void attend() {
         begin();
         Chunk chunk{item.seg_begin, 0, 0};
         advance(chunk);
@@ -166,15 +184,18 @@ public:
             for (int64_t head = 0; head < heads; ++head) attend(chunk, head);
             chunk = next;
         }
-        for (int64_t head = 0; head < heads; ++head) finish(head);
     }
 
-private:
-    // Tokens [at, at + count) of a segment's node; count 0: the end.
-    struct Chunk {
-        int32_t seg;
-        int64_t at, count;
-    };
+    bool finite() const {
+        vi bad{};
+        for (int64_t i = 0; i < heads * value_dim * stride; i += VL) {
+            const vf x = load(outputs + i);
+            bad |= x - x != vf{};
+        }
+        bool some = false;
+        for (int i = 0; i < VL; ++i) some |= bad[i] != 0;
+        return !some;
+    }
 
     void advance(Chunk& chunk) const {
         const int64_t token_bytes = heads * (call.key_dim + value_dim) * (call.dtype == Dtype::fp32 ? 4 : 2);
@@ -219,13 +240,7 @@ private:
     }
 
     void gather_query(const void* from, float* to) {
-        for (int64_t d = 0; d < key_terms; ++d) {
-            float x;
-            if (call.dtype == Dtype::fp32) x = static_cast<const float*>(from)[d];
-            else if (call.dtype == Dtype::bf16) x = to_float(static_cast<const Bf16*>(from)[d]);
-            else x = to_float(static_cast<const Fp16*>(from)[d]);
-            to[d * stride] = x;
-        }
+        for (int64_t d = 0; d < key_terms; ++d) to[d * stride] = element(from, d);
     }
 
     void gather_query(const void* from, uint32_t* to) {
@@ -263,6 +278,7 @@ private:
                 product<Element>(vectors, value_dim, v.data + tile / Element::TERMS * v.token_stride, v.dim_stride,
                                  v.token_stride, weights, outputs + head * value_dim * stride + lane, stride, padded,
                                  factor, FORKTREE_ISA::lanes() < int32_t(n - (vectors - 1) * VL), prefetch);
+                if (careful) spoil(slots + tile, tokens, head, lane, n);
             }
         }
     }
@@ -403,18 +419,44 @@ private:
         }
     }
 
+    // Adds what is not finite in V, which is 0 in the tile, to the lanes that see it.
+    void spoil(const int32_t* slots, int64_t tokens, int64_t head, int64_t lane, int64_t n) {
+        for (int64_t t = 0; t < tokens; ++t) {
+            const char* from = v_at(slots[t], head_begin + head);
+            for (int64_t d = 0; d < value_dim; ++d) {
+                const float x = element(from, d);
+                if (x - x == 0.0f) continue;
+                float* to = outputs + (head * value_dim + d) * stride + lane;
+                for (int64_t i = 0; i < n; ++i)
+                    if (scores[t * BLOCK + i] != -INF) to[i] += x;
+            }
+        }
+    }
+
     // ---------------------------------------------------------------- tiles
 
-    const char* at_slot(const void* pool, int64_t slot, int64_t head, int64_t dim) const {
-        return static_cast<const char*>(pool) +
-               (slot * call.num_kv_heads + head) * dim * (call.dtype == Dtype::fp32 ? 4 : 2);
+    const char* k_at(int64_t slot, int64_t head) const {
+        return static_cast<const char*>(call.k) +
+               (slot * call.k_slot_stride + head * call.k_head_stride) * (call.dtype == Dtype::fp32 ? 4 : 2);
+    }
+
+    const char* v_at(int64_t slot, int64_t head) const {
+        return static_cast<const char*>(call.v) +
+               (slot * call.v_slot_stride + head * call.v_head_stride) * (call.dtype == Dtype::fp32 ? 4 : 2);
+    }
+
+    float element(const void* from, int64_t d) const {
+        if (call.dtype == Dtype::fp32) return static_cast<const float*>(from)[d];
+        if (call.dtype == Dtype::bf16) return to_float(static_cast<const Bf16*>(from)[d]);
+        return to_float(static_cast<const Fp16*>(from)[d]);
     }
 
     // Copies, without gaps between tokens: the rows of a pool are often powers of two, and a few of those already want
     // the same place in the cache.
-    Tile<Single> tile(const void* pool, const int32_t* slots, int64_t count, int64_t head, int64_t dim, float* to) {
+    template <class At>
+    Tile<Single> tile(const At& at, int64_t count, int64_t dim, float* to) const {
         for (int64_t t = 0; t < count; ++t) {
-            const char* from = at_slot(pool, slots[t], head, dim);
+            const char* from = at(t);
             if (call.dtype == Dtype::fp32) __builtin_memcpy(to + t * dim, from, 4 * dim);
             else widen(reinterpret_cast<const uint16_t*>(from), to + t * dim, dim, call.dtype);
         }
@@ -423,21 +465,36 @@ private:
 
     Tile<Element> key_tile(const int32_t* slots, int64_t count, int64_t head) {
         if constexpr (Element::TERMS == 1) {
-            return tile(call.k, slots, count, head, call.key_dim, keys);
+            return tile([&](int64_t t) { return k_at(slots[t], head); }, count, call.key_dim, keys);
         } else {
             for (int64_t t = 0; t < count; ++t)
-                __builtin_memcpy(keys + t * key_terms, at_slot(call.k, slots[t], head, call.key_dim), 4 * key_terms);
+                __builtin_memcpy(keys + t * key_terms, k_at(slots[t], head), 4 * key_terms);
             return {keys, key_terms, 1};
         }
     }
 
     Tile<Element> value_tile(const int32_t* slots, int64_t count, int64_t head) {
+        const Tile<Element> tile = values_of(slots, count, head);
+        for (int64_t t = 0; careful && t < ceil_div(count, Element::TERMS); ++t)
+            for (int64_t d = 0; d < value_dim; ++d) {
+                Term& x = values[t * tile.token_stride + d * tile.dim_stride];
+                x = finite_or_0(x);
+            }
+        return tile;
+    }
+
+    static float finite_or_0(float x) { return x - x == 0.0f ? x : 0.0f; }
+    static uint32_t finite_or_0(uint32_t pair) {
+        for (const uint32_t half : {0xffffu, 0xffff0000u})
+            if ((pair & half & 0x7f807f80u) == (half & 0x7f807f80u)) pair &= ~half;
+        return pair;
+    }
+
+    Tile<Element> values_of(const int32_t* slots, int64_t count, int64_t head) {
         if constexpr (Element::TERMS == 1) {
-            return tile(call.v, slots, count, head, value_dim, values);
+            return tile([&](int64_t t) { return v_at(slots[t], head); }, count, value_dim, values);
         } else {
-            const auto row = [&](int64_t t) {
-                return reinterpret_cast<const uint16_t*>(at_slot(call.v, slots[t], head, value_dim));
-            };
+            const auto row = [&](int64_t t) { return reinterpret_cast<const uint16_t*>(v_at(slots[t], head)); };
             const int64_t pairs = ceil_div(count, 2);
             for (int64_t p = 0; p < pairs; ++p) {
                 Term* to = Element::PAD > 1 ? values_row : values + p * value_dim;

@@ -341,18 +341,17 @@ private:
     }
 
     // Starts copying a tile of K or V. What is beyond the stream becomes 0: weights are 0 there, but 0 * NaN is NaN.
-    FORKTREE_DEVICE void fetch(uint16_t* tile, const void* pool, int place) {
+    FORKTREE_DEVICE void fetch(uint16_t* tile, const void* pool, int64_t slot_stride, int64_t head_stride, int place) {
         constexpr int AT_ONCE =
             D == 96 ? 8 : ATTENTION_THREADS / CHUNKS;  // rows; with 96 a quarter of the threads rest
         const int chunk = thread % CHUNKS, first = thread / CHUNKS, count = shared.count[place];
         if (count == 0 || first >= AT_ONCE) return;
-        const T* const from = static_cast<const T*>(pool) + kv_head * D + 8 * chunk;
-        const int64_t stride = int64_t(call.num_kv_heads) * D;
+        const T* const from = static_cast<const T*>(pool) + kv_head * head_stride + 8 * chunk;
 #pragma unroll
         for (int i = 0; i < COLUMNS / AT_ONCE; ++i) {
             const int row = first + AT_ONCE * i;
             const bool valid = row < count;
-            gpu::copy16(chunk_of(tile, row, chunk), from + (valid ? shared.slot[place][row] * stride : 0), valid);
+            gpu::copy16(chunk_of(tile, row, chunk), from + (valid ? shared.slot[place][row] * slot_stride : 0), valid);
         }
     }
 
@@ -515,7 +514,8 @@ private:
                 const int place = i >= 0 ? i % RING : 0;
                 if (i >= 0 && shared.count[place] == 0) break;
                 if (i + STAGES - 1 >= 0)
-                    block.fetch(shared.v[(i + STAGES - 1) % STAGES], call.v, (i + STAGES - 1) % RING);
+                    block.fetch(shared.v[(i + STAGES - 1) % STAGES], call.v, call.v_slot_stride, call.v_head_stride,
+                                (i + STAGES - 1) % RING);
                 gpu::commit();
                 const int coming = (i + STAGES + 1) % RING, slot = block.look_up(coming);
                 float s[WIDTH / 8][4];
@@ -528,11 +528,13 @@ private:
                 }
                 gpu::wait<2 * STAGES - 2>();
                 gpu::sync_block();
-                if (i + STAGES >= 0) block.fetch(shared.k[(i + STAGES) % STAGES], call.k, (i + STAGES) % RING);
+                if (i + STAGES >= 0)
+                    block.fetch(shared.k[(i + STAGES) % STAGES], call.k, call.k_slot_stride, call.k_head_stride,
+                                (i + STAGES) % RING);
                 gpu::commit();
                 if (i >= 0 && shared.careful) {
                     block.clean(shared.v[i % STAGES]);
-                    if (sight != Sight::none) spoil(s);
+                    if (sight != Sight::none) spoil(place, sight);
                 }
                 if (sight != Sight::none) add(shared.v[i % STAGES], s);
                 block.keep_slot(coming, slot);
@@ -716,17 +718,17 @@ private:
             }
         }
 
-        // Rows that have weight on a token whose V is not finite come to NaN. V is 0 there by now.
-        FORKTREE_DEVICE void spoil(const float (&s)[WIDTH / 8][4]) {
-            bool bad[2] = {};
-#pragma unroll
-            for (int n = 0; n < WIDTH / 8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    bad[e / 2] |= s[n][e] != 0 && shared.spoilt[first_column + 8 * n + lane % 4 * 2 + e % 2];
+        // Rows that see a token whose V is not finite come to NaN. V is 0 there by now.
+        FORKTREE_DEVICE void spoil(int place, Sight sight) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const bool all = gpu::ballot(bad[i]) >> (lane & ~3) & 15;
+                const Query& query = shared.query[max(row[i], 0)];
+                bool bad = false;
+#pragma unroll 1
+                for (int c = first_column + lane % 4; c < first_column + WIDTH; c += 4)
+                    bad |= shared.spoilt[c] &&
+                           (sight == Sight::all || sees(shared.column[place][c], max(row[i], 0), query));
+                const bool all = gpu::ballot(bad) >> (lane & ~3) & 15;
 #pragma unroll
                 for (auto& x : sum)
                     if (all) x[2 * i] = x[2 * i + 1] = __builtin_nanf("");

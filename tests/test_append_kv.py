@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from backends import BACKENDS, off_alignment, sparse
+from backends import BACKENDS, DENSE, sparse
 from forktree import ops
 
 
@@ -35,16 +35,7 @@ def expand(x):
     return x[:, :1].expand_as(x)
 
 
-STRIDES = {
-    "rows apart": lambda x: torch.stack([x, x], 1)[:, 1],
-    "heads apart": lambda x: torch.stack([x, x], 2)[:, :, 1],
-    "heads first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "elements apart": lambda x: torch.stack([x, x], 3)[..., 1],
-    "one head for all": expand,
-    "off alignment": off_alignment,
-    "rows an odd number apart": lambda x: torch.cat([x.flatten(1), x[:, 0, :1]], 1)[:, :-1].unflatten(1, x.shape[1:]),
-    "heads an odd number apart": lambda x: torch.cat([x, x[..., :1]], 2)[..., :-1],
-}
+STRIDES = {**DENSE, "elements apart": lambda x: torch.stack([x, x], 3)[..., 1], "one head for all": expand}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -62,6 +53,20 @@ def test_any_strides_any_number_of_threads(tokens, stride, dtype, threads):
         pools = [torch.full_like(pool, 9.0) for pool in expected]
         ops.append_kv(STRIDES[stride](k), STRIDES[stride](v), slots, *pools)
         assert torch.equal(pools[0], expected[0]) and torch.equal(pools[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", DENSE)
+def test_pools_of_any_strides(stride, dtype):
+    k, v = torch.randn(5, 4, 24).to(dtype), torch.randn(5, 4, 40).to(dtype)
+    slots = torch.tensor([6, 0, -1, 8, 3])
+    expected = [torch.full((9, 4, x.shape[2]), 9.0, dtype=dtype) for x in (k, v)]
+    for rows in (DENSE["heads first"], lambda x: x):
+        pools = [DENSE[stride](pool) for pool in expected]
+        ops.append_kv(rows(k), rows(v), slots, *pools)
+        for pool, x in zip(pools, (k, v), strict=True):
+            assert torch.equal(pool[slots[slots >= 0]], x[slots >= 0])
+            assert pool._base.ne(9).sum() == x[slots >= 0].ne(9).sum() + (stride == "off alignment")  # nothing else
 
 
 def test_bits_are_copied_not_numbers():
@@ -113,6 +118,18 @@ def test_pools_beyond_2_31_elements():
         (
             lambda a: a.update(v_slots=torch.zeros(8, 2, 3)),
             r"k_slots and v_slots must be .* got \[7, 2, 3\] and \[8, 2",
+        ),
+        (
+            lambda a: a.update(k_slots=torch.zeros(7, 3, 2).transpose(1, 2)),
+            r"k_slots and v_slots must be dense in their last dimension, got strides \(6, 1, 2\) and",
+        ),
+        (
+            lambda a: a.update(k_slots=torch.zeros(1, 2, 3).expand(7, 2, 3)),
+            r"k_slots must not overlap itself, got \[7, 2, 3\] with strides \(0, 3, 1\)",
+        ),
+        (
+            lambda a: a.update(v_slots=torch.zeros(99).as_strided((7, 2, 3), (2, 6, 1))),
+            r"v_slots must not overlap itself, got \[7, 2, 3\] with strides \(2, 6, 1\)",
         ),
     ],
 )

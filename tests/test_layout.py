@@ -189,7 +189,7 @@ def test_from_pages_refuses_bad_input():
         (([0, 1], [1], 4), "block_tables must be an integer array with 2"),
         ((tables, [1], 4), "lengths must have 2 entries"),
         ((tables, [1, 9], 4), r"lengths\[1\] must be in \[1, 8\] \(2 pages of 4\), got 9"),
-        ((tables, [1, 1], 0), "page_size must be at least 1, got 0"),
+        ((tables, [1, 1], 0), "page_size must be an integer of at least 1 that fits int32, got 0"),
         (([[0, 1], [2, -1]], [1, 5], 4), r"block_tables\[3\] must be a page id >= 0 where in use, got -1"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -55,7 +55,7 @@ def test_is_associative(backend):
 
 def test_empty_states():
     _, _, o, lse = states([2])
-    o, lse = torch.cat([o, torch.zeros_like(o)]), torch.cat([lse, torch.full_like(lse, -torch.inf)])
+    o, lse = torch.cat([o, torch.full_like(o, torch.nan)]), torch.cat([lse, torch.full_like(lse, -torch.inf)])
     out, total = merge(o, lse, [[0, 1], [1, 0], [1], [1, 1], []])
     for t in (0, 1):
         assert torch.equal(out[t], o[0]) and torch.equal(total[t], lse[0])

@@ -1,5 +1,7 @@
 import importlib
+import math
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -8,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backends import DENSE
+from damage import check_damage
 from forktree import _core, ops
 from forktree.layout import TreeLayout
 from forktree.ops import choice, reference
@@ -207,9 +211,14 @@ def test_sees_nothing(backend):
     sinks = torch.tensor([1.0, 2.0])
     out, lse = ops.tree_attention(torch.ones(2, 2, 4), pool, pool, made, sinks=sinks, return_lse=True)
     assert out[:2].eq(0).all() and lse[0].tolist() == [1.0, 2.0]
+    sinks = torch.tensor([-torch.inf, 2.0])
+    out, lse = ops.tree_attention(torch.ones(2, 2, 4), pool, pool, made, sinks=sinks, return_lse=True)
+    assert out[:2].eq(0).all() and lse[0].tolist() == [-torch.inf, 2.0]
+    assert out[2, 0].eq(1).all() and lse[2, 0] == 2
     empty = TreeLayout([], [], [], [], [], [], [0], [0], [], [], [], [], [], [])
-    made = plan(empty, num_qo_heads=2, num_kv_heads=1, head_dim=4)
-    assert ops.tree_attention(torch.ones(0, 2, 4), pool, pool, made).shape == (0, 2, 4)
+    for layout in (empty, TreeLayout.from_pages(np.zeros((0, 3), int), [], 16)):
+        made = plan(layout, num_qo_heads=2, num_kv_heads=1, head_dim=4)
+        assert ops.tree_attention(torch.ones(0, 2, 4), pool, pool, made).shape == (0, 2, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -280,8 +289,8 @@ def test_non_contiguous_queries():
             r"slot_index must be in \[0, 3\), the pool, got \d+ to \d+",
         ),
         (
-            lambda a: a.update(k_slots=a["k_slots"].transpose(0, 1).contiguous().transpose(0, 1)),
-            "k_slots and v_slots must be contiguous, got strides",
+            lambda a: a.update(k_slots=a["k_slots"].transpose(1, 2).contiguous().transpose(1, 2)),
+            r"k_slots and v_slots must be dense in their last dimension, got strides \(16, 1, 2\) and \(16, 8, 1\)",
         ),
         (
             lambda a: a.update(sinks=torch.zeros(2)),
@@ -291,7 +300,6 @@ def test_non_contiguous_queries():
             lambda a: a.update(alibi_slopes=torch.zeros(4, dtype=torch.int32)),
             "alibi_slopes must be floating-point",
         ),
-        (lambda a: a.update(softcap=0.0), "softcap must be above 0, got 0.0"),
     ],
 )
 def test_bad_input_is_refused_by_name(change, message):
@@ -306,6 +314,29 @@ def test_bad_input_is_refused_by_name(change, message):
     change(arguments)
     with pytest.raises(ValueError, match=message):
         ops.tree_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(
+            ({"softcap": x}, f"softcap must be a finite fp32 number above 0, or None, got {x}")
+            for x in (0.0, -1.0, math.inf, math.nan, 1e-60)
+        ),
+        *(({"scale": x}, "scale must be a finite fp32 number, or None, got ") for x in (math.inf, math.nan, 1e60)),
+        *(({"sinks": torch.tensor([0.0, x])}, "sinks must be numbers or -inf, got ") for x in (math.inf, math.nan)),
+        *(
+            ({"alibi_slopes": torch.tensor([0.0, x])}, "alibi_slopes must be finite, got ")
+            for x in (-math.inf, math.inf, math.nan)
+        ),
+        ({"sinks": torch.zeros(2, dtype=torch.int64)}, "sinks must be floating-point .2. on cpu, got torch.int64"),
+        ({"sinks": torch.zeros(2, device="meta")}, "sinks must be floating-point .2. on cpu, got .* on meta"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, message, backend):
+    q, k, v = torch.randn(3, 2, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        ops.tree_attention(q, k, v, plan(chunk(2), num_qo_heads=2, num_kv_heads=2, head_dim=4), **options)
 
 
 @pytest.mark.parametrize(
@@ -406,35 +437,61 @@ def test_a_row_keeps_its_bits_among_strangers(dtype, backend):
     assert torch.equal(out[:5], again) and torch.equal(lse[:5], lse_again)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_branch_that_went_bad_leaves_others_alone(dtype, bad, backend):
-    if backend == "torch":
-        pytest.skip("blocks of this backend share products")
-    layout = shared_prompt(1, 9, 70, 5)
-    case = Case(layout, [], int(layout.slot_index.max()) + 1, set(layout.slot_index.tolist()))
-    q, k, v = tensors(case, 6, 2, 16, dtype=dtype)
-    clean, _ = attend(case, q, k, v)
-    own = layout.node_begin[4] + np.arange(5)  # of the fourth branch
-    k[own] = v[own] = bad
-    out, _ = attend(case, q, k, v)
-    others = [row for row in range(9) if row != 3]
-    assert not out[3].isfinite().any() and torch.equal(out[others], clean[others])
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_stays_with_the_rows_that_see_it(kind, backend):
+    per_head = {
+        "sinks": torch.tensor([0.5, -torch.inf, 1.0, 0.0, 2.0, -1.0]),
+        "alibi_slopes": torch.linspace(0, 0.1, 6),
+    }
+    for seed, options in enumerate(({}, {"window": 5}, {"window": 90, "softcap": 2.0}, per_head)):
+        dtype = list(DTYPES)[(seed + KINDS.index(kind)) % 3]
+        case = random_layout(seed, kind, max_len=(9, 150)[seed // 2], room=seed % 2)
+        q, k, v = tensors(case, 6, 2, 16, 10, dtype, seed)
+        target = replace(CPU, units=64, grain=1) if seed % 2 else None
+        if backend == "reference" and seed > 1:
+            break  # slow, and reads nothing but what rows see
+        check_damage(case, k, v, 6, partial(attend, case, q, target=target, **options), options.get("window"), seed)
 
 
-def test_offsets_beyond_31_bits(backend):
+def test_a_chunk_whose_last_token_is_damaged(backend):
+    """The smallest case: of two rows the first does not see the second's token."""
+    made = plan(chunk(2), num_qo_heads=1, num_kv_heads=1, head_dim=4)
+    q, k, v = torch.randn(3, 2, 1, 4)
+    v[1] = torch.nan
+    out = ops.tree_attention(q, k, v, made)
+    torch.testing.assert_close(out[0], v[0])
+    assert out[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("heads", "slots", "view"),
+    [(1, 2**25 + 100, lambda x: x), (4, 3 * 2**22, lambda x: x.view(x.shape[1], -1, x.shape[2]).transpose(0, 1))],
+)
+def test_offsets_beyond_31_bits(heads, slots, view, backend):
     """Pools of more than 2**31 elements, of which a few are ever touched."""
-    slots, dim = 2**25 + 100, 64
-    k, v = (torch.empty(slots, 1, dim, dtype=torch.bfloat16) for _ in "kv")
+    dim = 64
+    k, v = (view(torch.empty(slots, heads, dim, dtype=torch.bfloat16)) for _ in "kv")
     layout = replace(shared_prompt(1, 2, 3, 2), slot_index=np.array([slots - 1 - i for i in range(7)]))
-    q = torch.randn(2, 1, dim).bfloat16()
-    new = torch.randn(2, 7, 1, dim).bfloat16()
+    q = torch.randn(2, heads, dim).bfloat16()
+    new = torch.randn(2, 7, heads, dim).bfloat16()
     ops.append_kv(new[0], new[1], torch.from_numpy(layout.slot_index), k, v)
-    made = plan(layout, num_qo_heads=1, num_kv_heads=1, head_dim=dim)
+    made = plan(layout, num_qo_heads=heads, num_kv_heads=heads, head_dim=dim)
     out = ops.tree_attention(q, k, v, made)
     low = replace(layout, slot_index=np.arange(7))
-    expected = ops.tree_attention(q, new[0], new[1], plan(low, num_qo_heads=1, num_kv_heads=1, head_dim=dim))
+    expected = ops.tree_attention(q, new[0], new[1], plan(low, num_qo_heads=heads, num_kv_heads=heads, head_dim=dim))
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("stride", DENSE)
+def test_pools_of_any_strides(stride, backend):
+    for seed, dtype in enumerate(DTYPES):
+        case = random_layout(seed, max_len=150)
+        q, k, v = tensors(case, 6, 2, 24, 40, dtype)
+        expected = attend(case, q, k, v)
+        for strided in ((DENSE[stride](k), DENSE[stride](v)), (k, DENSE[stride](v))):
+            torch.testing.assert_close(
+                attend(case, q, *strided), expected, rtol=0, atol=1e-5 if backend == "torch" else 0
+            )
 
 
 def test_how_nodes_are_cut_leaves_no_trace_in_fp32(backend):

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from forktree.ops.checks import check_append_kv
+from forktree.ops.checks import check_append_kv, check_slots
 from forktree.ops.dtypes import dtype_number
 from forktree.ops.watched import is_watched
 from forktree.triton_kernels.device import device_of
@@ -16,15 +16,19 @@ INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 @triton.jit
-def _copy(x, pool, token, slot, row_stride, head_stride, last_stride, heads, D: tl.constexpr, BLOCK: tl.constexpr):
+def _copy(x, pool, token, slot, strides, pool_strides, heads, D: tl.constexpr, BLOCK: tl.constexpr):
+    row_stride, head_stride, last_stride = strides
+    slot_stride, slot_head_stride = pool_strides
     for first in range(0, heads * D, BLOCK):
         element = first + tl.arange(0, BLOCK)
         real = element < heads * D
-        at = token * row_stride + (element // D).to(tl.int64) * head_stride + (element % D) * last_stride
-        tl.store(pool + slot * (heads * D) + element, tl.load(x + at, mask=real), mask=real)
+        head = (element // D).to(tl.int64)
+        at = token * row_stride + head * head_stride + (element % D) * last_stride
+        to = slot * slot_stride + head * slot_head_stride + element % D
+        tl.store(pool + to, tl.load(x + at, mask=real), mask=real)
 
 
-@triton.jit(do_not_specialize=["heads"])
+@triton.jit(do_not_specialize=["heads", "num_slots"])
 def _append_kv(
     k,
     v,
@@ -37,17 +41,24 @@ def _append_kv(
     v_row_stride,
     v_head_stride,
     v_last_stride,
+    k_slot_stride,
+    k_slot_head_stride,
+    v_slot_stride,
+    v_slot_head_stride,
     heads,
+    num_slots,
     DK: tl.constexpr,
     DV: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (tokens,)."""
+    """Grid: (tokens,). Slots beyond the pool are not stored: nobody could look at them before."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
-    if slot >= 0:
-        _copy(k, k_slots, token, slot, k_row_stride, k_head_stride, k_last_stride, heads, DK, BLOCK)
-        _copy(v, v_slots, token, slot, v_row_stride, v_head_stride, v_last_stride, heads, DV, BLOCK)
+    if (slot >= 0) & (slot < num_slots):
+        k_strides, k_slot_strides = (k_row_stride, k_head_stride, k_last_stride), (k_slot_stride, k_slot_head_stride)
+        v_strides, v_slot_strides = (v_row_stride, v_head_stride, v_last_stride), (v_slot_stride, v_slot_head_stride)
+        _copy(k, k_slots, token, slot, k_strides, k_slot_strides, heads, DK, BLOCK)
+        _copy(v, v_slots, token, slot, v_strides, v_slot_strides, heads, DV, BLOCK)
 
 
 def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
@@ -57,6 +68,8 @@ def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Ten
 
 def launch(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
     check_append_kv(k, v, slots, k_slots, v_slots)
+    if slots.is_cpu:
+        check_slots(slots, k_slots.shape[0])
     dtype_number("k_slots", k_slots)
     tokens, heads, k_dim = k.shape
     if not k.numel():
@@ -71,7 +84,10 @@ def launch(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor
             v_slots,
             *k.stride(),
             *v.stride(),
+            *k_slots.stride()[:2],
+            *v_slots.stride()[:2],
             heads,
+            k_slots.shape[0],
             k_dim,
             v.shape[2],
             BLOCK,

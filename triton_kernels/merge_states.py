@@ -48,10 +48,11 @@ def _merge(
         x = tl.load(o + state[:, :, None] * D + d[None, None, :], mask=stored, other=0.0, cache_modifier=".cg")
         top = tl.maximum(m, tl.max(e, 1))
         base = tl.where(top == float("-inf"), 0.0, top)  # all empty: -inf - -inf would be NaN
+        x = tl.where(e[:, :, None] == float("-inf"), 0.0, x.to(tl.float32))  # whatever an empty state's output holds
         weight = tl.exp(e - base[:, None])
         decay = tl.exp(m - base)
         mass = mass * decay + tl.sum(weight, 1)
-        acc = acc * decay[:, None] + tl.sum(weight[:, :, None] * x.to(tl.float32), 1)
+        acc = acc * decay[:, None] + tl.sum(weight[:, :, None] * x, 1)
         m = top
     divisor = tl.where(mass == 0, 1.0, mass)
     return acc / divisor[:, None], tl.where(mass == 0, float("-inf"), m + tl.log(divisor))

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from forktree.ops.checks import check_plan_tensors, check_tree_attention
+from forktree.ops.checks import check_plan_tensors, check_scores, check_tree_attention
 from forktree.ops.choice import MAX_DIM
 from forktree.ops.dtypes import dtype_number
 from forktree.ops.watched import is_watched
@@ -235,7 +235,7 @@ def _row_tile(
                 finite = tl.abs(v.to(tl.float32)) < float("inf")
                 bad = tl.min(finite.to(tl.int32), 1) == 0
                 v = tl.where(finite, v, 0.0)
-                spoilt = tl.max(tl.where(bad[None, :] & (p != 0), 1, 0), 1) > 0
+                spoilt = tl.max(tl.where(bad[None, :] & (s != float("-inf")), 1, 0), 1) > 0
                 acc = tl.where(spoilt[:, None], float("nan"), acc)
             p = p.to(v.dtype)
             if WIDEN:
@@ -267,12 +267,14 @@ def _item(
     STAGES: tl.constexpr,
 ):
     """Outputs or partials of an item for one KV head. Returns whether any is NaN."""
-    q, k_slots, v_slots, slot_index, sinks, alibi_slopes, q_row_stride, q_head_stride = inputs
+    q, k_slots, v_slots, slot_index, sinks, alibi_slopes, strides = inputs
+    q_row_stride, q_head_stride, k_slot_stride, k_head_stride, v_slot_stride, v_head_stride = strides
     seg, row, node_len, row_pos, mask_words, window = sections
     out, lse, partial_out, partial_lse = results
     row_begin, row_end, seg_begin, seg_end, partial, head, kv_heads, group = item
     dk, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
     packed = (row_end - row_begin) * group
+    wide_head = head.to(tl.int64)
     spoilt = 0
     for first in range(0, packed, BLOCK_M):
         lane = first + tl.arange(0, BLOCK_M)
@@ -294,10 +296,10 @@ def _item(
             slope = tl.load(alibi_slopes + q_head) * LOG2E
         acc, m, mass = _row_tile(
             q_tile,
-            k_slots + head * DK,
-            v_slots + head * DV,
-            kv_heads * DK,
-            kv_heads * DV,
+            k_slots + wide_head * k_head_stride,
+            v_slots + wide_head * v_head_stride,
+            k_slot_stride,
+            v_slot_stride,
             seg,
             seg_begin,
             seg_end,
@@ -442,6 +444,10 @@ def _tree_attention(
     counters,
     q_row_stride,
     q_head_stride,
+    k_slot_stride,
+    k_head_stride,
+    v_slot_stride,
+    v_head_stride,
     num_tokens,
     max_partials,
     kv_heads,
@@ -485,7 +491,8 @@ def _tree_attention(
     mask_words = row_pos + rows
     partial_lse = scratch + max_partials.to(tl.int64) * heads * DV
 
-    inputs = (q, k_slots, v_slots, slot_index, sinks, alibi_slopes, q_row_stride, q_head_stride)
+    strides = (q_row_stride, q_head_stride, k_slot_stride, k_head_stride, v_slot_stride, v_head_stride)
+    inputs = (q, k_slots, v_slots, slot_index, sinks, alibi_slopes, strides)
     sections = (seg, row, node_len, row_pos, mask_words, window)
     results = (out, lse, scratch, partial_lse)
     for unit in range(program, items * kv_heads, programs):
@@ -641,14 +648,13 @@ def launch(
     alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
+    check_scores(scale, softcap or None)
     check_plan_tensors(plan, slot_index, q.device)
     dtype_number("q", q)
     heads, k_dim = q.shape[1:]
     kv_heads, v_dim = v_slots.shape[1:]
     if max(k_dim, v_dim) > MAX_DIM:
         raise ValueError(f"k_slots and v_slots must have head dims of at most {MAX_DIM}, got {k_dim} and {v_dim}")
-    if not softcap >= 0:
-        raise ValueError(f"softcap must be above 0, or 0 for none, got {softcap}")
     if q.stride(2) != 1:
         q = q.contiguous()
     out = q.new_empty(num_tokens, heads, v_dim)
@@ -677,6 +683,10 @@ def launch(
             _counters(num_tokens * heads, q.device),
             q.stride(0),
             q.stride(1),
+            k_slots.stride(0),
+            k_slots.stride(1),
+            v_slots.stride(0),
+            v_slots.stride(1),
             num_tokens,
             max_partials,
             kv_heads,

@@ -172,14 +172,15 @@ class TreeLayout:
 
         block_tables: [B, max_pages] page ids; lengths: [B] tokens including the query tokens; query_lens:
         [B] query rows of each sequence, its last tokens (default 1 each; more are causal). Equal leading
-        pages are shared, as far as they lie wholly before the query tokens.
+        pages are shared, as far as they lie wholly before the query tokens. B may be 0. Slots must fit int32.
         """
-        tables = _ints("block_tables", block_tables, ndim=2)
-        lens = _ints("lengths", lengths)
+        tables = _ints("block_tables", block_tables, ndim=2).astype(np.int64)  # as are all products with page_size
+        lens = _ints("lengths", lengths).astype(np.int64)
         queries = np.ones_like(lens) if query_lens is None else _ints("query_lens", query_lens)
         batch, max_pages = tables.shape
-        if page_size < 1:
-            raise ValueError(f"page_size must be at least 1, got {page_size}")
+        if isinstance(page_size, bool) or not isinstance(page_size, int | np.integer) or not 1 <= page_size < 2**31:
+            raise ValueError(f"page_size must be an integer of at least 1 that fits int32, got {page_size!r}")
+        page_size = int(page_size)
         _expect_size("lengths", lens, batch, "sequences in block_tables")
         _expect_size("query_lens", queries, batch, "sequences in block_tables")
         _expect(
@@ -197,13 +198,14 @@ class TreeLayout:
         keyed = np.where(np.arange(max_pages) < shareable[:, None], tables, -1)
         order = np.lexsort(keyed.T[::-1]) if max_pages else np.arange(batch)
         common = (keyed[order[1:]] == keyed[order[:-1]]) & (keyed[order[1:]] >= 0)
-        shared = np.append(0, np.cumprod(common, 1).sum(1))  # pages in common with the one before, in order
+        shared = np.zeros(batch, np.int64)  # pages in common with the one before, in order
+        shared[1:] = np.cumprod(common, 1).sum(1)
 
         # Every sequence is one node: in sorted order it forks from the path of the one before it, where the
         # pages they have in common end. The stack holds that path as (node, pages before it).
         parent = np.full(batch, -1, np.int32)
-        above = np.zeros(batch, np.int32)  # pages before the node
-        fork = np.zeros(batch, np.int32)
+        above = np.zeros(batch, np.int64)  # pages before the node
+        fork = np.zeros(batch, np.int64)
         path: list[tuple[int, int]] = []
         for node, pages in zip(order.tolist(), shared.tolist(), strict=True):
             while path and path[-1][1] >= pages:
@@ -219,9 +221,17 @@ class TreeLayout:
         node_end = np.cumsum(node_len)
         token = ranges(node_pos, node_len)
         sequence = np.repeat(np.arange(batch), node_len)
+        page = tables[sequence, token // page_size]
+        slot = page * page_size + token % page_size
+        if slot.size and slot.max() >= 2**31:
+            i = int(slot.argmax())
+            raise ValueError(
+                f"block_tables must name slots that fit int32, got page {page[i]} of page_size {page_size} in sequence "
+                f"{sequence[i]}: slot {slot[i]}"
+            )
         row_indptr = np.append(0, np.cumsum(queries))
         return cls(
-            slot_index=tables[sequence, token // page_size] * page_size + token % page_size,
+            slot_index=slot,
             node_begin=node_end - node_len,
             node_len=node_len,
             node_parent=parent,
@@ -365,7 +375,14 @@ def _ints(name: str, value: Any, ndim: int = 1) -> IntArray:
     """Anything convertible (list, array, tensor) as an int32 array."""
     if type(value) is np.ndarray and value.dtype == np.int32 and value.ndim == ndim:
         return value
-    array = np.asarray(value.cpu() if hasattr(value, "cpu") else value)
+    try:
+        array = np.asarray(value.cpu() if hasattr(value, "cpu") else value)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be an integer array with {ndim} dimension(s), got lists of different lengths"
+        ) from None
+    if not array.size and array.ndim < ndim:
+        array = array.reshape((0,) * ndim)  # [] may be an empty list of lists
     if array.ndim != ndim or (array.size and array.dtype.kind not in "iub"):
         raise ValueError(f"{name} must be an integer array with {ndim} dimension(s), got {array.dtype} {array.shape}")
     if array.size and (array.min() < -(2**31) or array.max() >= 2**31):

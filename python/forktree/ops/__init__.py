@@ -23,7 +23,9 @@ from forktree.ops.checks import (
     check_lists,
     check_lm_head,
     check_merge_states,
+    check_per_head,
     check_rotate_rows,
+    check_scores,
     check_slots,
     check_token_request,
     check_tree_attention,
@@ -55,28 +57,29 @@ def tree_attention(
 
     Args:
         q: [R, Hq, Dk], rows in the order of the layout; fp32, bf16, fp16 or fp64.
-        k_slots, v_slots: [slots, Hk, Dk] and [slots, Hk, Dv], contiguous, dtype and device of q.
+        k_slots, v_slots: [slots, Hk, Dk] and [slots, Hk, Dv], dense in the last dimension, dtype and device of q.
         plan: made by `forktree.plan.plan` for these head counts and head_dim = Dk.
-        scale: factor on q·k, default Dk ** -0.5.
-        softcap: c > 0 makes scores c * tanh(s / c), after scale and before ALiBi and masks.
-        sinks: [Hq], one more logit a head in each token's softmax, without a value; in the log-sum-exp too.
-        alibi_slopes: [Hq], adds slope * (key position - row_pos).
+        scale: factor on q·k, finite, default Dk ** -0.5.
+        softcap: finite c > 0 makes scores c * tanh(s / c), after scale and before ALiBi and masks.
+        sinks: [Hq], one more logit a head in each token's softmax, without a value; in the log-sum-exp too. -inf: none.
+        alibi_slopes: [Hq], finite, adds slope * (key position - row_pos).
         return_lse: also return the log-sum-exp.
 
     Returns:
         out [T, Hq, Dv] in q's dtype; with return_lse also lse [T, Hq], natural log, fp32. A token that sees
-        nothing gets 0 and, without sinks, -inf.
+        nothing gets 0 and, without sinks, -inf. NaN and infinities of a token's K and V reach the rows that see
+        it, and no others.
 
     Math is done in fp32, for fp64 inputs in fp64. Raises ValueError on any mismatch before computing
-    anything.
+    anything; values of sinks and alibi_slopes are checked on the CPU only, as elsewhere that would wait for the device.
     """
     backend = choose("tree_attention", q, k_slots, v_slots)
     if backend in CHECK_HERE:
         check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
+    check_scores(scale, softcap)
     if not torch.compiler.is_compiling():
         check_fits(q.shape, k_slots.shape, plan)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, got {softcap}")
+        check_per_head(sinks, alibi_slopes)
     out, lse = _load(backend).tree_attention(
         q,
         k_slots,
@@ -96,7 +99,7 @@ def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Ten
     Args:
         k, v: [T, Hk, Dk] and [T, Hk, Dv], dtype and device of the pools.
         slots: [T] int32 or int64 on the same device, different from one another; a negative one: not stored.
-        k_slots, v_slots: [slots, Hk, Dk] and [slots, Hk, Dv].
+        k_slots, v_slots: [slots, Hk, Dk] and [slots, Hk, Dv], dense in the last dimension.
 
     Raises ValueError on any mismatch before anything is written. Slot numbers are checked on the CPU only:
     elsewhere that would wait for the device.
@@ -137,7 +140,7 @@ def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple
 
     Args:
         o: [P, Hq, Dv] partial outputs, each normalised by itself.
-        lse: [P, Hq] their log-sum-exp, natural log, fp32 (fp64 if o is).
+        lse: [P, Hq] their log-sum-exp, natural log, fp32 (fp64 if o is). Where it is -inf, o is not looked at.
         indptr, index: [T+1] and [P'] int32 or int64, CSR: output t merges o[index[indptr[t] : indptr[t+1]]].
 
     Returns: out [T, Hq, Dv] in o's dtype, lse [T, Hq]. Nothing but empty states, or none, gives (0, -inf).

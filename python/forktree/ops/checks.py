@@ -14,6 +14,7 @@ from forktree.token_scores import Ragged, TokenRequest
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def check_pools(k_slots: Tensor, v_slots: Tensor) -> None:
@@ -27,16 +28,17 @@ def check_pools(k_slots: Tensor, v_slots: Tensor) -> None:
             f"v_slots must be {k_slots.dtype} on {k_slots.device} as k_slots is, got {v_slots.dtype} on "
             f"{v_slots.device}"
         )
-    if not (k_slots.is_contiguous() and v_slots.is_contiguous()):
+    if (k_slots.stride(2) != 1 and k_shape[2] > 1) or (v_slots.stride(2) != 1 and v_shape[2] > 1):
         raise ValueError(
-            f"k_slots and v_slots must be contiguous, got strides {k_slots.stride()} and {v_slots.stride()}"
+            f"k_slots and v_slots must be dense in their last dimension, got strides {k_slots.stride()} and "
+            f"{v_slots.stride()}"
         )
 
 
 def check_tree_attention(
     q: Tensor, k_slots: Tensor, v_slots: Tensor, sinks: Tensor | None, alibi_slopes: Tensor | None
 ) -> None:
-    """All but the plan."""
+    """All tensors but the plan's."""
     check_pools(k_slots, v_slots)
     shape, dtype, device = q.shape, q.dtype, q.device
     if dtype not in FLOATS:
@@ -56,6 +58,22 @@ def check_tree_attention(
         check_tensor("alibi_slopes", alibi_slopes, (shape[1],), device)
 
 
+def check_scores(scale: float | None, softcap: float | None) -> None:
+    """That both are what they are in fp32 too."""
+    if scale is not None and not abs(scale) <= LARGEST:
+        raise ValueError(f"scale must be a finite fp32 number, or None, got {scale}")
+    if softcap is not None and not SMALLEST <= softcap <= LARGEST:
+        raise ValueError(f"softcap must be a finite fp32 number above 0, or None, got {softcap}")
+
+
+def check_per_head(sinks: Tensor | None, alibi_slopes: Tensor | None) -> None:
+    """Their values, on the CPU: to look at them elsewhere would wait for the device."""
+    if sinks is not None and sinks.is_cpu and not bool((sinks < torch.inf).all()):
+        raise ValueError(f"sinks must be numbers or -inf, got {sinks.tolist()}")
+    if alibi_slopes is not None and alibi_slopes.is_cpu and not bool(alibi_slopes.isfinite().all()):
+        raise ValueError(f"alibi_slopes must be finite, got {alibi_slopes.tolist()}")
+
+
 def check_plan_tensors(plan: Tensor, slot_index: Tensor, device: torch.device) -> None:
     same = plan.dtype is slot_index.dtype is torch.int32 and plan.ndim == slot_index.ndim == 1
     if not same or plan.device != device or slot_index.device != device:
@@ -67,11 +85,23 @@ def check_plan_tensors(plan: Tensor, slot_index: Tensor, device: torch.device) -
 
 def check_append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
     check_pools(k_slots, v_slots)
+    for name, pool in (("k_slots", k_slots), ("v_slots", v_slots)):
+        if not pool.is_contiguous():
+            check_apart(name, pool)
     tokens, dtype, device = slots.numel(), k_slots.dtype, k_slots.device
     _, heads, k_dim = k_slots.shape
     check_tensor("k", k, (tokens, heads, k_dim), device, dtype)
     check_tensor("v", v, (tokens, heads, v_slots.shape[2]), device, dtype)
     check_integers("slots", slots, tokens, device)
+
+
+def check_apart(name: str, pool: Tensor) -> None:
+    """That no two heads of slots share memory."""
+    end = pool.shape[2]  # of what lies within the stride looked at
+    for stride, size in sorted(zip(pool.stride()[:2], pool.shape[:2], strict=True)):
+        if size > 1 and stride < end:
+            raise ValueError(f"{name} must not overlap itself, got {list(pool.shape)} with strides {pool.stride()}")
+        end += (size - 1) * stride
 
 
 def check_slots(slots: Tensor, num_slots: int) -> None:

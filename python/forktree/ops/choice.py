@@ -2,9 +2,10 @@
 
     tensors on  operation       dtype              backend  why
     CPU         all             fp32, bf16, fp16   cpu      compiled for this machine
-    GPU         tree_attention  bf16, fp16         cuda     narrow: see `forktree.target`; Dk = Dv among `CUDA_DIMS`
-    GPU         tree_attention  fp32, bf16, fp16   triton   wide; any other head dim up to 256; fp32, which has no
-                                                            exact product on tensor cores
+    GPU         tree_attention  bf16, fp16         cuda     narrow: see `forktree.target`; Dk = Dv among `CUDA_DIMS`;
+                                                            pools `in_chunks`
+    GPU         tree_attention  fp32, bf16, fp16   triton   wide; any other head dim up to 256, or strides; fp32, which
+                                                            has no exact product on tensor cores
     GPU         score_tokens    fp32, bf16, fp16   triton   see below
     GPU         the others      fp32, bf16, fp16   cuda     one launch bound by memory: the cheaper one to launch
     any         all             fp64, the rest     torch
@@ -118,4 +119,10 @@ def _best(operation: str, x: Tensor, *others: Any) -> str:
     if max(dim, value_dim) > MAX_DIM:
         return "torch"
     fits = dim == value_dim and dim in CUDA_DIMS and x.dtype != torch.float32
-    return cuda if fits and rows * heads <= NARROW * kv_heads else triton
+    narrow = fits and rows * heads <= NARROW * kv_heads
+    return cuda if narrow and in_chunks(others[0]) and in_chunks(others[1]) else triton
+
+
+def in_chunks(pool: Tensor) -> bool:
+    """Whether slots and heads of a pool of 16-bit numbers lie multiples of 16 bytes apart, as the CUDA kernel reads."""
+    return not (pool.stride(0) % 8 or pool.stride(1) % 8)

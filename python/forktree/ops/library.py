@@ -18,6 +18,7 @@ from forktree.ops.checks import (
     check_merge_states,
     check_plan_tensors,
     check_rotate_rows,
+    check_scores,
     check_tree_attention,
 )
 from forktree.ops.choice import choose, launcher
@@ -88,6 +89,7 @@ def _(
     alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
+    check_scores(scale, softcap or None)
     check_plan_tensors(plan, slot_index, q.device)
     shape = (num_tokens, q.shape[1], v_slots.shape[2])
     return q.new_empty(shape), q.new_empty(shape[:2], dtype=torch.float32)

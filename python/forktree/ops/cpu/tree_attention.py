@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from forktree import _core
-from forktree.ops.checks import check_plan_tensors, check_tree_attention
+from forktree.ops.checks import check_plan_tensors, check_scores, check_tree_attention
 from forktree.ops.dtypes import dtype_number
 from forktree.ops.watched import is_watched
 from forktree.plan import AttentionPlan
@@ -51,11 +51,10 @@ def launch(
     alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
+    check_scores(scale, softcap or None)
     check_plan_tensors(plan, slot_index, q.device)
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be at least 0, got {num_tokens}")
-    if not softcap >= 0:
-        raise ValueError(f"softcap must be above 0, or 0 for none, got {softcap}")
     dtype = dtype_number("q", q)
     rows, heads, k_dim = q.shape
     num_slots, kv_heads, v_dim = v_slots.shape
@@ -76,7 +75,11 @@ def launch(
         heads,
         k_dim,
         k_slots.data_ptr(),
+        k_slots.stride(0),
+        k_slots.stride(1),
         v_slots.data_ptr(),
+        v_slots.stride(0),
+        v_slots.stride(1),
         num_slots,
         kv_heads,
         v_dim,

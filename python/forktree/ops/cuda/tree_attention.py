@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from forktree import _core
-from forktree.ops.checks import check_plan_tensors, check_tree_attention
-from forktree.ops.choice import CUDA_DIMS
+from forktree.ops.checks import check_plan_tensors, check_scores, check_tree_attention
+from forktree.ops.choice import CUDA_DIMS, in_chunks
 from forktree.ops.cuda.stream import stream_of
 from forktree.ops.dtypes import dtype_number
 from forktree.ops.watched import is_watched
@@ -58,12 +58,11 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """The plan and slot_index are believed: reading them here would wait for the device."""
     check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
+    check_scores(scale, softcap or None)
     check_plan_tensors(plan, slot_index, q.device)
     _check_kernel(q, k_slots, v_slots)
     if min(num_tokens, max_partials) < 0:
         raise ValueError(f"num_tokens and max_partials must be at least 0, got {num_tokens} and {max_partials}")
-    if not softcap >= 0:
-        raise ValueError(f"softcap must be above 0, or 0 for none, got {softcap}")
     device, (_, heads, dim), kv_heads = q.device, q.shape, k_slots.shape[1]
     q = _aligned(q)
     plan, slot_index = plan.contiguous(), slot_index.contiguous()
@@ -81,7 +80,11 @@ def launch(
             heads,
             dim,
             k_slots.data_ptr(),
+            k_slots.stride(0),
+            k_slots.stride(1),
             v_slots.data_ptr(),
+            v_slots.stride(0),
+            v_slots.stride(1),
             kv_heads,
             plan.data_ptr(),
             slot_index.data_ptr(),
@@ -112,8 +115,11 @@ def _check_kernel(q: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
             f"it to another backend"
         )
     for name, pool in (("k_slots", k_slots), ("v_slots", v_slots)):
-        if pool.data_ptr() % ALIGNMENT:
-            raise ValueError(f"{name} must begin at a multiple of {ALIGNMENT} bytes, got {pool.data_ptr():#x}")
+        if pool.data_ptr() % ALIGNMENT or not in_chunks(pool):
+            raise ValueError(
+                f"{name} must begin at a multiple of {ALIGNMENT} bytes, and so must its slots and heads, for the CUDA "
+                f"kernel, got {pool.data_ptr():#x} and strides {pool.stride()}: leave it to the triton backend"
+            )
 
 
 def _aligned(q: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple
     for t in range(tokens):
         mine = index[indptr[t] : indptr[t + 1]].long()
         total[t] = lse[mine].logsumexp(0)
-        weight = lse[mine].softmax(0).masked_fill(total[t] == -torch.inf, 0)  # all empty: -inf - -inf
-        out[t] = (weight[..., None] * o[mine].to(math_dtype(o))).sum(0)
+        empty = lse[mine] == -torch.inf
+        weight = lse[mine].softmax(0).masked_fill(empty, 0)  # all empty: -inf - -inf
+        out[t] = (weight[..., None] * o[mine].to(math_dtype(o)).masked_fill(empty[..., None], 0)).sum(0)
     return out, total

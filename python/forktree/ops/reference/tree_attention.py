@@ -42,6 +42,7 @@ def tree_attention(
             values.append(out.new_zeros(1, *out.shape[1:]))
         if sum(s.shape[1] for s in scores):
             s = torch.cat(scores, 1)
-            out[token] = torch.einsum("hl,lhd->hd", s.softmax(1), torch.cat(values))
             lse[token] = s.logsumexp(1)
+            weight = s.softmax(1).masked_fill(lse[token, :, None] == -torch.inf, 0)  # all are: -inf - -inf
+            out[token] = torch.einsum("hl,lhd->hd", weight, torch.cat(values))
     return out.to(q.dtype), lse.float()

@@ -74,5 +74,6 @@ def combine(
 @torch.no_grad()
 def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     lists = merge_lists(indptr.cpu().numpy(), index.cpu().numpy(), o.device)
-    out, total = combine(o.to(math_dtype(o)), lse, None, lists)
+    known = o.to(math_dtype(o)).masked_fill((lse == -torch.inf).unsqueeze(-1), 0)  # 0 * NaN is NaN
+    out, total = combine(known, lse, None, lists)
     return out.to(o.dtype), total

@@ -88,11 +88,18 @@ def tree_attention(
     partials = sum(b.shape[0] * b.shape[1] for b in prepared.batches) * kv_heads
     o = q_rows.new_empty(partials, group, dim)
     top, mass = q_rows.new_empty(2, partials, group)
-    begin = 0
-    for batch in prepared.batches:
-        end = begin + batch.shape[0] * batch.shape[1] * kv_heads
-        _attend(batch, q_rows, k_slots, v_slots, softcap, slopes, o[begin:end], top[begin:end], mass[begin:end])
-        begin = end
+    shared = any(batch.hidden is not None for batch in prepared.batches)
+    careful = not q.is_cpu  # from the start where looking at o would wait for the device
+    while True:
+        begin = 0
+        for batch in prepared.batches:
+            end = begin + batch.shape[0] * batch.shape[1] * kv_heads
+            state = o[begin:end], top[begin:end], mass[begin:end]
+            _attend(batch, q_rows, k_slots, v_slots, softcap, slopes, careful, *state)
+            begin = end
+        if careful or not shared or bool(o.sum().isfinite()):
+            break
+        careful = True
 
     tokens = plan.layout.num_tokens
     if sinks is not None:
@@ -108,11 +115,15 @@ def _attend(
     v_slots: Tensor,
     softcap: float | None,
     slopes: Tensor | None,
+    careful: bool,
     o: Tensor,
     top: Tensor,
     mass: Tensor,
 ) -> None:
-    """Writes the partials of a batch: o = sum of exp(s - top) v, top = max s, mass = sum of exp(s - top)."""
+    """Writes the partials of a batch: o = sum of exp(s - top) v, top = max s, mass = sum of exp(s - top).
+
+    careful: what is not finite in V is kept from rows that do not see it, as 0 * NaN is NaN.
+    """
     blocks, rows, tokens = batch.shape
     kv_heads, group = k_slots.shape[1], o.shape[1]
     q = q_rows.index_select(0, batch.q_index).view(blocks * kv_heads, rows * group, -1)
@@ -127,11 +138,18 @@ def _attend(
         by_head.masked_fill_(batch.hidden, -torch.inf)
     top = top.view(scores.shape[0], -1, 1)
     torch.amax(scores, -1, keepdim=True, out=top)
-    if batch.hidden is not None:
-        top.clamp_(min=torch.finfo(top.dtype).min)  # rows that see nothing: exp(-inf - lowest) = 0, not NaN
+    top.clamp_(min=torch.finfo(top.dtype).min)  # where all are -inf: exp(-inf - lowest) = 0, not NaN
+    spoilt = None
+    if careful and batch.hidden is not None:
+        bad = ~v.isfinite()
+        v = v.masked_fill(bad, 0)
+        spoilt = ((scores != -torch.inf) & bad.any(-1).unsqueeze(1)).any(-1, keepdim=True)
     scores.sub_(top).exp_()
     torch.sum(scores, -1, keepdim=True, out=mass.view(top.shape))
-    torch.bmm(scores, v, out=o.view(scores.shape[0], scores.shape[1], -1))
+    o = o.view(scores.shape[0], scores.shape[1], -1)
+    torch.bmm(scores, v, out=o)
+    if spoilt is not None:
+        o.masked_fill_(spoilt, torch.nan)
 
 
 def _keys(batch: Batch, slots: Tensor, dtype: torch.dtype) -> Tensor:
@@ -139,7 +157,10 @@ def _keys(batch: Batch, slots: Tensor, dtype: torch.dtype) -> Tensor:
     heads, dim = slots.shape[1:]
     if batch.kv_index is None:
         return slots[batch.kv_run[0] : batch.kv_run[1]].to(dtype).transpose(0, 1)
-    picked = slots.view(-1, dim).index_select(0, batch.kv_index)
+    if slots.is_contiguous():
+        picked = slots.view(-1, dim).index_select(0, batch.kv_index)
+    else:
+        picked = slots[batch.kv_index // heads, batch.kv_index % heads]
     return picked.to(dtype).view(batch.shape[0] * heads, batch.shape[2], dim)
 
 
