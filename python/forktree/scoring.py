@@ -6,10 +6,14 @@ RewardModel   a second model: base model plus a head read from safetensors, with
 TextScorer    any Python function of (prompt, response)
 """
 
+import contextlib
 import importlib
+import os
 import queue
+import sys
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -245,14 +249,19 @@ class RewardModel(Scorer):
         device: str = "cpu",
         format: StepFormat | None = None,
         activation: str = "sigmoid",
+        trust_remote_code: bool = False,
     ) -> "RewardModel":
-        """Base model, tokenizer and head from one directory of safetensors."""
+        """Base model, tokenizer and head from one directory of safetensors.
+
+        trust_remote_code: whether Python files of the directory may be run.
+        """
         from forktree.lane import Lane
         from forktree.loading import load_model, load_tokenizer
 
         head = ValueHead.load(directory, activation=activation)
-        model = load_model(directory, dtype=dtype, base=True).to(device)
-        return cls(Lane(model, num_slots=num_slots), load_tokenizer(directory), head, format=format)
+        model = load_model(directory, dtype=dtype, base=True, trust_remote_code=trust_remote_code).to(device)
+        tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+        return cls(Lane(model, num_slots=num_slots), tokenizer, head, format=format)
 
     def begin(self, subject: Subject) -> Reading:
         tree = self._lane.tree
@@ -348,25 +357,51 @@ class _TextReading(Reading):
         self._answers = queue.SimpleQueue()  # the thread sees that it is no longer wanted
 
 
-def load_scorer(spec: str, *, activation: str = "sigmoid", time_limit: float = 60.0, device: str = "cpu") -> Scorer:
+def load_scorer(
+    spec: str,
+    *,
+    activation: str = "sigmoid",
+    time_limit: float = 60.0,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Scorer:
     """What `--scorer` names: a head file (.safetensors), a reward-model directory, or `module:function`."""
     path = Path(spec)
     if path.is_dir():
-        return RewardModel.load(path, activation=activation, device=device)
+        return RewardModel.load(path, activation=activation, device=device, trust_remote_code=trust_remote_code)
     if path.is_file() or spec.endswith(".safetensors"):
         return ValueHead.load(path, activation=activation)
+    return TextScorer(import_function(spec), time_limit=time_limit)
+
+
+def import_function(spec: str) -> Callable[[str, str], float]:
+    """The function that `module:function` names; modules of the current directory come first, as with `python -m`."""
     module, colon, name = spec.partition(":")
     if not colon or not module or not name:
         raise InvalidInput(
             f"scorer must be a .safetensors head file, a reward-model directory or module:function, got {spec!r}"
         )
+    directory = os.getcwd()
+    sys.path.insert(0, directory)  # only during the import: no file here is to hide a module that others import later
     try:
-        function = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise InvalidInput(f"scorer {spec!r}: cannot import {module!r}: {error}") from None
-    except AttributeError:
-        raise InvalidInput(f"scorer {spec!r}: module {module!r} has no {name!r}") from None
-    return TextScorer(function, time_limit=time_limit)
+        imported = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        raise InvalidInput(f"scorer {spec!r}: cannot import {module!r}: {_where(error)}") from None
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(directory)
+    if not hasattr(imported, name):
+        raise InvalidInput(f"scorer {spec!r}: module {module!r} has no {name!r}")
+    function: Callable[[str, str], float] = getattr(imported, name)
+    return function
+
+
+def _where(error: BaseException) -> str:
+    """An error that an import raised, with the file and line of the imported code that it comes from."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: SyntaxError: {error.msg}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename][1:]
+    return "".join(f"{f.filename}, line {f.lineno}: " for f in frames[-1:]) + f"{type(error).__name__}: {error}"
 
 
 def _read_tensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
