@@ -69,7 +69,13 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise InvalidInput(f"{directory}: expected a tokenizer, got none of {', '.join(TOKENIZER_FILES)}")
     check_files(path)
-    return _load(AutoTokenizer.from_pretrained, path / "tokenizer_config.json", trust_remote_code=trust_remote_code)
+
+    def load(*directory: Path, **options: Any) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(*directory, **options)
+        tokenizer("")  # some damage shows only now
+        return tokenizer
+
+    return _load(load, path / "tokenizer_config.json", trust_remote_code=trust_remote_code)
 
 
 def _load(load: Callable[..., Any], file: Path, **options: Any) -> Any:
