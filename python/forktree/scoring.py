@@ -367,10 +367,13 @@ def load_scorer(
 ) -> Scorer:
     """What `--scorer` names: a head file (.safetensors), a reward-model directory, or `module:function`."""
     path = Path(spec)
-    if path.is_dir():
-        return RewardModel.load(path, activation=activation, device=device, trust_remote_code=trust_remote_code)
-    if path.is_file() or spec.endswith(".safetensors"):
-        return ValueHead.load(path, activation=activation)
+    try:
+        if path.is_dir():
+            return RewardModel.load(path, activation=activation, device=device, trust_remote_code=trust_remote_code)
+        if path.is_file() or spec.endswith(".safetensors"):
+            return ValueHead.load(path, activation=activation)
+    except InvalidInput as error:
+        raise error if spec in str(error) else InvalidInput(f"scorer {spec}: {error}") from None
     return TextScorer(import_function(spec), time_limit=time_limit)
 
 

@@ -33,11 +33,15 @@ GENERATE_HELP = """Search an answer for every prompt of a JSON Lines file.
 
 Each input line is {"prompt": "..."}; more keys are allowed and ignored. Each output line holds one prompt's \
 candidates, best first, with their scores and token counts; it is written and synced as soon as it is known, so a \
-run that is stopped goes on with --resume.
+run that is stopped goes on with --resume. The first output line is a header: options and digests of the files that \
+the results were made with. --resume refuses a file that was made with others.
 
 A scorer is a value head on the model's own hidden state (a .safetensors file with score.weight, or score.0.weight and \
 score.2.weight), the directory of a reward model (base model plus such a head), or module:function, a Python function \
-of (prompt, response).
+of (prompt, response), looked for in the current directory first.
+
+Texts of options are taken as they are: --stop '\\times' is a backslash and five letters. A line feed is \
+--stop $'\\n' in most shells, or --stop '\\n' --escape.
 
 Examples:
 
@@ -150,7 +154,8 @@ SCORE_HELP = """Log-probs of the texts of a JSON Lines file under a model: perpl
 Each input line is {"text": "..."}, or {"prompt": "...", "response": "..."}, where the response is scored, given the \
 prompt. Each output line holds the sum of the log-probs, the number of tokens, the perplexity exp(-mean), and ids and \
 log-probs of all tokens scored; it is written and synced as soon as it is known, so a run that is stopped goes on with \
---resume. Beginnings that texts share, such as a prompt with many responses, are computed once.
+--resume, unless options or files of the model are others than those in the header, its first line. Beginnings that \
+texts share, such as a prompt with many responses, are computed once.
 
 A text is what the tokenizer makes of it, special tokens included. What stands first (BOS, where the tokenizer adds \
 one) is given, and not scored. Prompt and response are tokenised together, as a model reads them: a token that holds \
