@@ -6,11 +6,15 @@ RewardModel   a second model: base model plus a head read from safetensors, with
 TextScorer    any Python function of (prompt, response)
 """
 
+import contextlib
 import importlib
 import json
+import os
 import queue
+import sys
 import threading
 import time
+import traceback
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -257,12 +261,13 @@ class RewardModel(Scorer):
         device: str = "cpu",
         format: StepFormat | str | None = None,
         activation: str | None = None,
+        trust_remote_code: bool = False,
     ) -> "RewardModel":
         """Model, tokenizer and head from one directory of safetensors.
 
         format: what is fed and how the reward is read, or its name, one of `REWARD_FORMATS`; default: the prompt, the
         response, and a sigmoid. Warns if the directory's config names a model that is known to be read in another way.
-        activation: instead of the format's.
+        activation: instead of the format's. trust_remote_code: whether Python files of the directory may be run.
         """
         from forktree.lane import Lane
         from forktree.loading import load_model, load_tokenizer
@@ -279,7 +284,7 @@ class RewardModel(Scorer):
         head: ValueHead | TokenLogits
         if not chosen.answers:
             head = ValueHead.load(path, activation=activation or chosen.activation, choice=chosen.choice)
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         if chosen.answers:
             answers = _ids(tokenizer, chosen.answers)
             if len(answers) != 2:
@@ -292,7 +297,7 @@ class RewardModel(Scorer):
                 f"{path}: the separator {chosen.separator!r} must be one token, its tokenizer makes "
                 f"{len(_ids(tokenizer, chosen.separator))} of it: not such a model"
             )
-        model = load_model(path, dtype=dtype, base=not chosen.answers).to(device)
+        model = load_model(path, dtype=dtype, base=not chosen.answers, trust_remote_code=trust_remote_code).to(device)
         return cls(Lane(model, num_slots=num_slots), tokenizer, head, format=chosen)
 
     def check(self, lane: "Lane") -> None:
@@ -411,29 +416,54 @@ def load_scorer(
     time_limit: float = 60.0,
     device: str = "cpu",
     format: StepFormat | str | None = None,
+    trust_remote_code: bool = False,
 ) -> Scorer:
     """What `--scorer` names: a head file (.safetensors), a reward-model directory, or `module:function`.
 
     activation: of a head; default: that of the format, or sigmoid. format: of a reward-model directory."""
     path = Path(spec)
-    if path.is_dir():
-        return RewardModel.load(path, activation=activation, device=device, format=format)
-    if format is not None:
-        raise InvalidInput(f"a reward format belongs to a reward-model directory, got the scorer {spec!r}")
-    if path.is_file() or spec.endswith(".safetensors"):
-        return ValueHead.load(path, activation=activation or "sigmoid")
+    try:
+        if path.is_dir():
+            return RewardModel.load(
+                path, activation=activation, device=device, format=format, trust_remote_code=trust_remote_code
+            )
+        if format is not None:
+            raise InvalidInput(f"a reward format belongs to a reward-model directory, got the scorer {spec!r}")
+        if path.is_file() or spec.endswith(".safetensors"):
+            return ValueHead.load(path, activation=activation or "sigmoid")
+    except InvalidInput as error:
+        raise error if spec in str(error) else InvalidInput(f"scorer {spec}: {error}") from None
+    return TextScorer(import_function(spec), time_limit=time_limit)
+
+
+def import_function(spec: str) -> Callable[[str, str], float]:
+    """The function that `module:function` names; modules of the current directory come first, as with `python -m`."""
     module, colon, name = spec.partition(":")
     if not colon or not module or not name:
         raise InvalidInput(
             f"scorer must be a .safetensors head file, a reward-model directory or module:function, got {spec!r}"
         )
+    directory = os.getcwd()
+    sys.path.insert(0, directory)  # only during the import: no file here is to hide a module that others import later
     try:
-        function = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise InvalidInput(f"scorer {spec!r}: cannot import {module!r}: {error}") from None
-    except AttributeError:
-        raise InvalidInput(f"scorer {spec!r}: module {module!r} has no {name!r}") from None
-    return TextScorer(function, time_limit=time_limit)
+        imported = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        raise InvalidInput(f"scorer {spec!r}: cannot import {module!r}: {_where(error)}") from None
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(directory)
+    if not hasattr(imported, name):
+        raise InvalidInput(f"scorer {spec!r}: module {module!r} has no {name!r}")
+    function: Callable[[str, str], float] = getattr(imported, name)
+    return function
+
+
+def _where(error: BaseException) -> str:
+    """An error that an import raised, with the file and line of the imported code that it comes from."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: SyntaxError: {error.msg}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename][1:]
+    return "".join(f"{f.filename}, line {f.lineno}: " for f in frames[-1:]) + f"{type(error).__name__}: {error}"
 
 
 def _read_tensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:

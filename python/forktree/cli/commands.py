@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import takewhile
@@ -11,12 +13,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from forktree.cli.inputs import read_inputs
+from forktree.cli.inputs import option_text, read_inputs
 from forktree.cli.results import ResultFile
 from forktree.errors import ForktreeError, InvalidInput
+from forktree.model_files import digest, digests
+from forktree.terminal import Terminal, one_line, visible
 
 app = typer.Typer(
     add_completion=False,
@@ -24,17 +27,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Search-time decoding of Hugging Face language models: shared tokens are stored once and computed once.",
 )
-console = Console(stderr=True)
+console = Terminal(stderr=True)
 
 GENERATE_HELP = """Search an answer for every prompt of a JSON Lines file.
 
 Each input line is {"prompt": "..."}; more keys are allowed and ignored. Each output line holds one prompt's \
 candidates, best first, with their scores and token counts; it is written and synced as soon as it is known, so a \
-run that is stopped goes on with --resume.
+run that is stopped goes on with --resume. The first output line is a header: options and digests of the files that \
+the results were made with. --resume refuses a file that was made with others.
 
 A scorer is a value head on the model's own hidden state (a .safetensors file with score.weight, or score.0.weight and \
 score.2.weight), the directory of a reward model (base model plus such a head), or module:function, a Python function \
-of (prompt, response).
+of (prompt, response), looked for in the current directory first.
+
+Texts of options are taken as they are: --stop '\\times' is a backslash and five letters. A line feed is \
+--stop $'\\n' in most shells, or --stop '\\n' --escape.
 
 Examples:
 
@@ -69,8 +76,11 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens (0 = all).")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens up to mass p (1.0).")] = None,
     min_p: Annotated[float | None, typer.Option(help="Keep tokens this likely beside the best (0).")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help=r"Text that ends an answer; may be repeated (\n, \t).")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,
     step_delimiter: Annotated[str | None, typer.Option(help=r"particle: text that ends a step (\n\n).")] = None,
+    escape: Annotated[
+        bool, typer.Option("--escape", help=r"Read \n, \t, \\, \u00e9 in --stop and --step-delimiter as in JSON.")
+    ] = False,
     max_step_tokens: Annotated[int | None, typer.Option(help="particle: most tokens of a step (1024).")] = None,
     max_steps: Annotated[int | None, typer.Option(help="particle: most steps (40).")] = None,
     weight_temperature: Annotated[float | None, typer.Option(help="particle: divides the rewards' logits (1).")] = None,
@@ -82,6 +92,9 @@ def generate(
     num_slots: Annotated[int | None, typer.Option(help="Tokens whose KV fits at once (from free memory).")] = None,
     max_batch_tokens: Annotated[int, typer.Option(help="Most tokens of one forward pass.")] = 512,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an output file: keep what it has.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python files of the model directories. Read them first.")
+    ] = False,
 ) -> None:
     """See `GENERATE_HELP`."""
     given = dict(
@@ -95,36 +108,45 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        stop=tuple(map(_unescape, stop)) if stop else None,
-        step_delimiter=_unescape(step_delimiter) if step_delimiter is not None else None,
+        stop=tuple(option_text("--stop", text, escape=escape) for text in stop) if stop else None,
+        step_delimiter=(
+            option_text("--step-delimiter", step_delimiter, escape=escape) if step_delimiter is not None else None
+        ),
         max_step_tokens=max_step_tokens,
         max_steps=max_steps,
         weight_temperature=weight_temperature,
         resampling=resampling,
     )
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    described = {"search": search, **settings, "max_new_tokens": max_new_tokens, "seed": seed}
-    if scorer is not None:
-        described["scorer"] = scorer
     # what can be checked without loading a model is checked first
     kind = _search_class(search, settings, scorer)
     inputs = read_inputs("--prompts", prompts, [("prompt",)])
-    output = ResultFile("generate", out, inputs, described, resume=resume)
-    todo = output.missing()
-    if not todo:
-        console.print(f"{out}: all {len(inputs)} results are there")
-        return
-
-    decoder = _decoder(model, dtype, device, num_slots, max_batch_tokens)
-    from forktree.scoring import load_scorer
-
+    described = {"search": search, **settings, "max_new_tokens": max_new_tokens, "seed": seed, "dtype": dtype}
+    made_with = {"settings": described, "model": digests(model, code=trust_remote_code)}
     if scorer is not None:
-        settings["scorer"] = load_scorer(scorer, activation=activation, time_limit=scorer_time_limit, device=device)
-    one = kind(**settings)
-    # everything that can be wrong is said here, before the output file is made
-    texts = [inputs[i]["prompt"] for i in todo]
-    results = decoder.search_iter(texts, one, max_new_tokens=max_new_tokens, seed=seed)
-    _run("prompt", (_searched(todo[result.index], result) for result in results), output)
+        described["activation"] = activation
+        made_with["scorer"] = _scorer_digests(scorer, code=trust_remote_code)
+    with ResultFile("generate", out, prompts, inputs, made_with, GENERATE_KEYS, resume=resume) as output:
+        todo = output.missing()
+        if not todo:
+            _say(f"{out}: all {len(inputs)} results are there")
+            return
+
+        decoder = _decoder(model, dtype, device, num_slots, max_batch_tokens, trust_remote_code)
+        from forktree.scoring import load_scorer
+
+        if scorer is not None:
+            settings["scorer"] = load_scorer(
+                scorer,
+                activation=activation,
+                time_limit=scorer_time_limit,
+                device=device,
+                trust_remote_code=trust_remote_code,
+            )
+        one = kind(**settings)
+        texts = [inputs[i]["prompt"] for i in todo]
+        results = decoder.search_iter(texts, one, max_new_tokens=max_new_tokens, seed=seed)
+        _run("prompt", (_searched(todo[result.index], result) for result in results), output)
 
 
 SCORE_HELP = """Log-probs of the texts of a JSON Lines file under a model: perplexity, reranking, p(response | prompt).
@@ -132,7 +154,8 @@ SCORE_HELP = """Log-probs of the texts of a JSON Lines file under a model: perpl
 Each input line is {"text": "..."}, or {"prompt": "...", "response": "..."}, where the response is scored, given the \
 prompt. Each output line holds the sum of the log-probs, the number of tokens, the perplexity exp(-mean), and ids and \
 log-probs of all tokens scored; it is written and synced as soon as it is known, so a run that is stopped goes on with \
---resume. Beginnings that texts share, such as a prompt with many responses, are computed once.
+--resume, unless options or files of the model are others than those in the header, its first line. Beginnings that \
+texts share, such as a prompt with many responses, are computed once.
 
 A text is what the tokenizer makes of it, special tokens included. What stands first (BOS, where the tokenizer adds \
 one) is given, and not scored. Prompt and response are tokenised together, as a model reads them: a token that holds \
@@ -158,26 +181,30 @@ def score(
     ] = None,
     max_batch_tokens: Annotated[int, typer.Option(help="Most tokens of one forward pass.")] = 512,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an output file: keep what it has.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python files of the model directories. Read them first.")
+    ] = False,
 ) -> None:
     """See `SCORE_HELP`."""
     inputs = read_inputs("--texts", texts, [("text",), ("prompt", "response")])
-    output = ResultFile("score", out, inputs, {"dtype": dtype}, resume=resume)
-    todo = output.missing()
-    if not todo:
-        console.print(f"{out}: all {len(inputs)} results are there")
-        return
+    made_with = {"settings": {"dtype": dtype}, "model": digests(model, code=trust_remote_code)}
+    with ResultFile("score", out, texts, inputs, made_with, SCORE_KEYS, resume=resume) as output:
+        todo = output.missing()
+        if not todo:
+            _say(f"{out}: all {len(inputs)} results are there")
+            return
 
-    loaded, tokenizer = _load(model, dtype, device)
-    from forktree.sequences import scored_sequences
+        loaded, tokenizer = _load(model, dtype, device, trust_remote_code)
+        from forktree.sequences import scored_sequences
 
-    tokens, given = [list(column) for column in zip(*_tokenised(tokenizer, inputs), strict=True)]
-    there = set(range(len(inputs))).difference(todo)
-    for i in there:  # nothing is wanted of them, which costs nothing, and numbers stay those of the inputs
-        given[i] = len(tokens[i])
-    results = scored_sequences(
-        loaded, tokens, prompt_lengths=given, num_slots=num_slots, max_batch_tokens=max_batch_tokens
-    )
-    _run("sequence", (_scored(i, tokens[i][given[i] :], found) for i, found in results if i not in there), output)
+        tokens, given = [list(column) for column in zip(*_tokenised(tokenizer, inputs), strict=True)]
+        there = set(range(len(inputs))).difference(todo)
+        for i in there:  # nothing is wanted of them, which costs nothing, and numbers stay those of the inputs
+            given[i] = len(tokens[i])
+        results = scored_sequences(
+            loaded, tokens, prompt_lengths=given, num_slots=num_slots, max_batch_tokens=max_batch_tokens
+        )
+        _run("sequence", (_scored(i, tokens[i][given[i] :], found) for i, found in results if i not in there), output)
 
 
 @app.command()
@@ -200,7 +227,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object in
     if as_json:
         print(json.dumps(environment, indent=2))
     else:
-        show(environment, Console(markup=False))
+        show(environment, Terminal(markup=False))
 
 
 @dataclass(frozen=True)
@@ -220,29 +247,33 @@ def _run(what: str, outcomes: Iterator[Outcome], output: ResultFile) -> None:
     failures, total = 0, output.total
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
-        with output, Progress(*columns, console=console) as progress:
+        with Progress(*columns, console=console) as progress:
             bar = progress.add_task(f"{what}s", total=total, completed=total - len(output.missing()))
             for outcome in outcomes:
                 if outcome.record is not None:
                     output.write(outcome.index, outcome.record)
                 if outcome.error is not None:
                     failures += 1
-                    _complain(progress.console, f"{what} {outcome.index}{outcome.error}")
+                    _complain(f"{what} {outcome.index}{outcome.error}")
                 progress.advance(bar)
     except KeyboardInterrupt:
         done = total - len(output.missing())
-        _complain(console, f"interrupted: {done} of {total} results are in {output.path}; go on with --resume")
+        _complain(f"interrupted: {done} of {total} results are in {output.path}; go on with --resume")
         raise typer.Exit(130) from None
     if failures:
         left = len(output.missing())
-        _complain(console, f"{failures} of {total} {what}s had errors; --resume tries {left} missing ones again")
+        _complain(f"{failures} of {total} {what}s had errors; --resume tries {left} missing ones again")
         raise typer.Exit(1)
+
+
+GENERATE_KEYS = ("text", "candidates", "counters")
+SCORE_KEYS = ("log_prob", "num_tokens", "perplexity", "log_probs", "token_ids")
 
 
 def _searched(index: int, result: Any) -> Outcome:
     """Of `Decoder.search_iter`."""
     if result.error is not None:
-        return Outcome(index, None, f": {_one_line(result.error)}")
+        return Outcome(index, None, f": {one_line(result.error)}")
     record = {
         "text": result.text,
         "candidates": [_candidate(c) for c in result.candidates],
@@ -255,7 +286,7 @@ def _searched(index: int, result: Any) -> Outcome:
 def _scored(index: int, token_ids: list[int], found: Any) -> Outcome:
     """Of `scored_sequences`; token_ids: those that were scored."""
     if isinstance(found, Exception):
-        return Outcome(index, None, f": {_one_line(found)}")
+        return Outcome(index, None, f": {one_line(found)}")
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(-found.mean())) if len(found) else math.nan
     record = {
@@ -314,31 +345,49 @@ def _search_class(name: str, settings: dict[str, Any], scorer: str | None) -> An
     return classes[name]
 
 
-def _decoder(model: Path, dtype: str, device: str, num_slots: int | None, max_batch_tokens: int) -> Any:
-    loaded, tokenizer = _load(model, dtype, device)
+def _scorer_digests(scorer: str, *, code: bool) -> dict[str, str]:
+    """Of what --scorer names: the files of a head or reward model, or the file that a function lies in."""
+    path = Path(scorer)
+    if path.is_dir():
+        return digests(path, code=code)
+    if path.is_file():
+        return {path.name: digest(path)}
+    from forktree.scoring import import_function
+
+    import_function(scorer)
+    source = sys.modules[scorer.partition(":")[0]].__file__
+    return {scorer: digest(Path(source)) if source else "built in"}
+
+
+def _decoder(
+    model: Path, dtype: str, device: str, num_slots: int | None, max_batch_tokens: int, trust_remote_code: bool
+) -> Any:
+    loaded, tokenizer = _load(model, dtype, device, trust_remote_code)
     from forktree.decoder import Decoder
 
     return Decoder(loaded, tokenizer, num_slots=num_slots, max_batch_tokens=max_batch_tokens)
 
 
-def _load(model: Path, dtype: str, device: str) -> tuple[Any, Any]:
+def _load(model: Path, dtype: str, device: str, trust_remote_code: bool) -> tuple[Any, Any]:
     """Model and tokenizer."""
     import torch
     import transformers
 
     from forktree.loading import load_model, load_tokenizer
 
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)  # what matters is raised
     transformers.utils.logging.disable_progress_bar()
     names = ("auto", "float32", "bfloat16", "float16")
     if dtype not in names:
         raise InvalidInput(f"--dtype must be one of {', '.join(names)}, got {dtype!r}")
-    loaded = load_model(model, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    loaded = load_model(
+        model, dtype=None if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code
+    )
     try:
         loaded = loaded.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidInput(f"--device must name a device of this machine, got {device!r}: {_one_line(error)}") from None
-    return loaded, load_tokenizer(model)
+        raise InvalidInput(f"--device must name a device of this machine, got {device!r}: {one_line(error)}") from None
+    return loaded, load_tokenizer(model, trust_remote_code=trust_remote_code)
 
 
 def _candidate(candidate: Any) -> dict[str, Any]:
@@ -371,31 +420,35 @@ def _early_stopping(value: str | None) -> bool | str | None:
     return {"true": True, "false": False}.get(value.lower(), value)
 
 
-def _unescape(text: str) -> str:
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def _complain(to: Console, message: str) -> None:
+def _say(message: str, style: str = "") -> None:
     """One line on standard error, whatever it holds."""
-    to.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(message), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _one_line(error: BaseException | str) -> str:
-    return " ".join(str(error).split())[:500]
+def _complain(message: str) -> None:
+    _say(f"error: {message}", "red")
 
 
 def main() -> None:
     """Entry point: whatever is wrong becomes one line on standard error and exit code 2."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {one_line(str(message))}")
+        sys.exit(_main())
+
+
+def _main() -> int:
+    """Returns the exit code."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        return app(standalone_mode=False) or 0
     except ForktreeError as error:
-        _complain(console, _one_line(error))
+        _complain(one_line(error))
     except KeyboardInterrupt:
-        _complain(console, "interrupted")
-        sys.exit(130)
+        _complain("interrupted")
+        return 130
     except Exception as error:
-        if not hasattr(error, "format_message"):  # a usage error of the command line says so by having one
-            raise
-        if message := _one_line(error.format_message()):  # none: help was printed for want of arguments
-            _complain(console, f"{message} See forktree --help and forktree COMMAND --help.")
-    sys.exit(2)
+        if hasattr(error, "format_message"):  # a usage error of the command line says so by having one
+            if message := one_line(error.format_message()):  # none: help was printed for want of arguments
+                _complain(f"{message} See forktree --help and forktree COMMAND --help.")
+        else:
+            _complain(f"this should not happen, please report it:\n{traceback.format_exc()}")
+    return 2

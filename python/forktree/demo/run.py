@@ -25,6 +25,7 @@ from forktree.loading import load_model, load_tokenizer
 from forktree.scoring import ValueHead
 from forktree.search import BeamSearch, BestOfN, Greedy, ParticleFilter, Sample, Search
 from forktree.search.sample import vote
+from forktree.terminal import Terminal
 
 MODEL = Path(__file__).parent / "model"
 WIDTH = 16  # samples, beams, particles
@@ -64,7 +65,7 @@ def load() -> tuple[Decoder, ValueHead]:
 
 def run(count: int, seed: int) -> None:
     """Solves `count` held-out problems by every search and prints the comparison."""
-    console = Console()
+    console = Terminal()
     decoder, head = load()
     problems = list(islice(task.problems("held_out", seed), count))
     stage = _Stage(console, decoder, problems, seed)
