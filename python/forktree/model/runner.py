@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forktree.errors import InvalidInput
+from forktree.errors import InvalidInput, OutOfMemory
 from forktree.layout import TreeLayout
 from forktree.model.attach import ModelSpec
 from forktree.model.captured import CapturedSteps
@@ -62,7 +62,7 @@ class Runner:
         Slot -1: not stored. plans: of a layout whose nodes contain these tokens.
 
         Raises InvalidInput if lengths differ, also from that of the plans' layout, or if values on the host are
-        out of range (those on a device are not looked at: that would wait for it).
+        out of range (those on a device are not looked at: that would wait for it); OutOfMemory if pools cannot grow.
         """
         packed = self.spec.packed
         if packed.model.training:
@@ -93,13 +93,23 @@ class Runner:
             return
         if self._captured is not None:
             self._captured.clear()
-        room = min(max(last + 1, 2 * room), self.num_slots)
-        with torch.inference_mode(False), torch.no_grad():  # whatever mode the caller is in
-            for i, kind in enumerate(self.spec.layers):
-                larger = kind.pool(room, self.dtype, self.device)
-                for new, old in zip(larger, self.pools[i], strict=True):
-                    new[: len(old)] = old
-                self.pools[i] = larger
+        larger = min(max(last + 1, 2 * room), self.num_slots)
+        try:
+            self._grow(larger)
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
+            raise OutOfMemory(
+                f"no memory for the KV of {larger} tokens ({self.bytes_per_slot} bytes each), up from {room}: {error}; "
+                f"lower num_slots, which is {self.num_slots}"
+            ) from error
+
+    @torch.inference_mode(False)  # whatever mode the caller is in
+    @torch.no_grad()
+    def _grow(self, num_slots: int) -> None:
+        for i, kind in enumerate(self.spec.layers):
+            pool = kind.pool(num_slots, self.dtype, self.device)
+            for new, old in zip(pool, self.pools[i], strict=True):
+                new[: len(old)] = old
+            self.pools[i] = pool
 
     @torch.no_grad()
     def score(self, hidden: Tensor, request: TokenRequest) -> TokenScores:
