@@ -19,7 +19,8 @@ from forktree.ops.torch_backend.score_tokens import from_logits
 from forktree.plan import AttentionPlan
 from forktree.token_scores import TokenRequest, TokenScores
 
-FIRST_SLOTS = 512  # of the pools of a new runner
+FIRST_SLOTS = 512  # of the pools of a new runner,
+FIRST_BYTES = 512 << 20  # and where steps are captured, as many as these hold: growing costs the graphs
 MOST_SLOTS = 2**31 - 1  # slots are int32
 
 Integers = np.ndarray | Tensor | Sequence[int]
@@ -29,9 +30,9 @@ Plans = Mapping[LayerKind, AttentionPlan]
 class Runner:
     """A proved model (`attach`) and pools for the keys and values of up to `num_slots` tokens in every layer.
 
-    The pools hold 512 slots at first, and at least twice as many whenever a step uses one beyond, up to `num_slots`:
-    memory follows the highest slot in use. They grow one layer at a time, so that only one is ever held twice.
-    `bytes_per_slot` is what a slot takes in all layers.
+    The pools hold 512 slots at first (on a GPU, those that fit 512 MiB, if more), and at least twice as many whenever a
+    step uses one beyond, up to `num_slots`: memory follows the highest slot in use. They grow one layer at a time, so
+    that only one is ever held twice. `bytes_per_slot` is what a slot takes in all layers.
     """
 
     def __init__(self, spec: ModelSpec, *, num_slots: int, graphs: Graphs | None = None) -> None:
@@ -43,11 +44,12 @@ class Runner:
         self.hidden_size, self.vocab_size = self.spec.hidden_size, self.spec.vocab_size
         self.max_position = self.spec.max_position
         self.num_slots = num_slots
-        self.pools = [kind.pool(min(num_slots, FIRST_SLOTS), self.dtype, self.device) for kind in self.spec.layers]
         self.bytes_per_slot = spec.bytes_per_slot
         self.kinds = list(dict.fromkeys(spec.layers))
         if graphs is None and self.device.type == "cuda":
             graphs = CudaGraphs(self.device)
+        first = FIRST_SLOTS if graphs is None else max(FIRST_SLOTS, FIRST_BYTES // self.bytes_per_slot)
+        self.pools = [kind.pool(min(num_slots, first), self.dtype, self.device) for kind in self.spec.layers]
         self._captured = None if graphs is None else CapturedSteps(spec, self.pools, graphs)
 
     def plans(self, layout: TreeLayout) -> dict[LayerKind, AttentionPlan]:
