@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import tiny
-from forktree import BestOfN, Decoder, Greedy, InvalidInput, MajorityVote, Sample, SearchResult, TextScorer
+from forktree import BestOfN, Decoder, Greedy, InvalidInput, MajorityVote, OutOfMemory, Sample, SearchResult, TextScorer
+from forktree.model.layers import LayerKind
 
 PROMPTS = ["12+3=", "a", "\n\n-- 7.", "0123456789abcd+-=. " * 4]
 
@@ -206,6 +207,33 @@ def test_pools_follow_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sizes[0] == {first} and sizes[1] == sizes[2] and max(sizes[2]) <= 4096
         tiny.assert_all_returned(decoder.lane)
     assert found[0] == found[2] and found[1] == found[3]
+
+
+def test_no_memory_for_larger_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says what was wanted; a later search finds everything as it was."""
+    prompts, search = tiny.prompts(8), Sample(num_return_sequences=4)
+    tiny.pools_of_nan(monkeypatch, first=64)
+    decoder = tiny.decoder()
+    (want,) = decoder.search(["12+3="], Greedy(), max_new_tokens=20)
+    pool, calls = LayerKind.pool, []
+
+    def scarce(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) % 2 == 0:  # the second layer's
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return pool(*args)
+
+    monkeypatch.setattr(LayerKind, "pool", scarce)
+    for _ in range(2):
+        with pytest.raises(
+            OutOfMemory, match=r"no memory for the KV of \d+ tokens \(\d+ bytes each\), up from 64: CUDA"
+        ):
+            decoder.search(prompts, search, max_new_tokens=20)
+    monkeypatch.setattr(LayerKind, "pool", pool)
+    (got,) = decoder.search(["12+3="], Greedy(), max_new_tokens=20)
+    assert (got.best.token_ids, got.best.score) == (want.best.token_ids, pytest.approx(want.best.score, abs=1e-4))
+    assert all(result.error is None for result in decoder.search(prompts, search, max_new_tokens=20))
+    tiny.assert_all_returned(decoder.lane)
 
 
 def test_more_slots_than_there_are_numbers_for() -> None:

@@ -10,6 +10,7 @@ from scipy import stats
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    DynamicCache,
     EosTokenCriteria,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -160,7 +161,7 @@ CRITERIA = {
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-@pytest.mark.parametrize("eos_token_id", [None, 1, [1, 2, 3, 30]])
+@pytest.mark.parametrize("eos_token_id", [None, [1, 2, 3, 30]])
 def test_rows_that_a_criterion_ends(llama: Any, name: str, eos_token_id: Any) -> None:
     """With an EOS they are padded; without, they go on, from their own logits, until the last has ended."""
     for num_beams, more in ((1, {}), (1, dict(num_return_sequences=1, no_repeat_ngram_size=2)), (3, {})):
@@ -464,6 +465,17 @@ def test_inputs_that_cannot_be_honoured_are_refused(llama: Any) -> None:
     right = torch.tensor([[1, 1, 1, 0, 0]])
     with pytest.raises(InvalidInput, match="left padding"):
         llama.generate(IDS[2:], attention_mask=right, custom_generate=forktree.generate, max_new_tokens=3)
+    empty = DynamicCache()
+    for num_beams in (1, 3):
+        out = llama.generate(
+            IDS[2:],
+            past_key_values=empty,
+            custom_generate=forktree.generate,
+            num_beams=num_beams,
+            max_new_tokens=3,
+            return_dict_in_generate=True,
+        )
+        assert empty.get_seq_length() == 0 and not {"cache", "past_key_values"} & set(out)  # keys with values
     cache = llama(IDS[2:, :3], use_cache=True).past_key_values
     with pytest.raises(InvalidInput, match="3 tokens"):
         llama.generate(IDS[2:], past_key_values=cache, custom_generate=forktree.generate, max_new_tokens=3)

@@ -75,6 +75,7 @@ def prompts(count: int, *, seed: int = 0, shortest: int = 2, longest: int = 24) 
 def pools_of_nan(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
     """New pools have room for `first` slots; reading one that nobody wrote spoils everything."""
     monkeypatch.setattr(runner, "FIRST_SLOTS", first)
+    monkeypatch.setattr(runner, "FIRST_BYTES", 0)
     monkeypatch.setattr(LayerKind, "pool", lambda *args: tuple(x.fill_(torch.nan) for x in _POOL(*args)))
 
 

@@ -77,7 +77,8 @@ class Decoder:
     tokenizer: its tokenizer; without one, prompts are token ids and texts cannot stop or be scored. It may know more
         tokens than the model embeds: the ids that occur must be the model's.
     num_slots: most tokens whose KV may exist at once (None: at most 65,536, within a quarter of the free memory).
-        Memory is taken as they come: for 512 at first, at least twice as many each time that room is short.
+        Memory is taken as they come: for 512 at first (on a GPU, 512 MiB if that is more), and at least twice as much
+        each time that it is short.
     max_batch_tokens: most tokens of one forward pass; longer prefills are split and mixed with decoding.
     prefix_cache: keep finished prompts for later prompts that begin alike, until their slots are needed.
 

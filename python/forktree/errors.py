@@ -10,7 +10,7 @@ class UnsupportedModel(ForktreeError):
 
 
 class OutOfMemory(ForktreeError):
-    """One search needs more KV slots than the pool has, even alone."""
+    """One search needs more KV slots than there may be, even alone, or no memory is left for those there may be."""
 
 
 class NonFinite(ForktreeError):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forktree.errors import InvalidInput
+from forktree.errors import InvalidInput, OutOfMemory
 from forktree.layout import TreeLayout
 from forktree.model.attach import ModelSpec
 from forktree.model.attached import with_packed
@@ -20,7 +20,8 @@ from forktree.ops.torch_backend.score_tokens import from_logits
 from forktree.plan import AttentionPlan
 from forktree.token_scores import TokenRequest, TokenScores
 
-FIRST_SLOTS = 512  # of the pools of a new runner
+FIRST_SLOTS = 512  # of the pools of a new runner,
+FIRST_BYTES = 512 << 20  # and where steps are captured, as many as these hold: growing costs the graphs
 MOST_SLOTS = 2**31 - 1  # slots are int32
 
 Integers = np.ndarray | Tensor | Sequence[int]
@@ -30,9 +31,9 @@ Plans = Mapping[LayerKind, AttentionPlan]
 class Runner:
     """A proved model (`attach`) and pools for the keys and values of up to `num_slots` tokens in every layer.
 
-    The pools hold 512 slots at first, and at least twice as many whenever a step uses one beyond, up to `num_slots`:
-    memory follows the highest slot in use. They grow one layer at a time, so that only one is ever held twice.
-    `bytes_per_slot` is what a slot takes in all layers.
+    The pools hold 512 slots at first (on a GPU, those that fit 512 MiB, if more), and at least twice as many whenever a
+    step uses one beyond, up to `num_slots`: memory follows the highest slot in use. They grow one layer at a time, so
+    that only one is ever held twice. `bytes_per_slot` is what a slot takes in all layers.
     """
 
     def __init__(self, spec: ModelSpec, *, num_slots: int, graphs: Graphs | None = None) -> None:
@@ -44,12 +45,13 @@ class Runner:
         self.hidden_size, self.vocab_size = self.spec.hidden_size, self.spec.vocab_size
         self.max_position = self.spec.max_position
         self.num_slots = num_slots
-        self.pools = [kind.pool(min(num_slots, FIRST_SLOTS), self.dtype, self.device) for kind in self.spec.layers]
         self.bytes_per_slot = spec.bytes_per_slot
         self.kinds = list(dict.fromkeys(spec.layers))
         if graphs is None and self.device.type == "cuda":
             graphs = CudaGraphs(self.device)
         self._graphs = graphs
+        first = FIRST_SLOTS if graphs is None else max(FIRST_SLOTS, FIRST_BYTES // self.bytes_per_slot)
+        self.pools = [kind.pool(min(num_slots, first), self.dtype, self.device) for kind in self.spec.layers]
         self._captured = None if graphs is None else CapturedSteps(spec, self.pools, graphs)
 
     def renew(self, spec: ModelSpec, *, in_place: bool) -> None:
@@ -77,7 +79,7 @@ class Runner:
         Slot -1: not stored. plans: of a layout whose nodes contain these tokens.
 
         Raises InvalidInput if lengths differ, also from that of the plans' layout, or if values on the host are
-        out of range (those on a device are not looked at: that would wait for it).
+        out of range (those on a device are not looked at: that would wait for it); OutOfMemory if pools cannot grow.
         """
         packed = self.spec.packed
         if packed.model.training:
@@ -108,13 +110,23 @@ class Runner:
             return
         if self._captured is not None:
             self._captured.clear()
-        room = min(max(last + 1, 2 * room), self.num_slots)
-        with torch.inference_mode(False), torch.no_grad():  # whatever mode the caller is in
-            for i, kind in enumerate(self.spec.layers):
-                larger = kind.pool(room, self.dtype, self.device)
-                for new, old in zip(larger, self.pools[i], strict=True):
-                    new[: len(old)] = old
-                self.pools[i] = larger
+        larger = min(max(last + 1, 2 * room), self.num_slots)
+        try:
+            self._grow(larger)
+        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU
+            raise OutOfMemory(
+                f"no memory for the KV of {larger} tokens ({self.bytes_per_slot} bytes each), up from {room}: {error}; "
+                f"lower num_slots, which is {self.num_slots}"
+            ) from error
+
+    @torch.inference_mode(False)  # whatever mode the caller is in
+    @torch.no_grad()
+    def _grow(self, num_slots: int) -> None:
+        for i, kind in enumerate(self.spec.layers):
+            pool = kind.pool(num_slots, self.dtype, self.device)
+            for new, old in zip(pool, self.pools[i], strict=True):
+                new[: len(old)] = old
+            self.pools[i] = pool
 
     @torch.no_grad()
     def score(self, hidden: Tensor, request: TokenRequest) -> TokenScores:
