@@ -53,7 +53,7 @@ class Fingerprint:
         entries, structure = vars(module), self._structure
         self._refs.append(weakref.ref(module))
         structure += (id(module), id(type(module)))
-        for name, value in entries.items():
+        for name, value in list(entries.items()):  # at once: other threads may add some
             if name not in _READ_APART:
                 structure.append(name)
                 if type(value) in _PLAIN:
@@ -82,7 +82,7 @@ class Fingerprint:
                 seen.add(id(value))
                 items: Collection[Any] = vars(value) if isinstance(value, PreTrainedConfig) else value
                 structure.append(len(items))
-                for item in items.items() if isinstance(items, dict) else items:
+                for item in [*items, *items.values()] if isinstance(items, dict) else items:
                     self._read(item, seen)
         else:
             structure.append(id(value))

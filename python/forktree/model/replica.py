@@ -28,7 +28,7 @@ class Replica:
             self._copies[id(module)] = object.__new__(type(module))
         for module in self._originals:
             copy = self._copies[id(module)]
-            for name, value in vars(module).items():
+            for name, value in list(vars(module).items()):  # at once: other threads may add some
                 vars(copy)[name] = value if name in _SHARED else self._rebound(value)
             vars(copy).update(
                 _modules={name: self._copies.get(id(child), child) for name, child in module._modules.items()},
@@ -54,7 +54,7 @@ class Replica:
             return copy
         if isinstance(value, PreTrainedConfig):
             twin = self._copies[id(value)] = object.__new__(type(value))
-            vars(twin).update({name: self._rebound(x) for name, x in vars(value).items()})
+            vars(twin).update({name: self._rebound(x) for name, x in list(vars(value).items())})
             vars(twin)["_attn_implementation_internal"] = self._implementation
             return twin
         kind = type(value)
