@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 from transformers.configuration_utils import PreTrainedConfig
 
 _PLAIN = {int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+_DEVICES = ("cpu", "cuda")  # that have an autocast of their own
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _READ_APART = frozenset(vars(nn.Module())) - {"training"}  # torch's own entries
 
@@ -26,8 +27,7 @@ class Fingerprint:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        device = next((p.device.type for p in model.parameters()), "cpu")
-        self._structure: list[Any] = [torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)]
+        self._structure: list[Any] = [torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in _DEVICES]
         self._structure += [*torch_module._global_forward_pre_hooks, *torch_module._global_forward_hooks]
         self._writes: list[int] = []  # to each tensor so far
         self._refs: list[weakref.ref[Any]] = []

@@ -58,6 +58,8 @@ class Replica:
             vars(twin)["_attn_implementation_internal"] = self._implementation
             return twin
         kind = type(value)
+        if kind is FunctionType and "_torchdynamo_orig_callable" in vars(value):
+            return self._rebound(value._torchdynamo_orig_callable)  # compiled, for the original alone
         make: Callable[[list[Any]], Any]
         if kind in (list, tuple):
             parts, make = list(value), kind
@@ -93,7 +95,7 @@ def _carriers(module: nn.Module) -> Iterator[nn.Module]:
         if module not in carries:
             carries[module] = False  # while it is visited
             below = [visit(child) for child in module._modules.values() if child is not None]
-            carries[module] = any(below) or any(isinstance(x, PreTrainedConfig) for x in vars(module).values())
+            carries[module] = any(below) or any(isinstance(x, PreTrainedConfig) for x in list(vars(module).values()))
         return carries[module]
 
     visit(module)
