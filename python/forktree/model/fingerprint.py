@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.configuration_utils import PreTrainedConfig
 
-_PLAIN = {int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+PLAIN = {int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}  # compared by value
 _DEVICES = ("cpu", "cuda")  # that have an autocast of their own
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _READ_APART = frozenset(vars(nn.Module())) - {"training"}  # torch's own entries
@@ -56,7 +56,7 @@ class Fingerprint:
         for name, value in list(entries.items()):  # at once: other threads may add some
             if name not in _READ_APART:
                 structure.append(name)
-                if type(value) in _PLAIN:
+                if type(value) in PLAIN:
                     structure.append(value)
                 else:
                     self._read(value, seen)
@@ -73,7 +73,7 @@ class Fingerprint:
 
     def _read(self, value: Any, seen: set[int]) -> None:
         structure = self._structure
-        if type(value) in _PLAIN:
+        if type(value) in PLAIN:
             structure.append(value)
         elif isinstance(value, Tensor):
             self._read_tensor(value)

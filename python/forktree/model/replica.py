@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
+from forktree.model.fingerprint import PLAIN
+
 # A copy shares torch's own entries with its original, hooks and parameters among them, but for these.
 _SHARED = frozenset(vars(nn.Module())) - {"_modules", "_buffers"}
 
@@ -50,6 +52,9 @@ class Replica:
 
         Looks into what overrides of `forward` are made of: bound methods, partial functions, closures.
         """
+        kind = type(value)
+        if kind in PLAIN:
+            return value
         if (copy := self._copies.get(id(value))) is not None:
             return copy
         if isinstance(value, PreTrainedConfig):
@@ -57,7 +62,6 @@ class Replica:
             vars(twin).update({name: self._rebound(x) for name, x in list(vars(value).items())})
             vars(twin)["_attn_implementation_internal"] = self._implementation
             return twin
-        kind = type(value)
         if kind is FunctionType and "_torchdynamo_orig_callable" in vars(value):
             return self._rebound(value._torchdynamo_orig_callable)  # compiled, for the original alone
         make: Callable[[list[Any]], Any]
