@@ -7,7 +7,8 @@ the step and nothing is run twice or left out. Model: the decoder without its at
 states to tokens, or to the best ones, the head's product included. Attention: forktree's attention function, which
 appends and attends, called by every layer. Planning: layout and plans, or growing those of the step before. Packing:
 the rest of a forward pass. Tree: which tokens are pending, and their slots. Search: the search's own decisions. Means
-of the steps in which every branch computes one token; prefill and the first two of them are left out. Prints a table
+of the steps in which every branch computes one token; prefill and the first two of them are left out. Beside them, what
+a call pays to look whether weights have changed since the last. Prints a table
 and writes bench/results/step-<device>.json.
 """
 
@@ -16,6 +17,8 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from timeit import repeat
 from typing import Any
 
 import torch
@@ -114,6 +117,7 @@ def main() -> None:
         f"{n} beams": forktree.BeamSearch(num_beams=n),
     }
     report = {name: measure(decoder, clock, search, args) for name, search in searches.items()}
+    look = median(repeat(decoder.lane.is_current, number=1, repeat=25)) * 1e3
     table = Table(title=f"ms a step, {args.shape} bf16, prompt {args.prompt}, {args.threads} threads")
     for column in ("", "step", *PARTS, "outside model and head"):
         table.add_column(column, justify="right")
@@ -122,9 +126,11 @@ def main() -> None:
         rest = 1 - (ms["model"] + ms["head"]) / step
         table.add_row(name, f"{step:.1f}", *(f"{ms[p]:.2f}" for p in PARTS), f"{rest:.1%}")
     Console(width=120).print(table)
+    step = min(sum(ms.values()) for ms in report.values())
+    print(f"looking whether weights have changed: {look:.2f} ms a call, {look / step:.1%} of a step")
     if args.shape != "tiny":
         path = Path(__file__).parent / "results" / f"step-{args.device}.json"
-        path.write_text(json.dumps(dict(**about(args), ms_per_step=report), indent=1) + "\n")
+        path.write_text(json.dumps(dict(**about(args), ms_per_step=report, ms_per_look=look), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ def test_linear_heads_are_read_off_and_verified(config_class, options, scale, ca
     runner = Runner(attach(model), num_slots=4)
     head = runner.spec.head
     assert isinstance(head, LinearHead) and (head.scale, head.cap) == (scale, cap)
-    assert head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    assert head.parameters[0].data_ptr() == model.lm_head.weight.data_ptr()
     hidden = torch.randn(20, 32).to(dtype)
     own = OwnHead(runner.spec.packed, hf.modeling_outputs.BaseModelOutputWithPast).logits(hidden)
     tolerance = 1e-6 if dtype == torch.float32 else 2**-7

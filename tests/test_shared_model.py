@@ -143,7 +143,7 @@ def by_default(module: nn.Module) -> None:
 @pytest.mark.parametrize("override", [by_method, by_partial, by_closure, by_default])
 @pytest.mark.parametrize("where", ["", "model", "model.layers.1", "model.layers.1.self_attn", "lm_head"])
 def test_forward_overrides_run(override: Callable[[nn.Module], None], where: str) -> None:
-    model = tiny.new_model(eos=None)
+    model = squared(tiny.new_model(eos=None))
     module = model.get_submodule(where)
     override(module)
     before, want = vars(module)["forward"], plain(model)
@@ -173,9 +173,20 @@ def test_a_module_that_hides_another_is_refused() -> None:
         Decoder(model, num_slots=64)
 
 
-def test_a_compiled_model_is_seen_through() -> None:
-    model = tiny.new_model(eos=None)
-    assert decoded(Decoder(torch.compile(model, backend="eager"), num_slots=64)) == plain(model)
+@pytest.mark.parametrize("what", ["the model", "its decoder", "its forward", "a layer"])
+def test_compiled_models_are_seen_through(what: str) -> None:
+    """Nothing is compiled for ours, and what was compiled for others is not run."""
+    model = squared(tiny.new_model(eos=None))
+    want, used = plain(model), model
+    if what == "the model":
+        used = torch.compile(model, backend="eager")
+    elif what == "its decoder":
+        model.model = torch.compile(model.model, backend="eager")
+    elif what == "its forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        model.model.layers[0].compile(backend="eager")
+    assert decoded(Decoder(used, num_slots=64)) == want and drop_in(model) == want
 
 
 # ---- threads ----

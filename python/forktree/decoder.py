@@ -82,12 +82,13 @@ class Decoder:
     max_batch_tokens: most tokens of one forward pass; longer prefills are split and mixed with decoding.
     prefix_cache: keep finished prompts for later prompts that begin alike, until their slots are needed.
 
-    The model is run as it is. Every call looks once whether it has changed since the last, and if so proves it anew
-    and drops what it has kept: KV, hidden states, prompts. Seen are parameters, buffers and modules that were replaced,
-    written in place, moved or cast; hooks, overrides of `forward`, adapters and other attributes of modules; values in
-    configs; autocast. Not seen are writes that PyTorch does not count (through `.data`, to inference tensors, by other
-    libraries' kernels, to weights that are offloaded) and what hooks look up outside modules: after those, call
-    `weights_changed`. Weights that change during a search take effect, but not on what it has computed already.
+    The model is run as it is, and stays as it is for others that use it at the same time. Every call looks whether it
+    has changed, and if so proves it anew (`UnsupportedModel` if that fails) and drops all KV, hidden states and kept
+    prompts. Seen are parameters, buffers and modules that were replaced, written in place, moved or cast; hooks,
+    overrides of `forward`, adapters and other attributes of modules; values in configs; autocast. Not seen are writes
+    that PyTorch does not count (through `.data`, to inference tensors, by other libraries' kernels, to weights that are
+    offloaded) and what hooks look up outside modules: after those, call `weights_changed`. A search under way looks
+    when it has given a result: it keeps its tokens, and computes them again with the new weights.
     """
 
     def __init__(
@@ -200,8 +201,11 @@ class Decoder:
                         run.calls_back = True
                         on_step()
                         run.calls_back = False
-                    for task in [t for t in running if t.done]:
+                    done = [t for t in running if t.done]
+                    for task in done:
                         yield self._result(running.pop(task), prompts, task)
+                    if done:  # the caller has had its turn
+                        self.engine.renew()
             finally:
                 self.engine.close(run)
         finally:

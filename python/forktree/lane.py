@@ -38,8 +38,8 @@ class Lane:
     ) -> None:
         """spec: what `attach(model)` returned, if it has been called already."""
         self._model = model
-        self._proved: Fingerprint | None = None if spec is not None else Fingerprint(model)  # None: nobody knows
         spec = spec or attach(model)
+        self._proved: Fingerprint | None = Fingerprint(model)  # None: nobody knows
         self.runner = Runner(spec, num_slots=num_slots or _default_slots(spec))
         self.tree = Tree(self.runner.num_slots, name=spec.name)
         self.prefixes = PrefixIndex(self.tree)

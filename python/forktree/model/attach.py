@@ -172,7 +172,10 @@ def _prove_head(own: OwnHead, hidden: Tensor, logits: Tensor) -> tuple[LinearHea
         return own, "the head is not cap(scale * (h W^T + b)): logits come unfused, from the model's own head"
     if not is_scored_alike(linear, hidden, logits):
         return own, "score_tokens does not reproduce the logits: they come unfused, from the model's own head"
-    return linear, f"linear head, scale {linear.scale:g}, cap {linear.cap}, {'no ' if linear.bias is None else ''}bias"
+    return (
+        linear,
+        f"linear head, scale {linear.scale:g}, cap {linear.cap}, {'no ' if linear.parameters[1] is None else ''}bias",
+    )
 
 
 def _max_position(config: Any) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from forktree.model.attach import ModelSpec, attach
@@ -15,12 +16,11 @@ _PROVED: WeakKeyDictionary[PreTrainedModel, tuple[Fingerprint, ModelSpec]] = Wea
 
 def attached(model: PreTrainedModel) -> ModelSpec:
     """What `attach` gives; it is called only if the model is not as it was at the last call. Raises what it raises."""
-    now = Fingerprint(model)
-    known = _PROVED.get(model)
-    if known is not None and known[0] == now:
+    known = _PROVED.get(model) if isinstance(model, nn.Module) else None
+    if known is not None and known[0] == Fingerprint(model):
         return with_packed(known[1], PackedModel(model))
     spec = attach(model)
-    _PROVED[model] = now, with_packed(spec, None)
+    _PROVED[model] = Fingerprint(model), with_packed(spec, None)
     return spec
 
 

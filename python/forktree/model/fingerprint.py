@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers.configuration_utils import PreTrainedConfig
 
-_PLAIN = {int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+PLAIN = {int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}  # compared by value
+_DEVICES = ("cpu", "cuda")  # that have an autocast of their own
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _READ_APART = frozenset(vars(nn.Module())) - {"training"}  # torch's own entries
 
@@ -26,8 +27,7 @@ class Fingerprint:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        device = next((p.device.type for p in model.parameters()), "cpu")
-        self._structure: list[Any] = [torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)]
+        self._structure: list[Any] = [torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in _DEVICES]
         self._structure += [*torch_module._global_forward_pre_hooks, *torch_module._global_forward_hooks]
         self._writes: list[int] = []  # to each tensor so far
         self._refs: list[weakref.ref[Any]] = []
@@ -53,10 +53,10 @@ class Fingerprint:
         entries, structure = vars(module), self._structure
         self._refs.append(weakref.ref(module))
         structure += (id(module), id(type(module)))
-        for name, value in entries.items():
+        for name, value in list(entries.items()):  # at once: other threads may add some
             if name not in _READ_APART:
                 structure.append(name)
-                if type(value) in _PLAIN:
+                if type(value) in PLAIN:
                     structure.append(value)
                 else:
                     self._read(value, seen)
@@ -73,7 +73,7 @@ class Fingerprint:
 
     def _read(self, value: Any, seen: set[int]) -> None:
         structure = self._structure
-        if type(value) in _PLAIN:
+        if type(value) in PLAIN:
             structure.append(value)
         elif isinstance(value, Tensor):
             self._read_tensor(value)
@@ -82,7 +82,7 @@ class Fingerprint:
                 seen.add(id(value))
                 items: Collection[Any] = vars(value) if isinstance(value, PreTrainedConfig) else value
                 structure.append(len(items))
-                for item in items.items() if isinstance(items, dict) else items:
+                for item in [*items, *items.values()] if isinstance(items, dict) else items:
                     self._read(item, seen)
         else:
             structure.append(id(value))

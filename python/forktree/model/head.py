@@ -26,31 +26,23 @@ class LinearHead:
     cap: float | None
 
     @property
-    def weight(self) -> Tensor:
-        """[V, H], as it is now. The module may have more rows, which the model cuts off."""
-        weight: Tensor = self._linear.weight
-        return weight if len(weight) == self.vocab_size else weight[: self.vocab_size]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """[V], as it is now."""
-        bias: Tensor | None = self._linear.bias
-        return bias if bias is None or len(bias) == self.vocab_size else bias[: self.vocab_size]
-
-    @property
-    def _linear(self) -> nn.Linear:
+    def parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, H] and bias [V], as they are now."""
         linear: nn.Linear = self.packed.model.get_output_embeddings()
-        return linear
+        weight, bias = linear.weight, linear.bias
+        if len(weight) == self.vocab_size:
+            return weight, bias
+        # padded by rows that the model cuts off
+        return weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
 
     def score(self, hidden: Tensor, request: TokenRequest) -> TokenScores:
         """What `request` asks of hidden [n, H]; see `forktree.ops.score_tokens`, whose check is left out."""
-        return ops.score_tokens(
-            hidden, self.weight, request, bias=self.bias, scale=self.scale, softcap=self.cap, check=False
-        )
+        weight, bias = self.parameters
+        return ops.score_tokens(hidden, weight, request, bias=bias, scale=self.scale, softcap=self.cap, check=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, H] -> [n, V] fp32, each step rounded to the dtype of hidden, as models do."""
-        logits = F.linear(hidden, self.weight, self.bias)
+        logits = F.linear(hidden, *self.parameters)
         if self.scale != 1.0:
             logits *= self.scale
         return (logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)).float()

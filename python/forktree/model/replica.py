@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
+from forktree.model.fingerprint import PLAIN
+
 # A copy shares torch's own entries with its original, hooks and parameters among them, but for these.
 _SHARED = frozenset(vars(nn.Module())) - {"_modules", "_buffers"}
 
@@ -28,7 +30,7 @@ class Replica:
             self._copies[id(module)] = object.__new__(type(module))
         for module in self._originals:
             copy = self._copies[id(module)]
-            for name, value in vars(module).items():
+            for name, value in list(vars(module).items()):  # at once: other threads may add some
                 vars(copy)[name] = value if name in _SHARED else self._rebound(value)
             vars(copy).update(
                 _modules={name: self._copies.get(id(child), child) for name, child in module._modules.items()},
@@ -50,14 +52,18 @@ class Replica:
 
         Looks into what overrides of `forward` are made of: bound methods, partial functions, closures.
         """
+        kind = type(value)
+        if kind in PLAIN:
+            return value
         if (copy := self._copies.get(id(value))) is not None:
             return copy
         if isinstance(value, PreTrainedConfig):
             twin = self._copies[id(value)] = object.__new__(type(value))
-            vars(twin).update({name: self._rebound(x) for name, x in vars(value).items()})
+            vars(twin).update({name: self._rebound(x) for name, x in list(vars(value).items())})
             vars(twin)["_attn_implementation_internal"] = self._implementation
             return twin
-        kind = type(value)
+        if kind is FunctionType and "_torchdynamo_orig_callable" in vars(value):
+            return self._rebound(value._torchdynamo_orig_callable)  # compiled, for the original alone
         make: Callable[[list[Any]], Any]
         if kind in (list, tuple):
             parts, make = list(value), kind
@@ -93,7 +99,7 @@ def _carriers(module: nn.Module) -> Iterator[nn.Module]:
         if module not in carries:
             carries[module] = False  # while it is visited
             below = [visit(child) for child in module._modules.values() if child is not None]
-            carries[module] = any(below) or any(isinstance(x, PreTrainedConfig) for x in vars(module).values())
+            carries[module] = any(below) or any(isinstance(x, PreTrainedConfig) for x in list(vars(module).values()))
         return carries[module]
 
     visit(module)
