@@ -442,7 +442,7 @@ def _read_tensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
         own = {str(key): path / str(file) for key, file in listed.items() if key.startswith(prefixes)}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidInput(f"{index}: not an index of safetensors: {_one_line(error)}") from None
     found: dict[str, Tensor] = {}
     source: dict[str, Path] = {}

@@ -146,7 +146,14 @@ def expected_format(directory: Path) -> tuple[str, str] | None:
     try:
         names: Sequence[str] = json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"]
         architecture = str(names[0])
-    except (OSError, ValueError, KeyError, TypeError, IndexError):  # loading the model says what is wrong with it
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        RecursionError,
+    ):  # loading the model says what is wrong with it
         return None
     known = "outcome" if architecture.endswith("ForSequenceClassification") else ARCHITECTURES.get(architecture)
     return None if known is None else (architecture, known)
