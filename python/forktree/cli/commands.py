@@ -1,8 +1,7 @@
-"""The command line: `forktree generate`, `forktree score`, `forktree demo` and `forktree env`."""
+"""The commands, and `main`, which runs one of them."""
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -15,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from forktree.cli.inputs import read_inputs
+from forktree.cli.results import ResultFile
 from forktree.errors import ForktreeError, InvalidInput
 
 app = typer.Typer(
@@ -211,7 +212,7 @@ class Outcome:
     error: str | None
 
 
-def _run(what: str, outcomes: Iterator[Outcome], output: "ResultFile") -> None:
+def _run(what: str, outcomes: Iterator[Outcome], output: ResultFile) -> None:
     """Writes results as they come, and exits with 1 if any of the inputs had an error. Ctrl-C keeps what is finished.
 
     what: an input is called in messages.
@@ -338,93 +339,6 @@ def _load(model: Path, dtype: str, device: str) -> tuple[Any, Any]:
     except (RuntimeError, AssertionError) as error:
         raise InvalidInput(f"--device must name a device of this machine, got {device!r}: {_one_line(error)}") from None
     return loaded, load_tokenizer(model)
-
-
-def read_inputs(option: str, path: Path, forms: list[tuple[str, ...]]) -> list[dict[str, str]]:
-    """The inputs of a JSON Lines file: of each line the texts that one of `forms` names. Every line is checked."""
-    expected = " or ".join(json.dumps(dict.fromkeys(form, "some text")) for form in forms)
-    known = {key for form in forms for key in form}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"{option} {path}: cannot be read: {error}") from None
-    inputs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InvalidInput(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}: {error}") from None
-        one = {key: record[key] for key in record if key in known} if isinstance(record, dict) else {}
-        if set(one) not in map(set, forms) or not all(isinstance(text, str) and text for text in one.values()):
-            raise InvalidInput(f"{path}, line {number}: expected {expected}, got {line[:60]!r}")
-        inputs.append(one)
-    if not inputs:
-        raise InvalidInput(f"{path}: expected at least one line {expected}, got none")
-    return inputs
-
-
-class ResultFile:
-    """JSON Lines of results, each synced to disk when written. A line cut short by a kill is dropped on resume.
-
-    A line has its input's number, the input itself, the result and the settings it was made with.
-    """
-
-    def __init__(
-        self, command: str, path: Path, inputs: list[dict[str, str]], settings: dict[str, Any], *, resume: bool
-    ) -> None:
-        self.path, self.total = path, len(inputs)
-        self._command, self._inputs, self._settings = command, inputs, json.loads(json.dumps(settings))
-        self._done: set[int] = set()
-        self._whole = 0  # bytes of complete lines
-        if path.exists() and not resume:
-            raise InvalidInput(f"--out {path} exists: name another file, or go on with it by --resume")
-        if not path.parent.is_dir():
-            raise InvalidInput(f"--out {path}: directory {path.parent} does not exist")
-        if path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        content = self.path.read_bytes()
-        self._whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[: self._whole].splitlines(), 1):
-            try:
-                record = json.loads(line)
-                index, settings = record["index"], record["settings"]
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-                raise InvalidInput(f"{self.path}, line {number}: not a result of forktree {self._command}") from None
-            known = isinstance(index, int) and 0 <= index < self.total
-            if not known or not self._inputs[index].items() <= record.items():
-                raise InvalidInput(
-                    f"{self.path}, line {number}: what it was made of is not number {index} of the inputs"
-                )
-            if settings != self._settings:
-                raise InvalidInput(
-                    f"{self.path}, line {number}: made with {json.dumps(settings)}, expected "
-                    f"{json.dumps(self._settings)}: use the same options, or another --out"
-                )
-            self._done.add(index)
-
-    def missing(self) -> list[int]:
-        """Numbers of the inputs that have no result yet."""
-        return [i for i in range(self.total) if i not in self._done]
-
-    def __enter__(self) -> "ResultFile":
-        self._file = open(self.path, "ab")
-        self._file.truncate(self._whole)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, index: int, result: dict[str, Any]) -> None:
-        """Appends one result and waits until it is on disk."""
-        record = {"index": index, **self._inputs[index], **result, "settings": self._settings}
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        self._done.add(index)  # an interrupt while the disk is waited for finds it counted
-        os.fsync(self._file.fileno())
 
 
 def _candidate(candidate: Any) -> dict[str, Any]:
