@@ -2,8 +2,10 @@
 authors feed."""
 
 import json
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from torch import nn
 
 import tiny
-from forktree import InvalidInput, RewardModel, Scorer, ScorerError, StepFormat, ValueHead, load_scorer
+from forktree import InvalidInput, RewardModel, Scorer, ScorerError, StepFormat, ValueHead, cli, load_scorer
 from forktree.search.request import Rewards, score
+from forktree.step_format import REWARD_FORMATS
 
 QUESTION = "12+3="
 RESPONSES = ["1+2.\n\n3-4.\n\n", "1+2.\n\n3", "ab.\n- 5\n\n\nc", "a", "", "5.\n"]
@@ -91,6 +94,26 @@ class Scores(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.score = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, outputs))
+
+
+@pytest.fixture
+def generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Runs `forktree generate` on one prompt; returns exit code and standard error in one line."""
+    model = tmp_path / "policy"
+    tiny.new_model().save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": QUESTION}) + "\n")
+
+    def call(*options: str) -> tuple[int, str]:
+        base = ["--model", str(model), "--prompts", str(tmp_path / "in.jsonl"), "--max-new-tokens", "6"]
+        monkeypatch.setattr(sys, "argv", ["forktree", "generate", *base, *options])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0), " ".join(capsys.readouterr().err.split())
+
+    return call
 
 
 # ---------------------------------------------------------------- the formats by name
@@ -247,6 +270,41 @@ def test_one_of_several_classes_is_part_of_the_format(tmp_path: Path) -> None:
         assert_rewards(rewards(RewardModel.load(tmp_path, format=format)), expected)
     with pytest.raises(InvalidInput, match=r"choice.*from 0 to 2, got 3"):
         RewardModel.load(tmp_path, format=StepFormat(choice=3))
+
+
+def test_formats_on_the_command_line(qwen: Any, tmp_path: Path, generate: Callable[..., tuple[int, str]]) -> None:
+    """A name, its parts changed, or the parts alone; a run under another format is not gone on with."""
+    path, *_ = qwen
+    asked = ["--search", "best-of-n", "--num-samples", "6", "--scorer", str(path), "--out", str(tmp_path / "out.jsonl")]
+    parts = ["--reward-step-delimiter", r"\n", "--separator", "<extra_0>", "--template", "chat"]
+    cases: list[tuple[list[str], StepFormat]] = [
+        (["--reward-format", "qwen-prm"], REWARD_FORMATS["qwen-prm"]),
+        (
+            ["--reward-format", "qwen-prm", "--reward-step-delimiter", "5"],
+            replace(REWARD_FORMATS["qwen-prm"], step_delimiter="5"),
+        ),
+        (parts, StepFormat("chat", "\n", "<extra_0>")),
+    ]
+    before: list[str] = []
+    for options, format in cases:
+        if before:
+            assert generate(*asked, *options, "--resume")[0] == 2
+            (tmp_path / "out.jsonl").unlink()
+        code, error = generate(*asked, *options)
+        assert code == 0, error
+        record = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+        expected = rewards(RewardModel.load(path, format=format), [c["text"] for c in record["candidates"]], "12+3=")
+        assert [c["score"] for c in record["candidates"]] == pytest.approx(expected.values.tolist(), abs=1e-4)
+        before = options
+    (tmp_path / "out.jsonl").unlink()
+    for options, message in [
+        (["--reward-format", "prm"], "reward format must be one of qwen-prm, "),
+        (["--separator", "<extra_0>"], "a separator needs a step_delimiter"),
+        (["--template", "{prompt}"], "template must contain {response} exactly once"),
+        (["--template", "chat", "--scorer", "math:sqrt"], "belong to a reward-model directory, got --scorer math:sqrt"),
+    ]:
+        code, error = generate(*asked, *options)
+        assert code == 2 and message in error and not (tmp_path / "out.jsonl").exists()
 
 
 # ---------------------------------------------------------------- what does not fit

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,14 @@ def named_format(name: str) -> StepFormat:
     if name not in REWARD_FORMATS:
         raise InvalidInput(f"reward format must be one of {', '.join(REWARD_FORMATS)}, got {name!r}")
     return REWARD_FORMATS[name]
+
+
+def chosen_format(name: str | None, **changes: str | None) -> StepFormat | None:
+    """The format of this name, or the default, with fields changed where that is not None; None if nothing is given."""
+    given = {field: value for field, value in changes.items() if value is not None}
+    if name is None and not given:
+        return None
+    return replace(StepFormat() if name is None else named_format(name), **given)  # type: ignore[arg-type]
 
 
 def expected_format(directory: Path) -> tuple[str, str] | None:

@@ -23,7 +23,8 @@ def read_inputs(option: str, path: Path, forms: list[tuple[str, ...]]) -> list[d
         except json.JSONDecodeError as error:
             raise InvalidInput(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}: {error}") from None
         one = {key: record[key] for key in record if key in known} if isinstance(record, dict) else {}
-        if set(one) not in map(set, forms) or not all(isinstance(text, str) and text for text in one.values()):
+        fine = (isinstance(text, str) and (text or key == "response") for key, text in one.items())
+        if set(one) not in map(set, forms) or not all(fine):
             raise InvalidInput(f"{path}, line {number}: expected {expected}, got {line[:60]!r}")
         inputs.append(one)
     if not inputs:
