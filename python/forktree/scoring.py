@@ -8,6 +8,7 @@ TextScorer    any Python function of (prompt, response)
 
 import importlib
 import json
+import math
 import queue
 import threading
 import time
@@ -335,7 +336,8 @@ class TextScorer(Scorer):
     def __init__(self, function: Callable[[str, str], float], *, time_limit: float = 60.0) -> None:
         if not callable(function):
             raise InvalidInput(f"function must be callable, got {type(function).__name__}")
-        number("time_limit", time_limit, "finite and more than 0 seconds", lambda t: t > 0)
+        if time_limit != math.inf:
+            number("time_limit", time_limit, "more than 0 seconds", lambda t: t > 0)
         self.function, self.time_limit = function, time_limit
 
     def begin(self, subject: Subject) -> Reading:

@@ -52,6 +52,8 @@ class ParticleFilter(SamplingSearch):
         for name in ("num_particles", "max_step_tokens", "max_steps"):
             at_least_one(name, getattr(self, name))
         needs_scorer(self.scorer)
+        if not isinstance(self.step_delimiter, str):
+            raise InvalidInput(f"step_delimiter must be a text, got {self.step_delimiter!r}")
         number("weight_temperature", self.weight_temperature, "finite and more than 0", lambda t: t > 0)
         if self.resampling not in RESAMPLERS:
             raise InvalidInput(f"resampling must be one of {', '.join(RESAMPLERS)}, got {self.resampling!r}")
