@@ -107,23 +107,31 @@ def test_a_token_that_holds_the_end_of_the_prompt_counts_to_the_response(run: Ru
     assert list(map(len, ids)) == [4, 4]  # 2 +3 =1 5, and 2 +3 = 5
     for record, tokens, n, log_probs in zip(records(tmp_path), ids, [2, 3], reference(model, ids), strict=True):
         assert_record(record, tokens[n:], log_probs[n - 1 :])
-    write(tmp_path / "in.jsonl", [{"text": "1"}, {"prompt": "=", "response": "15"}])
+    refused = [{"prompt": "=", "response": "15"}, {"prompt": "2+3=", "response": ""}]
+    write(tmp_path / "in.jsonl", [lines[0], *refused, lines[1]])
     (tmp_path / "out.jsonl").unlink()
     code, error = run(model=tmp_path / "model", texts=tmp_path / "in.jsonl")
-    assert code == 2 and "sequence 1: expected a prompt with a token before" in complaint(error)
-    assert not (tmp_path / "out.jsonl").exists()
+    assert code == 1 and "error: sequence 1: expected a prompt with a token before" in error
+    assert "error: sequence 2: expected a response of at least one token, got an empty one" in error
+    assert "2 of 4 sequences had errors; --resume tries 2 missing ones again" in error
+    for record, tokens, n, log_probs in zip(records(tmp_path), ids, [2, 3], reference(model, ids), strict=True):
+        assert_record(record, tokens[n:], log_probs[n - 1 :])
 
 
 def test_special_tokens_are_those_of_the_tokenizer(run: Run, tmp_path: Path) -> None:
-    """Behind a BOS the first token is scored; an EOS that the tokenizer adds is, too, but never between the two."""
+    """After a BOS the first token is scored; an EOS that the tokenizer adds is, too, but never between the two, nor is
+    it taken for one that the response begins with. One that a text spells out stays."""
     model = tiny.new_model(vocab=tiny.VOCAB + 2)
     model.save_pretrained(tmp_path / "model")
     tokenizer = merging_tokenizer(tmp_path / "model", bos=True)
-    lines = [{"text": "12"}, {"prompt": "a", "response": "bc"}]
+    lines = [{"text": "12"}, {"prompt": "a", "response": "bc"}, {"prompt": "a", "response": "<eos>bc"}]
+    lines += [{"prompt": "a<eos>", "response": "bc"}, {"text": "1<eos>2<eos>"}]
     assert run(model=tmp_path / "model", texts=write(tmp_path / "in.jsonl", lines))[0] == 0
-    ids = [tokenizer(text).input_ids for text in ("12", "abc")]
-    assert [i[0] for i in ids] == [i[-1] for i in ids] == [0, 0]
-    for record, tokens, n, log_probs in zip(records(tmp_path), ids, [1, 2], reference(model, ids), strict=True):
+    ids = [tokenizer(text).input_ids for text in ("12", "abc", "a<eos>bc", "a<eos>bc", "1<eos>2<eos>")]
+    assert {i[0] for i in ids} == {i[-1] for i in ids} == {0}
+    for record, tokens, n, log_probs in zip(
+        records(tmp_path), ids, [1, 2, 2, 3, 1], reference(model, ids), strict=True
+    ):
         assert_record(record, tokens[n:], log_probs[n - 1 :])
 
 
@@ -181,7 +189,7 @@ INPUTS = [
     ('{"text": 1}\n', "line 1"),
     ('{"text": "a"}\n{"prompt": "b"}\n', 'line 2: expected {"text": "some text"} or {"prompt": "some text", "resp'),
     ('{"text": "a"}\n\n{"prompt": "b", "text": "c"}\n', "line 3"),  # of forktree generate: which of the two is meant?
-    ('{"prompt": "b", "response": ""}\n', "line 1"),
+    ('{"prompt": "", "response": "b"}\n', "line 1"),
     ("12\n", "line 1"),
     ("{oops\n", "JSON"),
     (json.dumps({"text": "1" * 300}), "sequence 0 has 300 tokens: all but the last must fit the model's 256 positions"),

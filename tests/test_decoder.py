@@ -8,7 +8,18 @@ import pytest
 import torch
 
 import tiny
-from forktree import BestOfN, Decoder, Greedy, InvalidInput, MajorityVote, OutOfMemory, Sample, SearchResult, TextScorer
+from forktree import (
+    BestOfN,
+    Decoder,
+    Greedy,
+    InvalidInput,
+    MajorityVote,
+    OutOfMemory,
+    Sample,
+    ScorerError,
+    SearchResult,
+    TextScorer,
+)
 from forktree.model.layers import LayerKind
 
 PROMPTS = ["12+3=", "a", "\n\n-- 7.", "0123456789abcd+-=. " * 4]
@@ -107,6 +118,31 @@ def test_a_majority_vote_is_counted_by_hand() -> None:
     for c, a in zip(result.candidates, answers, strict=True):
         assert c.score == pytest.approx(counts.get(a, 0) / 30)
     assert [c.score for c in result.candidates] == sorted((c.score for c in result.candidates), reverse=True)
+
+
+def test_an_answer_that_cannot_be_had_costs_its_branch_only() -> None:
+    few = set("01234")
+
+    def answer(text: str) -> Any:
+        if text[:1] in few:
+            raise LookupError("no answer here")
+        return ["a", "list"] if few & set(text) else len(text) % 2
+
+    decoder = tiny.decoder()
+    search = MajorityVote(answer=answer, num_samples=40, temperature=1.0)
+    result = decoder.search(["1="], search, max_new_tokens=4)[0]
+    fails = [bool(few & set(c.text)) for c in result.candidates]
+    good, bad = ([c for c, failed in zip(result.candidates, fails, strict=True) if failed == f] for f in (False, True))
+    assert result.error is None and fails == sorted(fails)
+    assert {(c.text[:1] in few) for c in bad} == {True, False}
+    for c in bad:
+        reason = "LookupError: no answer here" if (c.text[:1] in few) else "TypeError: "
+        assert isinstance(c.hypothesis.error, ScorerError) and np.isnan(c.score)
+        assert "answer" in str(c.hypothesis.error) and f"raised {reason}" in str(c.hypothesis.error)
+    answers = [answer(c.text) for c in good]
+    assert [c.score for c in good] == [answers.count(a) / 40 for a in answers] and len(set(answers)) == 2
+    failed = decoder.search(["1="], MajorityVote(answer=lambda text: [text], num_samples=3), max_new_tokens=4)[0]
+    assert isinstance(failed.error, ScorerError) and "no branch has a score left" in str(failed.error)
 
 
 def bare(**options: Any) -> Decoder:

@@ -383,6 +383,46 @@ def test_rewards_outside_the_unit_interval_are_refused(value: float) -> None:
     assert "[0, 1]" in str(result.error) and f"{value:g}" in str(result.error)
 
 
+@pytest.mark.parametrize(("value", "counts_as"), [(1.0000001, 1), (-1e-9, 0), (np.nextafter(np.float32(1), 2), 1)])
+def test_rewards_that_rounding_took_out_of_the_unit_interval_are_its_ends(value: float, counts_as: float) -> None:
+    search = ParticleFilter(scorer=TextScorer(lambda p, r: value), num_particles=4)
+    best = run(search).best
+    assert best.score == counts_as and set(best.hypothesis.step_scores) == {counts_as}
+    assert best.hypothesis.weight == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7])
+def test_a_delimiter_cut_in_half_by_max_step_tokens_is_found_with_its_rest(tokens: int) -> None:
+    """The steps of a given text are those of a loop over its characters; a text that ends it is found likewise."""
+    said, stop = "12\n\n3\n\n\n4567\n\n\n\n8a=b", "a=b"
+    steps, begin, full, count = [], 0, 0, 0
+    for end in range(1, len(said) + 1):  # begin: of what may hold a delimiter; full: of the step
+        count += 1
+        found = any(text in said[begin:end] for text in ("\n\n", stop))
+        if found or count == tokens:
+            steps.append(said[:end])
+            full, count = end, 0
+            begin = end if found else begin
+    assert full == len(said)
+    ids = [0, *tiny.tokenizer()(said + "5").input_ids]
+
+    def spell(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        wanted = ids[input_ids.shape[1] - 2]
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([wanted]), 0.0)
+
+    asked: list[str] = []
+    search = ParticleFilter(
+        scorer=TextScorer(lambda p, r: asked.append(r) or 0.5),
+        num_particles=1,
+        max_step_tokens=tokens,
+        stop=(stop,),
+        logits_processor=(spell,),
+    )
+    result = tiny.decoder().search(["123"], search, max_new_tokens=60)[0]
+    assert result.text == said and result.best.hypothesis.finish_reason == "stop"
+    assert asked == steps
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
@@ -392,6 +432,8 @@ def test_rewards_outside_the_unit_interval_are_refused(value: float) -> None:
         ("max_step_tokens", True),
         ("weight_temperature", 0.0),
         ("weight_temperature", math.inf),
+        ("weight_temperature", "1"),
+        ("weight_temperature", True),
         ("resampling", "residual"),
         ("selection", "best"),
         ("scorer", len),

@@ -140,6 +140,11 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
         ["attention_mask", "[1, 0, 1]", "row 0"],
     ),
     "mask of numbers": ({"input_ids": [3, 4], "attention_mask": [1, 2]}, ["attention_mask", "[1, 2]"]),
+    "mask of nothing": ({"input_ids": [3, 4], "attention_mask": 1}, ["attention_mask", "zeros and ones, got 1"]),
+    "square mask": (
+        {"input_ids": [[3, 4]], "attention_mask": np.ones((1, 2, 2))},
+        ["attention_mask", "rows of [2]", "[4]"],
+    ),
     "short mask": ({"input_ids": [[3, 4]], "attention_mask": [[1]]}, ["attention_mask", "rows of [2]", "[1]"]),
     "batch in a list": ([IDS, torch.ones(2, 3, dtype=torch.long)], ["prompt 1", "2 rows", "by itself"]),
     "everything": (object(), ["prompts", "object"]),
@@ -180,6 +185,8 @@ def test_what_a_chat_template_gives_is_searched_in_all_its_forms() -> None:
         results = decoder.search(both, search, max_new_tokens=6, seed=4)
         assert [r.prompt for r in results] == [ids, tokenizer("u: 12\na: ").input_ids]
         assert tiny.texts(results)[:1] == expected
+    with pytest.raises(InvalidInput, match="prompt 0 is empty"):
+        decoder.search(tokenizer(""), search, max_new_tokens=6)
     with pytest.raises(InvalidInput, match="prompt 1 is empty"):
         decoder.search({"input_ids": [[3], [4]], "attention_mask": [[1], [0]]}, search, max_new_tokens=6)
 

@@ -96,6 +96,16 @@ def test_many_answers_cost_their_question_once() -> None:
     assert sum(np.exp(p[0]) for p in found[30:]) == pytest.approx(1)  # all there is behind the question
 
 
+def test_what_a_tokenizer_returns_is_scored_without_its_padding() -> None:
+    texts, tokenizer = ["12+3=", "a", "0.5"], copy.deepcopy(tiny.tokenizer())
+    tokenizer.pad_token = tiny.EOS
+    expected = reference(tiny.model(), [tokenizer(text).input_ids for text in texts])
+    for options in (dict(), dict(padding=True, return_tensors="pt"), dict(padding=True, padding_side="left")):
+        assert_close(sequence_logprobs(tiny.model(), tokenizer(texts, **options)), expected)
+    with pytest.raises(InvalidInput, match=r"sequences.*a mapping needs input_ids"):
+        sequence_logprobs(tiny.model(), {"ids": [[1, 2]]})
+
+
 def test_prompt_lengths_choose_what_is_scored() -> None:
     texts = family(3, tiny.VOCAB)
     lengths = [1 + i % len(text) for i, text in enumerate(texts)]

@@ -19,8 +19,9 @@ from forktree.errors import (
 from forktree.layout import TreeLayout
 from forktree.plan import AttentionPlan, check_plan, plan
 from forktree.sampling import Sampling
-from forktree.scoring import RewardModel, Scorer, StepFormat, TextScorer, TokenLogits, ValueHead, load_scorer
+from forktree.scoring import RewardModel, Scorer, TextScorer, TokenLogits, ValueHead, load_scorer
 from forktree.search import BeamSearch, BestOfN, Greedy, Hypothesis, MajorityVote, ParticleFilter, Sample
+from forktree.step_format import StepFormat
 from forktree.token_scores import Draw, Edits, Head, Ragged, TokenRequest, TokenScores
 
 if TYPE_CHECKING:

@@ -256,7 +256,12 @@ class Decoder:
             raise InvalidInput(f"prompt {index} is empty: expected at least one token")
         bad = next((t for t in ids if not 0 <= t < runner.vocab_size), None)
         if bad is not None:
-            raise InvalidInput(f"prompt {index} has token id {bad}: expected ids in [0, {runner.vocab_size})")
+            known = 0 if self.tokenizer is None else len(self.tokenizer)
+            more = f"; the tokenizer has {known} tokens, the model embeds {runner.vocab_size}"
+            raise InvalidInput(
+                f"prompt {index} has token id {bad}: expected ids in [0, {runner.vocab_size})"
+                f"{more if known > runner.vocab_size else ''}"
+            )
         if len(ids) + max_new_tokens > runner.max_position:
             raise InvalidInput(
                 f"prompt {index} has {len(ids)} tokens: with max_new_tokens = {max_new_tokens} the model's limit of "

@@ -52,7 +52,7 @@ def _read_prompt(name: str, given: Any) -> Prompt:
 def _rows(name: str, given: Any) -> list[list[int]]:
     """Token ids `[n]`, one row, or `[B, n]`, ragged or not; of a mapping, without padding."""
     if isinstance(given, Mapping):
-        return _unpadded(name, given)
+        return unpadded(name, given)
     if isinstance(given, np.ndarray | torch.Tensor):
         return [_ids(name, row) for row in given] if given.ndim == 2 else [_ids(name, given)]
     items = _items(name, given)
@@ -76,21 +76,27 @@ def _ids(name: str, given: Any) -> list[int]:
     return list(map(operator.index, items))
 
 
-def _unpadded(name: str, given: Mapping[str, Any]) -> list[list[int]]:
-    """Rows of `input_ids`, each without the padding at its ends that `attention_mask` names."""
+def unpadded(name: str, given: Mapping[str, Any]) -> list[list[int]]:
+    """Rows of `input_ids` of what a tokenizer returns, each without the padding at its ends that `attention_mask` names.
+
+    Raises `InvalidInput` by `name`.
+    """
     if "input_ids" not in given:
         raise _wrong(name, given)
     if unread := [key for key in given if key in UNREAD]:
         raise InvalidInput(f"{name} must be input_ids and attention_mask, got {', '.join(unread)} as well")
-    rows = _rows(f"input_ids of {name}", given["input_ids"])
-    mask = given.get("attention_mask")
-    if mask is None:
+    rows, mask = _rows(f"input_ids of {name}", given["input_ids"]), given.get("attention_mask")
+    if mask is None or not rows:
         return rows
-    masks = [np.asarray(row) for row in ([mask] if np.ndim(mask[0]) == 0 else mask)] if len(mask) else []
-    if [len(m) for m in masks] != [len(r) for r in rows]:
+    try:
+        several = [mask] if not len(mask) or np.ndim(mask[0]) == 0 else mask
+        masks = [np.asarray(row.tolist() if hasattr(row, "tolist") else row) for row in several]
+    except (TypeError, ValueError, KeyError):
+        raise InvalidInput(f"attention_mask of {name} must be zeros and ones, got {mask!r:.80}") from None
+    if [m.shape for m in masks] != [(len(r),) for r in rows]:
         raise InvalidInput(
             f"attention_mask of {name} must have the shape of input_ids, rows of {[len(r) for r in rows]}, got rows of "
-            f"{[len(m) for m in masks]}"
+            f"{[m.size for m in masks]}"
         )
     found = []
     for i, (row, seen) in enumerate(zip(rows, masks, strict=True)):

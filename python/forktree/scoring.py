@@ -9,6 +9,7 @@ TextScorer    any Python function of (prompt, response)
 import contextlib
 import importlib
 import json
+import math
 import os
 import queue
 import sys
@@ -345,7 +346,8 @@ class TextScorer(Scorer):
     def __init__(self, function: Callable[[str, str], float], *, time_limit: float = 60.0) -> None:
         if not callable(function):
             raise InvalidInput(f"function must be callable, got {type(function).__name__}")
-        number("time_limit", time_limit, "finite and more than 0 seconds", lambda t: t > 0)
+        if time_limit != math.inf:
+            number("time_limit", time_limit, "more than 0 seconds", lambda t: t > 0)
         self.function, self.time_limit = function, time_limit
 
     def begin(self, subject: Subject) -> Reading:
@@ -477,7 +479,7 @@ def _read_tensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
         own = {str(key): path / str(file) for key, file in listed.items() if key.startswith(prefixes)}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidInput(f"{index}: not an index of safetensors: {_one_line(error)}") from None
     found: dict[str, Tensor] = {}
     source: dict[str, Path] = {}

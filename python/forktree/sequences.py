@@ -5,7 +5,7 @@ it is new, and everything it hangs off lies earlier in the walk. So any stretch 
 wherever it is cut; it takes slots for itself and for one path, and nothing is computed twice, however few there are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +22,7 @@ from forktree.kv.slots import spans
 from forktree.kv.tree import Chunk
 from forktree.lane import Lane
 from forktree.model import ModelSpec, Runner, attached
+from forktree.prompts import unpadded
 from forktree.search.base import at_least_one
 from forktree.token_scores import Ragged, TokenRequest
 from forktree.transfer import Download, upload
@@ -33,7 +34,7 @@ T = TypeVar("T")
 
 def sequence_logprobs(
     model: Any,
-    sequences: Sequence[ArrayLike],
+    sequences: Sequence[ArrayLike] | Mapping[str, Any],
     *,
     prompt_lengths: Sequence[int] | None = None,
     num_slots: int | None = None,
@@ -49,7 +50,8 @@ def sequence_logprobs(
         model: a causal language model as `Decoder` takes it, which is proved if it is not as it was at the last call;
             or a `Decoder`, whose model and slots are used. Its kept prefixes, then its running searches, give way where
             slots are short.
-        sequences: token ids of each, 1-D, at least one.
+        sequences: token ids of each, 1-D, at least one; or what a tokenizer returns for several texts, its padding left
+            out.
         prompt_lengths: how many tokens of each sequence are given, at least 1; default: 1, as nothing stands before
             the first.
         num_slots: tokens whose KV fits at once, at least those of the longest sequence but its last. Default: that and
@@ -71,7 +73,7 @@ def sequence_logprobs(
 
 def scored_sequences(
     model: Any,
-    sequences: Sequence[ArrayLike],
+    sequences: Sequence[ArrayLike] | Mapping[str, Any],
     *,
     prompt_lengths: Sequence[int] | None = None,
     num_slots: int | None = None,
@@ -92,7 +94,8 @@ def scored_sequences(
     spec = model.lane.runner.spec if own else attached(model)
     if spec.head is None:
         raise InvalidInput(f"{spec.name}: expected a model with a language-model head, got none")
-    texts = [_tokens(i, tokens, spec) for i, tokens in enumerate(sequences)]
+    rows = unpadded("sequences", sequences) if isinstance(sequences, Mapping) else sequences
+    texts = [_tokens(i, tokens, spec) for i, tokens in enumerate(rows)]
     given = _prompt_lengths(prompt_lengths, texts)
     needed = [len(text) - 1 if length < len(text) else 0 for text, length in zip(texts, given, strict=True)]
     longest = max(needed, default=0)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +140,28 @@ def named_format(name: str) -> StepFormat:
     return REWARD_FORMATS[name]
 
 
+def chosen_format(name: str | None, **changes: str | None) -> StepFormat | None:
+    """The format of this name, or the default, with fields changed where that is not None; None if nothing is given."""
+    given = {field: value for field, value in changes.items() if value is not None}
+    if name is None and not given:
+        return None
+    return replace(StepFormat() if name is None else named_format(name), **given)  # type: ignore[arg-type]
+
+
 def expected_format(directory: Path) -> tuple[str, str] | None:
     """The architecture that the config of a model directory names, and the format that such models are known to be read
     by; None if it names none of them."""
     try:
         names: Sequence[str] = json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"]
         architecture = str(names[0])
-    except (OSError, ValueError, KeyError, TypeError, IndexError):  # loading the model says what is wrong with it
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        RecursionError,
+    ):  # loading the model says what is wrong with it
         return None
     known = "outcome" if architecture.endswith("ForSequenceClassification") else ARCHITECTURES.get(architecture)
     return None if known is None else (architecture, known)

@@ -214,7 +214,7 @@ class Head:
     def __post_init__(self) -> None:
         if len(self.layers) not in (1, 2):
             raise InvalidInput(f"a value head has 1 or 2 layers, got {len(self.layers)}")
-        if self.activation not in ACTIVATIONS:
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             raise InvalidInput(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         for weight, bias in self.layers:
             if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():

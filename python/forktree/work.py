@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from forktree.checks import integer
 from forktree.errors import InvalidInput, NonFinite, ScorerError
 from forktree.kv import Branch, Tree
 from forktree.kv.slots import Ints
@@ -123,7 +124,12 @@ class ExtendWork(Work):
         self.reason = ["length"] * n
         self.log_prob = np.zeros(n)
         self.num_tokens = np.zeros(n, np.int64)
-        self.drawn: list[list[int]] = [[] for _ in range(n)]
+        self.drawn: list[list[int]] = [[] for _ in range(n)]  # what `stop` sees
+        if request.begun is not None:
+            self.drawn = [
+                b.tokens[b.length - integer(f"begun of branch {i}", count, 0, b.length) :].tolist()
+                for i, (b, count) in enumerate(zip(request.branches, request.begun, strict=True))
+            ]
         self.ids = np.array([b.id for b in request.branches], np.int64)
         if len(np.unique(self.ids)) < n:
             raise InvalidInput(f"extend needs distinct branches, got {n} of which some are the same")

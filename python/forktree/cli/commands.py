@@ -6,8 +6,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from itertools import takewhile
+from dataclasses import asdict, dataclass, fields
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +38,9 @@ the results were made with. --resume refuses a file that was made with others.
 
 A scorer is a value head on the model's own hidden state (a .safetensors file with score.weight, or score.0.weight and \
 score.2.weight), the directory of a reward model (base model plus such a head), or module:function, a Python function \
-of (prompt, response), looked for in the current directory first.
+of (prompt, response), looked for in the current directory first. What a reward model is fed, and where its reward is \
+read, is said by --reward-format, or by --template, --reward-step-delimiter and --separator, which also change a named \
+format.
 
 Texts of options are taken as they are: --stop '\\times' is a backslash and five letters. A line feed is \
 --stop $'\\n' in most shells, or --stop '\\n' --escape.
@@ -51,6 +53,9 @@ forktree generate --model DIR --prompts in.jsonl --out out.jsonl --search best-o
 
 forktree generate --model DIR --prompts in.jsonl --out out.jsonl --search particle --num-particles 16 \
 --scorer head.safetensors
+
+forktree generate --model DIR --prompts in.jsonl --out out.jsonl --search best-of-n --scorer Qwen2.5-Math-PRM-7B \
+--reward-format qwen-prm
 """
 
 
@@ -85,7 +90,21 @@ def generate(
     max_steps: Annotated[int | None, typer.Option(help="particle: most steps (40).")] = None,
     weight_temperature: Annotated[float | None, typer.Option(help="particle: divides the rewards' logits (1).")] = None,
     resampling: Annotated[str | None, typer.Option(help="particle: systematic or multinomial (systematic).")] = None,
-    activation: Annotated[str, typer.Option(help="Of a head's output: sigmoid, tanh or identity.")] = "sigmoid",
+    activation: Annotated[
+        str | None, typer.Option(help="Of a head's output: sigmoid, tanh or identity (the format's, or sigmoid).")
+    ] = None,
+    reward_format: Annotated[
+        str | None, typer.Option(help="Reward-model directory: qwen-prm, math-shepherd, skywork-prm or outcome.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Reward model: text with {prompt} and {response}, or chat ({prompt}{response}).")
+    ] = None,
+    reward_step_delimiter: Annotated[
+        str | None, typer.Option(help="Reward model: text that ends a step of the response, if it reads steps.")
+    ] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="Reward model: what it is fed in the delimiter's place; it is read there.")
+    ] = None,
     scorer_time_limit: Annotated[float, typer.Option(help="module:function: seconds a call may take.")] = 60.0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
@@ -118,6 +137,7 @@ def generate(
         resampling=resampling,
     )
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    format = _reward_format(reward_format, template, reward_step_delimiter, separator, scorer)
     # what can be checked without loading a model is checked first
     kind = _search_class(search, settings, scorer)
     inputs = read_inputs("--prompts", prompts, [("prompt",)])
@@ -125,6 +145,7 @@ def generate(
     made_with = {"settings": described, "model": digests(model, code=trust_remote_code)}
     if scorer is not None:
         described["activation"] = activation
+        described["reward_format"] = None if format is None else asdict(format)
         made_with["scorer"] = _scorer_digests(scorer, code=trust_remote_code)
     with ResultFile("generate", out, prompts, inputs, made_with, GENERATE_KEYS, resume=resume) as output:
         todo = output.missing()
@@ -141,6 +162,7 @@ def generate(
                 activation=activation,
                 time_limit=scorer_time_limit,
                 device=device,
+                format=format,
                 trust_remote_code=trust_remote_code,
             )
         one = kind(**settings)
@@ -158,7 +180,8 @@ log-probs of all tokens scored; it is written and synced as soon as it is known,
 texts share, such as a prompt with many responses, are computed once.
 
 A text is what the tokenizer makes of it, special tokens included. What stands first (BOS, where the tokenizer adds \
-one) is given, and not scored. Prompt and response are tokenised together, as a model reads them: a token that holds \
+one) is given, and not scored. What the tokenizer puts at the end (EOS) counts to the text, but never to a prompt that \
+a response follows. Prompt and response are tokenised together, as a model reads them: a token that holds \
 the end of the prompt and the beginning of the response counts to the response.
 
 Examples:
@@ -197,14 +220,16 @@ def score(
         loaded, tokenizer = _load(model, dtype, device, trust_remote_code)
         from forktree.sequences import scored_sequences
 
-        tokens, given = [list(column) for column in zip(*_tokenised(tokenizer, inputs), strict=True)]
-        there = set(range(len(inputs))).difference(todo)
-        for i in there:  # nothing is wanted of them, which costs nothing, and numbers stay those of the inputs
+        tokens, given, wrong = [list(column) for column in zip(*_tokenised(tokenizer, inputs), strict=True)]
+        refused = [Outcome(i, None, f": {wrong[i]}") for i in todo if wrong[i] is not None]
+        passed_over = set(range(len(inputs))).difference(todo).union(outcome.index for outcome in refused)
+        for i in passed_over:  # nothing is wanted of them, which costs nothing, and numbers stay those of the inputs
             given[i] = len(tokens[i])
         results = scored_sequences(
             loaded, tokens, prompt_lengths=given, num_slots=num_slots, max_batch_tokens=max_batch_tokens
         )
-        _run("sequence", (_scored(i, tokens[i][given[i] :], found) for i, found in results if i not in there), output)
+        scored = (_scored(i, tokens[i][given[i] :], found) for i, found in results if i not in passed_over)
+        _run("sequence", chain(refused, scored), output)
 
 
 @app.command()
@@ -299,23 +324,54 @@ def _scored(index: int, token_ids: list[int], found: Any) -> Outcome:
     return Outcome(index, record, None)
 
 
-def _tokenised(tokenizer: Any, inputs: list[dict[str, str]]) -> Iterator[tuple[list[int], int]]:
-    """Token ids of each input, and how many of them are given."""
-    for i, one in enumerate(inputs):
-        ids = list(tokenizer(one.get("text") or one["prompt"] + one["response"]).input_ids)
-        if not ids:
-            raise InvalidInput(f"sequence {i}: expected at least one token, got none of {one}")
-        if "text" in one:
-            yield ids, 1
+def _tokenised(tokenizer: Any, inputs: list[dict[str, str]]) -> Iterator[tuple[list[int], int, str | None]]:
+    """Token ids of each input, how many of them are given, and why it cannot be scored, if so: it then is one token."""
+    from forktree.prompts import tokenise
+
+    prompts = tokenise(tokenizer, [one.get("text") or one["prompt"] for one in inputs])
+    for one, prompt in zip(inputs, prompts, strict=True):
+        if one.get("response") == "":
+            yield [0], 1, "expected a response of at least one token, got an empty one"
             continue
-        prompt = list(tokenizer(one["prompt"]).input_ids)
-        same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False))))
-        if not same:
-            raise InvalidInput(
-                f"sequence {i}: expected a prompt with a token before the one that the response begins in, got "
-                f"{one['prompt']!r:.60}"
+        ids = list(tokenizer(one.get("text") or one["prompt"] + one["response"]).input_ids)
+        same = (
+            1
+            if "text" in one
+            else len(list(takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False))))
+        )
+        if not ids:
+            yield [0], 1, f"expected at least one token, got none of {one}"
+        elif not same:
+            yield (
+                [0],
+                1,
+                (
+                    "expected a prompt with a token before the one that the response begins in, got "
+                    f"{one['prompt']!r:.60}"
+                ),
             )
-        yield ids, same
+        else:
+            yield ids, same, None
+
+
+def _reward_format(
+    name: str | None, template: str | None, step_delimiter: str | None, separator: str | None, scorer: str | None
+) -> Any:
+    """What a reward model is fed, or None if no option says so."""
+    from forktree.step_format import chosen_format
+
+    format = chosen_format(
+        name,
+        template=None if template is None else _unescape(template),
+        step_delimiter=None if step_delimiter is None else _unescape(step_delimiter),
+        separator=None if separator is None else _unescape(separator),
+    )
+    if format is not None and (scorer is None or not Path(scorer).is_dir()):
+        raise InvalidInput(
+            "--reward-format, --template, --reward-step-delimiter and --separator belong to a reward-model directory, "
+            f"got --scorer {scorer or 'none'}"
+        )
+    return format
 
 
 def _search_class(name: str, settings: dict[str, Any], scorer: str | None) -> Any:

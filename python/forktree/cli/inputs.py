@@ -28,7 +28,8 @@ def read_inputs(option: str, path: Path, forms: list[tuple[str, ...]]) -> list[d
             continue
         record = _parse(line, f"{path}, line {number}")
         one = {key: record[key] for key in record if key in known} if isinstance(record, dict) else {}
-        if set(one) not in map(set, forms) or not all(isinstance(text, str) and text for text in one.values()):
+        fine = (isinstance(text, str) and (text or key == "response") for key, text in one.items())
+        if set(one) not in map(set, forms) or not all(fine):
             raise InvalidInput(f"{path}, line {number}: expected {expected}, got {_start(line)}")
         for key, text in one.items():
             _check_characters(text, f"{path}, line {number}: {key}")

@@ -14,6 +14,7 @@ from forktree.search.base import Hypothesis, Job, SamplingSearch, at_least_one, 
 from forktree.search.request import extend, score
 from forktree.search.resampling import RESAMPLERS, softmax
 
+ROUNDING = 1e-5  # rewards this far outside [0, 1] were rounded, and count as 0 or 1
 CLIP = 1e-7  # rewards are clipped to [CLIP, 1 - CLIP] before their logit is taken
 
 
@@ -27,8 +28,9 @@ def log_weights(rewards: NDArray[np.float64], temperature: float) -> NDArray[np.
 class ParticleFilter(SamplingSearch):
     """`num_particles` texts grow step by step; after each step they are resampled by their rewards.
 
-    scorer: reward in [0, 1] of a text so far (a process-reward model).
-    step_delimiter: text that ends a step (it stays part of it). max_step_tokens: so does this many tokens.
+    scorer: reward in [0, 1] of a text so far (a process-reward model); 1e-5 outside is taken for rounding.
+    step_delimiter: text that ends a step (it stays part of it). max_step_tokens: so does this many tokens; a delimiter
+        that they cut in half ends the next step when its rest comes.
     max_steps: a particle stops after this many steps.
     weight_temperature: divides the logits of the rewards; higher keeps more diversity.
     resampling: "systematic" or "multinomial". A particle's weight is the logit of its newest reward, not a running
@@ -50,6 +52,8 @@ class ParticleFilter(SamplingSearch):
         for name in ("num_particles", "max_step_tokens", "max_steps"):
             at_least_one(name, getattr(self, name))
         needs_scorer(self.scorer)
+        if not isinstance(self.step_delimiter, str):
+            raise InvalidInput(f"step_delimiter must be a text, got {self.step_delimiter!r}")
         number("weight_temperature", self.weight_temperature, "finite and more than 0", lambda t: t > 0)
         if self.resampling not in RESAMPLERS:
             raise InvalidInput(f"resampling must be one of {', '.join(RESAMPLERS)}, got {self.resampling!r}")
@@ -72,7 +76,6 @@ class ParticleFilter(SamplingSearch):
         while True:
             live = np.flatnonzero(state.alive)
             moving = [particles[i] for i in live]
-            before = [branch.length for branch in moving]
             step = await extend(
                 moving,
                 self.sampling,
@@ -81,6 +84,7 @@ class ParticleFilter(SamplingSearch):
                 stop=step_end,
                 processors=self.logits_processor,
                 pad_token_id=job.pad_token_id,
+                begun=state.begun[live].tolist(),
             )
             rewards = await score(moving, self.scorer)
             state.rewards[live] = self._checked(rewards.values)
@@ -89,14 +93,17 @@ class ParticleFilter(SamplingSearch):
             state.log_prob[live] += step.log_prob
             state.drawn[live] += step.num_tokens
             state.steps[live] += 1
-            for i, reason, start, error in zip(live, step.reason, before, rewards.errors, strict=True):
+            state.begun[live] += step.num_tokens
+            for i, reason, error in zip(live, step.reason, rewards.errors, strict=True):
                 state.reason[i], state.errors[i] = reason, error
-                new = particles[i].tokens[start:]
+                new = particles[i].tokens[-state.begun[i] :]
                 full = state.drawn[i] >= job.max_new_tokens or state.steps[i] >= self.max_steps
                 stopped = reason == "stop" and text_end is not None and text_end(int(new[-1]), new.tolist())
                 state.alive[i] = not (reason == "eos" or full or stopped)
                 if full and reason != "eos" and not stopped:
                     state.reason[i] = "length"
+                if reason == "stop":
+                    state.begun[i] = 0
                 state.history[i] = [*state.history[i], float(state.rewards[i])]
             weights = softmax(log_weights(state.rewards, self.weight_temperature))
             if not state.alive.any():
@@ -122,12 +129,12 @@ class ParticleFilter(SamplingSearch):
         ]
 
     def _checked(self, rewards: NDArray[np.float64]) -> NDArray[np.float64]:
-        outside = rewards[(rewards < 0) | (rewards > 1)]
+        outside = rewards[(rewards < -ROUNDING) | (rewards > 1 + ROUNDING)]
         if len(outside):
             raise InvalidInput(
-                f"a particle filter needs rewards in [0, 1], got {outside[0]:g}: give the head activation='sigmoid'"
+                f"a particle filter needs rewards in [0, 1], got {outside[0]}: give the head activation='sigmoid'"
             )
-        return rewards
+        return rewards.clip(0, 1)
 
 
 @dataclass
@@ -138,6 +145,7 @@ class _State:
     rewards: NDArray[np.float64]
     log_prob: NDArray[np.float64]
     drawn: NDArray[np.int64]
+    begun: NDArray[np.int64]  # tokens since the last text that ended a step, of which the next may hold the beginning
     steps: NDArray[np.int64]
     reason: NDArray[np.str_]
     history: list[list[float]]
@@ -148,7 +156,8 @@ class _State:
         zeros = np.zeros(n, np.int64)
         reason = np.full(n, "length")
         unscored = np.full(n, np.nan)
-        return cls(np.ones(n, bool), unscored, np.zeros(n), zeros, zeros.copy(), reason, [[]] * n, [None] * n)
+        counts = zeros, zeros.copy(), zeros.copy()
+        return cls(np.ones(n, bool), unscored, np.zeros(n), *counts, reason, [[]] * n, [None] * n)
 
     def taken(self, ancestors: NDArray[np.int64]) -> "_State":
         return _State(
@@ -156,6 +165,7 @@ class _State:
             self.rewards[ancestors],
             self.log_prob[ancestors],
             self.drawn[ancestors],
+            self.begun[ancestors],
             self.steps[ancestors],
             self.reason[ancestors],
             [self.history[a] for a in ancestors],

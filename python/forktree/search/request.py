@@ -31,7 +31,8 @@ class Stop(Protocol):
     """Decides whether a branch stops behind its newest token."""
 
     def __call__(self, token: int, tokens: Sequence[int]) -> bool:
-        """`token` is the newest; `tokens` are all that this `extend` has added, `token` included."""
+        """`token` is the newest; `tokens` are all that this `extend` has added, `token` included, after those that its
+        `begun` names."""
         ...
 
 
@@ -77,6 +78,7 @@ class Extend(Request[Extension]):
     stop: Stop | None
     processors: Sequence[Processor]
     pad_token_id: int
+    begun: Sequence[int] | None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, Sampling):
@@ -127,8 +129,12 @@ def extend(
     stop: Stop | None = None,
     processors: Sequence[Processor] = (),
     pad_token_id: int = 0,
+    begun: Sequence[int] | None = None,
 ) -> Extend:
     """Draws tokens for every branch until `stop`, an EOS, or `max_tokens` (one for all, or one a branch).
+
+    begun: of each branch, how many of its newest tokens an earlier `extend` has added that `stop` is to see again, so
+    that it finds a text of which `max_tokens` left only the beginning. Default: none.
 
     processors: change the logits before `sampling` does, see `forktree.search.processors`: the slow way, as they need
     whole rows. They are shown what the branches see, padded by `pad_token_id`. `InvalidInput` is raised if they leave a
@@ -138,7 +144,7 @@ def extend(
     one = np.ndim(max_tokens) == 0
     limit = [integer("max_tokens", max_tokens, 1, MAX_TOKEN)] * len(some) if one else max_tokens
     each = integers("max_tokens", limit, 1, MAX_TOKEN, count=len(some)).astype(np.int64)
-    return Extend(some, sampling, each, frozenset(eos_token_ids), stop, tuple(processors), pad_token_id)
+    return Extend(some, sampling, each, frozenset(eos_token_ids), stop, tuple(processors), pad_token_id, begun)
 
 
 def score(branches: Sequence[Branch], scorer: Any) -> Score:

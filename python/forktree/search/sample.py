@@ -1,7 +1,7 @@
 """Greedy decoding, independent samples, and the ways to pick among samples."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,10 +95,11 @@ class BestOfN(SamplingSearch):
 class MajorityVote(SamplingSearch):
     """Self-consistency (Wang et al. 2022): `num_samples` samples, the most frequent answer wins.
 
-    answer: text of a response -> its answer, or None if it has none; such responses win only if all are such.
+    answer: text of a response -> its answer, anything hashable, or None if it has none; such responses win only if all
+        are such. Where it raises, or returns what cannot be counted, its response has no vote and comes last.
     """
 
-    answer: Callable[[str], str | None]
+    answer: Callable[[str], Hashable]
     num_samples: int = 16
 
     def __post_init__(self) -> None:
@@ -108,17 +109,31 @@ class MajorityVote(SamplingSearch):
             raise InvalidInput(f"answer must be a function of the text, got {type(self.answer).__name__}")
 
     async def run(self, job: Job) -> list[Hypothesis]:
-        """Samples of the most frequent answer first; the score is the share of votes."""
+        """Samples of the most frequent answer first; the score is the share of votes, NaN where `answer` failed."""
         if job.decode is None:
             raise InvalidInput("a majority vote reads text: expected a Decoder with a tokenizer, got tokenizer=None")
         branches = job.root.fork(self.num_samples)
         done = await _to_the_end(branches, self.sampling, job, self)
-        share = vote([self.answer(job.decode(b.tokens[job.root.length :]) or "") for b in branches])
-        ranked = [_hypothesis(b, job, done, i, share[i]) for i, b in enumerate(branches)]
-        return sorted(ranked, key=lambda h: h.score, reverse=True)
+        texts = [job.decode(b.tokens[job.root.length :]) or "" for b in branches]
+        answers, errors = zip(*(self._answer(i, text) for i, text in enumerate(texts)), strict=True)
+        if all(errors):
+            raise first_failure(errors)
+        share = np.where([error is None for error in errors], vote(answers), np.nan).tolist()
+        ranked = [_hypothesis(b, job, done, i, share[i], errors[i]) for i, b in enumerate(branches)]
+        return sorted(ranked, key=lambda h: -np.inf if h.error else h.score, reverse=True)
+
+    def _answer(self, i: int, text: str) -> tuple[Hashable, ScorerError | None]:
+        """The answer of response `i`, or why there is none."""
+        try:
+            found = self.answer(text)
+            hash(found)
+        except Exception as error:  # the function is the user's own
+            name = getattr(self.answer, "__qualname__", type(self.answer).__name__)
+            return None, ScorerError(f"answer {name} raised {type(error).__name__}: {error} (branch {i})")
+        return found, None
 
 
-def vote(answers: Sequence[str | None]) -> list[float]:
+def vote(answers: Sequence[Hashable]) -> list[float]:
     """Share of all votes that each response's answer has, 0 for no answer. `[n] -> [n]`."""
     counts = Counter(a for a in answers if a is not None)
     return [counts[a] / len(answers) if a is not None else 0.0 for a in answers]
