@@ -234,7 +234,8 @@ def test_token_ids_out_of_range_are_refused_before_anything_runs() -> None:
 
 
 def test_a_question_that_passes_the_models_last_position_costs_its_branch_only() -> None:
-    decoder, judge = tiny.decoder(), TokenLogits([1, 2], suffix=[3] * 30)
+    model = tiny.new_model(rope_parameters=tiny.LIMITED)
+    decoder, judge = Decoder(model, tiny.tokenizer(), num_slots=2048), TokenLogits([1, 2], suffix=[3] * 30)
     searches = [BestOfN(scorer=judge, num_samples=2), Greedy()]
     results = sorted(decoder.search_iter(["1" * 240, "12"], searches, max_new_tokens=4), key=lambda r: r.index)
     assert isinstance(results[0].error, ScorerError) and "256 positions" in str(results[0].error)
@@ -251,7 +252,7 @@ def test_a_question_that_passes_the_models_last_position_costs_its_branch_only()
     assert [e is not None for e in task.result.errors] == [False, True, False, False]
     assert "256 positions, got 257 tokens (branch 1)" in str(task.result.errors[1])
     for i, length in ((0, 1), (2, 6), (3, 1)):
-        p = tiny.next_log_probs(tiny.model(), [3] * 220 + [5] * length + [3] * 30)[[1, 2]].softmax(0)[0]
+        p = tiny.next_log_probs(model, [3] * 220 + [5] * length + [3] * 30)[[1, 2]].softmax(0)[0]
         assert task.result.values[i] == pytest.approx(float(p), abs=1e-5)
     tiny.assert_all_returned(decoder.lane)
 
@@ -386,7 +387,9 @@ def _forget(directory: Path, key: str) -> None:
 @pytest.mark.parametrize("format", [StepFormat(), StepFormat("{prompt}{response}", "5", "")], ids=["plain", "steps"])
 def test_texts_the_reward_model_cannot_read_cost_their_branch_only(format: StepFormat) -> None:
     """Too long for its positions, or of tokens that it does not embed; nothing stays behind in its pool."""
-    small = tiny.new_model("qwen3", seed=5, vocab=tiny.VOCAB - 1, max_position_embeddings=32)
+    small = tiny.new_model(
+        "qwen3", seed=5, vocab=tiny.VOCAB - 1, max_position_embeddings=32, rope_parameters=tiny.LIMITED
+    )
     lane, head = Lane(small, num_slots=512), HEADS["linear"][0]
     scorer = RewardModel(lane, tiny.tokenizer(), head, format=format)
     decoder = tiny.decoder()

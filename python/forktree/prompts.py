@@ -77,7 +77,7 @@ def _ids(name: str, given: Any) -> list[int]:
 
 
 def unpadded(name: str, given: Mapping[str, Any]) -> list[list[int]]:
-    """Rows of `input_ids` of what a tokenizer returns, each without the padding at its ends that `attention_mask` names.
+    """Rows of `input_ids` of what a tokenizer returns, each without its padding, which `attention_mask` tells.
 
     Raises `InvalidInput` by `name`.
     """

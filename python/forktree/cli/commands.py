@@ -84,7 +84,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be repeated.")] = None,
     step_delimiter: Annotated[str | None, typer.Option(help=r"particle: text that ends a step (\n\n).")] = None,
     escape: Annotated[
-        bool, typer.Option("--escape", help=r"Read \n, \t, \\, \u00e9 in --stop and --step-delimiter as in JSON.")
+        bool, typer.Option("--escape", help=r"Read \n, \t, \\, \u00e9 in texts of options as in JSON.")
     ] = False,
     max_step_tokens: Annotated[int | None, typer.Option(help="particle: most tokens of a step (1024).")] = None,
     max_steps: Annotated[int | None, typer.Option(help="particle: most steps (40).")] = None,
@@ -137,7 +137,9 @@ def generate(
         resampling=resampling,
     )
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    format = _reward_format(reward_format, template, reward_step_delimiter, separator, scorer)
+    fed = {"--template": template, "--reward-step-delimiter": reward_step_delimiter, "--separator": separator}
+    fed = {option: text and option_text(option, text, escape=escape) for option, text in fed.items()}
+    format = _reward_format(reward_format, fed, scorer)
     # what can be checked without loading a model is checked first
     kind = _search_class(search, settings, scorer)
     inputs = read_inputs("--prompts", prompts, [("prompt",)])
@@ -354,17 +356,15 @@ def _tokenised(tokenizer: Any, inputs: list[dict[str, str]]) -> Iterator[tuple[l
             yield ids, same, None
 
 
-def _reward_format(
-    name: str | None, template: str | None, step_delimiter: str | None, separator: str | None, scorer: str | None
-) -> Any:
-    """What a reward model is fed, or None if no option says so."""
+def _reward_format(name: str | None, fed: dict[str, str | None], scorer: str | None) -> Any:
+    """What a reward model is fed, or None if no option says so. fed: the texts of options."""
     from forktree.step_format import chosen_format
 
     format = chosen_format(
         name,
-        template=None if template is None else _unescape(template),
-        step_delimiter=None if step_delimiter is None else _unescape(step_delimiter),
-        separator=None if separator is None else _unescape(separator),
+        template=fed["--template"],
+        step_delimiter=fed["--reward-step-delimiter"],
+        separator=fed["--separator"],
     )
     if format is not None and (scorer is None or not Path(scorer).is_dir()):
         raise InvalidInput(
