@@ -1,4 +1,5 @@
-"""Checks of single numbers that callers give: types as well as ranges, before anything is done with them."""
+"""Checks of numbers that callers give: types as well as ranges, before anything is done with them. Nothing is rounded,
+wrapped or broadcast."""
 
 import math
 import operator
@@ -8,8 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from forktree.errors import InvalidInput
+
+INTEGER_TENSORS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_BOOLS = {bool, np.bool_}
 
 
 def is_integer(value: Any) -> bool:
@@ -17,7 +22,7 @@ def is_integer(value: Any) -> bool:
     if isinstance(value, np.ndarray | torch.Tensor):
         kind = value.dtype
         return value.ndim == 0 and (kind in INTEGER_TENSORS if isinstance(kind, torch.dtype) else kind.kind in "iu")
-    return hasattr(value, "__index__") and not isinstance(value, bool | np.bool_)
+    return hasattr(value, "__index__") and type(value) not in _BOOLS
 
 
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -28,6 +33,31 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     return found
 
 
+def integers(
+    name: str, values: Any, least: int, most: int, *, count: int | None = None, kind: type[np.integer[Any]] = np.int64
+) -> NDArray[Any]:
+    """`values` as an array `[n]` of dtype `kind`. Raises `InvalidInput` unless they are 1-D integers on the host, each
+    from `least` to `most`, both included, and `count` of them if that is given."""
+    expected = f"{name} must be {'1-D' if count is None else count} integers from {least} to {most}"
+    try:
+        found = np.asarray(values)
+        if found.size and found.dtype.kind not in "iu":  # or some of a list are 2^63 and more, which numpy rounds
+            found = np.array(values, object)
+        plain = found.dtype.kind in "iu" and not (
+            isinstance(values, list | tuple) and not _BOOLS.isdisjoint(map(type, values))
+        )
+    except Exception:  # ragged, on a device, or an object of one's own
+        raise InvalidInput(f"{expected}, got {values!r:.80}") from None
+    if found.ndim != 1 or (found.size and not plain and not all(map(is_integer, found))):
+        raise InvalidInput(f"{expected}, got {values!r:.80}")
+    if count is not None and len(found) != count:
+        raise InvalidInput(f"{expected}, got {len(found)}")
+    if found.size and not (found.min() >= least and found.max() <= most):
+        bad = int(np.argmax((found < least) | (found > most)))
+        raise InvalidInput(f"{expected}, got {found[bad]} at index {bad}")
+    return np.ascontiguousarray(found, dtype=kind)
+
+
 def number(name: str, value: Any, expected: str, inside: Callable[[float], bool]) -> float:
     """`value` as a float. Raises `InvalidInput` unless it is a finite number for which `inside` holds; `expected` says
     so in words."""
@@ -35,6 +65,3 @@ def number(name: str, value: Any, expected: str, inside: Callable[[float], bool]
     if not math.isfinite(found) or not inside(found):
         raise InvalidInput(f"{name} must be {expected}, got {value!r:.80}")
     return found
-
-
-INTEGER_TENSORS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -7,15 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from forktree.checks import integer
+from forktree.checks import integer, integers
 from forktree.engine import Counters, Engine, Run, Task
 from forktree.errors import InvalidInput
-from forktree.integers import integers
 from forktree.kv import Branch
 from forktree.lane import Lane
 from forktree.prompts import Prompt, read_prompts, tokenise
 from forktree.search import Hypothesis, Job, Search
-from forktree.search.base import at_least_one
 from forktree.text import TextStop, response_text
 
 LARGEST_SEED = 2**127 - 1
@@ -100,9 +98,9 @@ class Decoder:
         max_batch_tokens: int = 512,
         prefix_cache: bool = True,
     ) -> None:
-        at_least_one("max_batch_tokens", max_batch_tokens)
+        integer("max_batch_tokens", max_batch_tokens, 1)
         if num_slots is not None:
-            at_least_one("num_slots", num_slots)
+            integer("num_slots", num_slots, 1)
         self.model, self.tokenizer = model, tokenizer
         self.lane = Lane(model, num_slots=num_slots, prefix_cache=prefix_cache)
         self.engine = Engine(self.lane, tokenizer=tokenizer, max_batch_tokens=max_batch_tokens)
@@ -162,7 +160,7 @@ class Decoder:
                 raise InvalidInput(f"search must be a Search such as ParticleFilter(...), got {type(one).__name__}")
             for scorer in one.scorers:
                 scorer.check(self.lane)
-        at_least_one("max_new_tokens", max_new_tokens)
+        integer("max_new_tokens", max_new_tokens, 1)
         seed = integer("seed", seed, 0, LARGEST_SEED)
         tokens = self._tokens(texts)
         for i, ids in enumerate(tokens):
@@ -182,13 +180,13 @@ class Decoder:
         seed: int,
         on_step: Callable[[], None] | None,
     ) -> Generator[SearchResult, None, None]:
-        self.engine.renew()  # the iterator may be begun later
         running: dict[Task, int] = {}
         waiting = list(reversed(range(len(prompts))))
         run = Run()
         try:
             try:
                 self.engine.open(run)
+                self.engine.renew()  # the iterator may be begun later than it was made
                 while waiting or running:
                     while waiting and (not running or self.engine.has_room(len(tokens[waiting[-1]]))):
                         i = waiting.pop()
@@ -231,7 +229,7 @@ class Decoder:
         if not isinstance(found, list | tuple) or not all(isinstance(h, Hypothesis) for h in found):
             raise InvalidInput(f"{name} must return a list of Hypothesis, got {found!r:.80}")
         for h in found:
-            integers(f"token_ids of a hypothesis of {name}", h.token_ids, 0, job.vocab_size)
+            integers(f"token_ids of a hypothesis of {name}", h.token_ids, 0, job.vocab_size - 1)
         return [Candidate(None if text_of is None else text_of(h.token_ids), h) for h in found]
 
     def _result(self, index: int, prompts: list[Prompt], task: Task) -> SearchResult:

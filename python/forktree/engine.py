@@ -30,12 +30,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from forktree.checks import integers
 from forktree.critical import CriticalSection
 from forktree.errors import Cancelled, DecoderInUse, InvalidInput, OutOfMemory
-from forktree.integers import integers
 from forktree.kv import Branch, OutOfSlots
 from forktree.kv.tree import MAX_TOKEN, Chunk
-from forktree.lane import Lane
+from forktree.lane import Lane, Proof
 from forktree.ops.torch_backend.score_tokens import from_logits
 from forktree.sampling import Sampling
 from forktree.scoring import Subject
@@ -117,14 +117,17 @@ class Engine:
     def open(self, run: Run) -> None:
         """Lets a run use the engine. Raises `DecoderInUse` if one of another thread does, or one that is just calling
         its user's code; those go on undisturbed."""
+        self._check_free()
+        self._thread = threading.get_ident()
+        self._runs.add(run)
+
+    def _check_free(self) -> None:
         runs = list(self._runs)
         if runs and self._thread != threading.get_ident():
             who = "in another thread"
         elif self._critical.mine or any(r.calls_back for r in runs):
             who = "by the very search that is calling it (a scorer, stop, logits processor, on_step or run of its own)"
         else:
-            self._thread = threading.get_ident()
-            self._runs.add(run)
             return
         raise DecoderInUse(f"this Decoder is in use {who}: read or close those results first, or make a second Decoder")
 
@@ -134,10 +137,10 @@ class Engine:
         self._runs.discard(run)
         self._left.append(run)
         if not self._critical.occupied:
-            self._alone(lambda: None)
+            self.alone(lambda: None)
 
-    def _alone(self, call: Callable[[], T]) -> T:
-        """What `call` gives, run as a critical section."""
+    def alone(self, call: Callable[[], T]) -> T:
+        """What `call` gives, run as a critical section: nobody else changes the engine meanwhile, and Ctrl-C waits."""
 
         def whole() -> T:
             self._cancel_left()
@@ -183,7 +186,7 @@ class Engine:
         keys = [_key(seed, integers("tokens", tokens, 0, MAX_TOKEN)) for tokens in prompts]
         if not all(map(len, prompts)) or not len(prompts):
             raise InvalidInput(f"prompts must be of at least one token each, got {prompts!r:.80}")
-        return self._alone(partial(self._submit, search, prompts, keys, text, run))
+        return self.alone(partial(self._submit, search, prompts, keys, text, run))
 
     def _submit(
         self,
@@ -203,14 +206,19 @@ class Engine:
     def renew(self) -> None:
         """Looks at the policy once: if its weights are others than before, what was computed with those is dropped.
 
-        Raises what `attach` raises; then nothing has changed.
+        Raises `DecoderInUse` as `open` does, and what `attach` raises; then nothing has changed.
         """
+        self._check_free()
         if not self.lane.is_current():
-            self._read_ahead()  # hidden states of tokens that are taken back would be old ones
-            self.lane.renew()
-            for work in (task.work for task in self._tasks):
-                if work is not None and work.lane is self.lane:
-                    work.hidden = [None] * len(work.branches)
+            proof = self.lane.prove()
+            self.alone(lambda: self._renew(proof))
+
+    def _renew(self, proof: Proof) -> None:
+        self._read_ahead()  # hidden states of tokens that are taken back would be old ones
+        self.lane.renew(proof)
+        for work in (task.work for task in self._tasks):
+            if work is not None and work.lane is self.lane:
+                work.hidden = [None] * len(work.branches)
 
     def has_room(self, num_tokens: int) -> bool:
         """Whether a prompt of this length is better started now than later: work for the next pass is short, no
@@ -228,7 +236,7 @@ class Engine:
 
     def cancel(self, task: Task) -> None:
         """Ends a search: `Cancelled` is thrown into it; if it carries on all the same, it is closed by force."""
-        self._alone(partial(self._cancel, task))
+        self.alone(partial(self._cancel, task))
 
     def _cancel(self, task: Task) -> None:
         self._read_ahead()  # a search sees no token that is unknown
@@ -254,7 +262,7 @@ class Engine:
 
     def step(self) -> None:
         """One forward pass a lane, and the answers it makes possible."""
-        if not self._alone(self._step):
+        if not self.alone(self._step):
             time.sleep(0.001)  # only Python scorers are at work
 
     def _step(self) -> bool:

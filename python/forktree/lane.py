@@ -19,6 +19,8 @@ from forktree.transfer import upload
 
 DEFAULT_SLOTS = 65536
 
+Proof = tuple[Fingerprint, ModelSpec]
+
 
 def _default_slots(spec: ModelSpec) -> int:
     """As many slots as fit in a quarter of the free memory, at most 65,536."""
@@ -64,13 +66,14 @@ class Lane:
         """Whether the model is as it was when it was proved, as far as that can be seen."""
         return self._proved is not None and Fingerprint(self._model) == self._proved
 
-    def renew(self) -> None:
-        """Proves the model as it is now and drops what was computed before: all tokens are pending, none is lost.
+    def prove(self) -> Proof:
+        """Proves the model as it is now. Raises what `attach` raises."""
+        return Fingerprint(self._model), attach(self._model)
 
-        Raises what `attach` raises; then nothing has changed.
-        """
-        now = Fingerprint(self._model)
-        spec = attach(self._model)
+    def renew(self, proof: Proof) -> None:
+        """Goes on with the model as it was just proved, and drops what was computed before: all tokens are pending,
+        none is lost."""
+        now, spec = proof
         self.runner.renew(spec, in_place=self._proved is not None and now.built_like(self._proved))
         self._proved = now
         self.prefixes.clear()

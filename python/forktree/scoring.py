@@ -303,7 +303,7 @@ class RewardModel(Scorer):
 
     def check(self, lane: "Lane") -> None:
         if not self._lane.is_current():
-            self._lane.renew()
+            self._lane.renew(self._lane.prove())
         self._head.check(self._lane)
 
     def begin(self, subject: Subject) -> Reading:

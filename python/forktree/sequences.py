@@ -5,7 +5,7 @@ it is new, and everything it hangs off lies earlier in the walk. So any stretch 
 wherever it is cut; it takes slots for itself and for one path, and nothing is computed twice, however few there are.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from forktree.checks import integer
 from forktree.decoder import Decoder
+from forktree.engine import Engine, Run
 from forktree.errors import InvalidInput, NonFinite, OutOfMemory
 from forktree.kv import Branch, OutOfSlots, Tree
 from forktree.kv.slots import spans
@@ -23,7 +24,6 @@ from forktree.kv.tree import Chunk
 from forktree.lane import Lane
 from forktree.model import ModelSpec, Runner, attached
 from forktree.prompts import unpadded
-from forktree.search.base import at_least_one
 from forktree.token_scores import Ragged, TokenRequest
 from forktree.transfer import Download, upload
 
@@ -81,9 +81,9 @@ def scored_sequences(
 ) -> Iterator[tuple[int, LogProbs | NonFinite]]:
     """`sequence_logprobs` one by one, with their numbers, as they become known; a sequence of which a log-prob is no
     number gives an error in its place. The other errors are raised at the call."""
-    at_least_one("max_batch_tokens", max_batch_tokens)
+    integer("max_batch_tokens", max_batch_tokens, 1)
     if num_slots is not None:
-        at_least_one("num_slots", num_slots)
+        integer("num_slots", num_slots, 1)
     own = isinstance(model, Decoder)
     if own and num_slots is not None:
         raise InvalidInput(
@@ -110,7 +110,19 @@ def scored_sequences(
             f"sequence {needed.index(longest)} needs {longest} KV slots, even alone: {slots.num_free} are free of "
             f"{slots.num_slots}; raise num_slots ({lane.runner.bytes_per_slot} bytes each)"
         )
-    return _scored(lane, walk, max_batch_tokens)
+    results = _scored(lane, walk, max_batch_tokens)
+    return _by_turns(model.engine, results) if own else results
+
+
+def _by_turns(engine: Engine, results: Generator[T, None, None]) -> Iterator[T]:
+    """The results, as those of a run of the engine that computes them."""
+    run = Run()
+    try:
+        engine.open(run)
+        yield from iter(lambda: engine.alone(lambda: next(results, None)), None)
+    finally:
+        engine.close(run)
+        results.close()
 
 
 # ---------------------------------------------------------------- the walk
@@ -210,7 +222,7 @@ def _prompt_lengths(given: Sequence[int] | None, texts: list[Ints]) -> list[int]
 # ---------------------------------------------------------------- the passes
 
 
-def _scored(lane: Lane, walk: _Walk, max_batch_tokens: int) -> Iterator[tuple[int, LogProbs | NonFinite]]:
+def _scored(lane: Lane, walk: _Walk, max_batch_tokens: int) -> Generator[tuple[int, LogProbs | NonFinite], None, None]:
     log_probs = np.zeros(len(walk.row))
     order = np.argsort(walk.last, kind="stable")
     ends, known = walk.last[order], 0

@@ -7,7 +7,6 @@ and bias; log-probs are natural logs. Logits "as they are" have seen no penalty 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,13 +14,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from forktree.checks import integer, number
+from forktree.checks import integer, integers, number
 from forktree.errors import InvalidInput, NonFinite
 from forktree.mix import mix
 from forktree.sampling import Sampling
 
 ADD, REPETITION = 0, 1  # operations of `Edits`
-Kind = TypeVar("Kind", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +38,7 @@ class Edits:
 
     def __init__(self, indptr: ArrayLike, ids: ArrayLike, ops: ArrayLike, values: ArrayLike) -> None:
         for name, given in (("indptr", indptr), ("ids", ids), ("ops", ops)):
-            object.__setattr__(self, name, _integers(f"{name} of edits", given, 0, LARGEST_ID, np.int32))
+            object.__setattr__(self, name, integers(f"{name} of edits", given, 0, LARGEST_ID, kind=np.int32))
         numbers = np.asarray(values)
         if numbers.dtype.kind not in "iuf":
             raise InvalidInput(f"values of edits must be numbers, got {values!r:.80}")
@@ -89,13 +87,13 @@ class Edits:
         given = [0] * len(texts) if prompt_lengths is None else prompt_lengths
         if len(given) != len(texts):
             raise InvalidInput(f"prompt_lengths must be one for each of {len(texts)} texts, got {len(given)}")
-        biased = _integers("tokens of bias", list(bias or {}), 0, LARGEST_ID, np.int64)
+        biased = integers("tokens of bias", list(bias or {}), 0, LARGEST_ID, kind=np.int64)
         order = np.argsort(biased)
         bias_of = np.array(list((bias or {}).values()), dtype=np.float64)[order]
         biased = biased[order]
         ids, ops, values, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)], [0]
         for i, (text, length) in enumerate(zip(texts, given, strict=True)):
-            tokens = _integers(f"text {i}", text, 0, LARGEST_ID, np.int64)
+            tokens = integers(f"text {i}", text, 0, LARGEST_ID, kind=np.int64)
             skip = integer(f"prompt length of text {i}", length, 0, len(tokens))
             parts = []  # (tokens, operation, value)
             if repetition != 1:
@@ -151,8 +149,8 @@ class Draw:
     @cached_property
     def keys(self) -> NDArray[np.uint64]:
         """What keys the noise of a row: `mix(mix(seed) ^ position)`, `[T]`."""
-        seed = _integers("seed", self.seed, -(2**63), 2**64 - 1, np.uint64)
-        return mix(mix(seed) ^ _integers("position", self.position, -(2**63), 2**64 - 1, np.uint64))
+        seed = integers("seed", self.seed, -(2**63), 2**64 - 1, kind=np.uint64)
+        return mix(mix(seed) ^ integers("position", self.position, -(2**63), 2**64 - 1, kind=np.uint64))
 
     @cached_property
     def settings(self) -> NDArray[np.float64]:
@@ -169,21 +167,6 @@ class Draw:
         """Whether a row may lose tokens to top-k, top-p or min-p."""
         temperature, top_k, top_p, min_p = self.settings
         return bool(((temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))).any())
-
-
-def _integers(name: str, values: ArrayLike, least: int, most: int, kind: type[Kind]) -> NDArray[Kind]:
-    """`[n]` of dtype `kind`. Raises `InvalidInput` unless all are integers from `least` to `most`, both included."""
-    try:
-        given = np.asarray(values)
-    except (TypeError, ValueError, RuntimeError):  # ragged, or on a device
-        raise InvalidInput(f"{name} must be integers on the host, one by one, got {values!r:.80}") from None
-    if not given.size:
-        return np.zeros(0, kind)
-    if given.dtype.kind not in "iu":  # or some of a list are 2^63 and more, of which numpy makes no integers
-        given = np.array([integer(name, value, least, most) for value in np.array(values, object).reshape(-1)], kind)
-    elif int(given.min()) < least or int(given.max()) > most:
-        raise InvalidInput(f"{name} must be integers from {least} to {most}, got {given.min()} to {given.max()}")
-    return np.ascontiguousarray(given.astype(kind)).reshape(-1)
 
 
 LARGEST_ID = np.iinfo(np.int32).max  # of a token

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from forktree.checks import integer, integers
 from forktree.errors import InvalidInput
-from forktree.integers import integer, integers
 from forktree.kv.slots import Ints, SlotAllocator, spans
 from forktree.layout import TreeLayout
 from forktree.mix import mix
@@ -35,7 +35,7 @@ MAX_RESERVATION = 16
 NOBODY = -1
 UNKNOWN = -1  # stands for the newest token of a branch while only the device knows it; equal to no id
 _FIRST_CAPACITY = 16
-MAX_TOKEN = 2**31  # ids are below
+MAX_TOKEN = 2**31 - 1  # ids are int32
 MAX_POSITION = 2**30  # so that no length overflows: a root begins below, and no tree holds as many tokens again
 MAX_FORKS = 2**20  # in one call
 
@@ -170,7 +170,7 @@ class Tree:
     def fork(self, branch: Branch, n: int, *, owner: int | None = None) -> list[Branch]:
         """See `Branch.fork`. The forks belong to the branch's owner unless another is named."""
         id = self._id(branch)
-        n = integer("n", n, 0, MAX_FORKS + 1)
+        n = integer("n", n, 0, MAX_FORKS)
         owner = int(self.branch_owner[id]) if owner is None else _owner(owner)
         nth = self._branch_forks[id] + np.arange(1, n + 1, dtype=np.uint64)
         self._branch_forks[id] += np.uint64(n)
@@ -186,7 +186,7 @@ class Tree:
         id = self._id(branch)
         node, have = int(self.branch_node[id]), int(self.branch_length[id])
         least = 1 + int(self.start[self._path(id)[-1][0]])  # the root keeps a token
-        length = integer("rewind length", length, least, have + 1)
+        length = integer("rewind length", length, least, have)
         while length <= self.start[node]:
             node = int(self.parent[node])
         if length < have:
@@ -232,7 +232,7 @@ class Tree:
         branches = _listed(branches)
         ids = self._ids(branches, distinct=True)
         count = len(ids)
-        ancestors = integers("parents", parents, 0, count).astype(np.int64)
+        ancestors = integers("parents", parents, 0, count - 1)
         source = ids[ancestors]
         new_node, new_length = self.branch_node[source], self.branch_length[source]
         extra = [self.fork(branches[a], 1)[0] for a in ancestors[count:]]
@@ -904,11 +904,11 @@ def _text(tokens: ArrayLike) -> NDArray[np.integer]:
 
 
 def _owner(owner: int) -> int:
-    return integer("owner", owner, NOBODY, 2**31)
+    return integer("owner", owner, NOBODY, MAX_TOKEN)
 
 
 def _key_and_owner(key: int, owner: int) -> tuple[int, int]:
-    return integer("key", key, 0, 2**64), _owner(owner)
+    return integer("key", key, 0, 2**64 - 1), _owner(owner)
 
 
 def _columns(chunks: Sequence[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

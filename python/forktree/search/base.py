@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from forktree.checks import integer
 from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import Branch
 from forktree.kv.slots import Ints
@@ -116,11 +115,6 @@ class SamplingSearch(Search):
 def first_failure(errors: Sequence[ScorerError | None]) -> ScorerError:
     """What to raise when no branch has a score left."""
     return ScorerError(f"no branch has a score left; the first failure: {next(filter(None, errors))}")
-
-
-def at_least_one(name: str, value: int) -> None:
-    """Raises unless `value` is an integer of at least 1."""
-    integer(name, value, 1)
 
 
 def several_texts(name: str, value: object) -> None:

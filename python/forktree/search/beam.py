@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forktree.checks import number
+from forktree.checks import integer, number
 from forktree.errors import InvalidInput, NonFinite
 from forktree.kv import Branch, append, reassign
-from forktree.search.base import Hypothesis, Job, Search, at_least_one
+from forktree.search.base import Hypothesis, Job, Search
 from forktree.search.processors import Processor, check_processors, process
 from forktree.search.request import next_logits, score_tokens
 from forktree.token_scores import TokenRequest
@@ -252,8 +252,8 @@ class BeamSearch(Search):
 
     def __post_init__(self) -> None:
         check_processors("logits_processor", self.logits_processor)
-        at_least_one("num_beams", self.num_beams)
-        at_least_one("num_return_sequences", self.num_return_sequences)
+        integer("num_beams", self.num_beams, 1)
+        integer("num_return_sequences", self.num_return_sequences, 1)
         if self.num_return_sequences > self.num_beams:
             raise InvalidInput(
                 f"num_return_sequences must be at most num_beams = {self.num_beams}, got {self.num_return_sequences}"

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forktree.checks import number
+from forktree.checks import integer, number
 from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import reassign
-from forktree.search.base import Hypothesis, Job, SamplingSearch, at_least_one, first_failure, needs_scorer
+from forktree.search.base import Hypothesis, Job, SamplingSearch, first_failure, needs_scorer
 from forktree.search.request import extend, score
 from forktree.search.resampling import RESAMPLERS, softmax
 
@@ -50,7 +50,7 @@ class ParticleFilter(SamplingSearch):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("num_particles", "max_step_tokens", "max_steps"):
-            at_least_one(name, getattr(self, name))
+            integer(name, getattr(self, name), 1)
         needs_scorer(self.scorer)
         if not isinstance(self.step_delimiter, str):
             raise InvalidInput(f"step_delimiter must be a text, got {self.step_delimiter!r}")

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from forktree.checks import integer, integers
 from forktree.errors import InvalidInput, ScorerError
-from forktree.integers import integer, integers
 from forktree.kv import Branch
 from forktree.kv.tree import MAX_TOKEN
 from forktree.sampling import Sampling
@@ -143,7 +143,7 @@ def extend(
     some = tuple(branches)
     one = np.ndim(max_tokens) == 0
     limit = [integer("max_tokens", max_tokens, 1, MAX_TOKEN)] * len(some) if one else max_tokens
-    each = integers("max_tokens", limit, 1, MAX_TOKEN, count=len(some)).astype(np.int64)
+    each = integers("max_tokens", limit, 1, MAX_TOKEN, count=len(some))
     return Extend(some, sampling, each, frozenset(eos_token_ids), stop, tuple(processors), pad_token_id, begun)
 
 

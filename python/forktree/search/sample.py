@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from forktree.checks import integer
 from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import Branch
 from forktree.sampling import Sampling
@@ -15,7 +16,6 @@ from forktree.search.base import (
     Job,
     SamplingSearch,
     Search,
-    at_least_one,
     first_failure,
     needs_scorer,
     several_texts,
@@ -52,7 +52,7 @@ class Sample(SamplingSearch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one("num_return_sequences", self.num_return_sequences)
+        integer("num_return_sequences", self.num_return_sequences, 1)
 
     async def run(self, job: Job) -> list[Hypothesis]:
         """Samples in the order of their draws; the score is the log-prob."""
@@ -70,7 +70,7 @@ class BestOfN(SamplingSearch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one("num_samples", self.num_samples)
+        integer("num_samples", self.num_samples, 1)
         needs_scorer(self.scorer)
 
     @property
@@ -104,7 +104,7 @@ class MajorityVote(SamplingSearch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one("num_samples", self.num_samples)
+        integer("num_samples", self.num_samples, 1)
         if not callable(self.answer):
             raise InvalidInput(f"answer must be a function of the text, got {type(self.answer).__name__}")
 
