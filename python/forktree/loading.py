@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from forktree.errors import InvalidInput
-from forktree.model_files import check_files
+from forktree.model_files import VOCABULARIES, check_files, read_object
 from forktree.terminal import one_line
 
 # transformers would make an empty tokenizer where there is none
@@ -71,9 +71,17 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
     check_files(path)
 
     def load(*directory: Path, **options: Any) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(*directory, **options)
-        tokenizer("")  # some damage shows only now
-        return tokenizer
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(*directory, **options)
+            tokenizer("")  # some damage shows only now
+            return tokenizer
+        except Exception as error:
+            for name in VOCABULARIES:
+                if (path / name).exists():
+                    read_object(path / name)  # raises, and names the file, if that is the reason
+                    if type(error) is Exception:  # the tokenizers library has no other
+                        raise InvalidInput(f"{path / name}: not a tokenizer: {one_line(error)}") from None
+            raise
 
     return _load(load, path / "tokenizer_config.json", trust_remote_code=trust_remote_code)
 
@@ -85,6 +93,8 @@ def _load(load: Callable[..., Any], file: Path, **options: Any) -> Any:
     """
     try:
         return load(file.parent, local_files_only=True, **options)
+    except InvalidInput:
+        raise
     except Exception as error:
         message = one_line(error)
         if options.get("trust_remote_code") is False and "trust_remote_code" in message:
