@@ -75,19 +75,18 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
             tokenizer = AutoTokenizer.from_pretrained(*directory, **options)
             tokenizer("")  # some damage shows only now
             return tokenizer
-        except Exception as error:
+        except Exception:
             for name in VOCABULARIES:
                 if (path / name).exists():
                     read_object(path / name)  # raises, and names the file, if that is the reason
-                    if type(error) is Exception:  # the tokenizers library has no other
-                        raise InvalidInput(f"{path / name}: not a tokenizer: {one_line(error)}") from None
             raise
 
-    return _load(load, path / "tokenizer_config.json", trust_remote_code=trust_remote_code)
+    named = f"{path}: tokenizer_config.json or tokenizer.json"
+    return _load(load, path / "tokenizer_config.json", named, trust_remote_code=trust_remote_code)
 
 
-def _load(load: Callable[..., Any], file: Path, **options: Any) -> Any:
-    """`load`s from the directory of `file`, by which messages name it.
+def _load(load: Callable[..., Any], file: Path, named: str = "", **options: Any) -> Any:
+    """`load`s from the directory of `file`. named: what it reads, if that is more than `file`.
 
     What damaged files make transformers raise may be anything: it becomes one line.
     """
@@ -104,4 +103,6 @@ def _load(load: Callable[..., Any], file: Path, **options: Any) -> Any:
             ) from None
         if "ignore_mismatched_sizes" in message:
             message = "it gives weights other sizes than they have in the safetensors"
-        raise InvalidInput(f"{file}: transformers cannot load this: {type(error).__name__}: {message}") from None
+        raise InvalidInput(
+            f"{named or file}: transformers cannot load this: {type(error).__name__}: {message}"
+        ) from None
