@@ -96,7 +96,7 @@ def _load(load: Callable[..., Any], file: Path, named: str = "", **options: Any)
         raise
     except Exception as error:
         message = one_line(error)
-        if options.get("trust_remote_code") is False and "trust_remote_code" in message:
+        if options.get("trust_remote_code") is False and "trust_remote_code" in str(error):
             raise InvalidInput(
                 f"{file}: names Python code in the model directory, which is not run; read it, and allow it by "
                 "trust_remote_code=True (--trust-remote-code)"
