@@ -150,8 +150,7 @@ def test_a_damaged_file_is_one_line_that_names_it(directory: Path, file: str, da
         change(directory / file, **damage)
     else:
         (directory / file).write_bytes(damage)
-    named = file if file != "tokenizer.json" or (isinstance(damage, bytes) and damage[:1] != b"{") else "tokenizer"
-    with pytest.raises(InvalidInput, match=named) as error:
+    with pytest.raises(InvalidInput, match=file) as error:
         load_model(directory)
         load_tokenizer(directory)
     assert str(error.value).isprintable() and len(str(error.value)) < 1000

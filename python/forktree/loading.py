@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from forktree.errors import InvalidInput
-from forktree.model_files import check_files
+from forktree.model_files import VOCABULARIES, check_files, read_object
 from forktree.terminal import one_line
 
 # transformers would make an empty tokenizer where there is none
@@ -71,27 +71,38 @@ def load_tokenizer(directory: str | Path, *, trust_remote_code: bool = False) ->
     check_files(path)
 
     def load(*directory: Path, **options: Any) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(*directory, **options)
-        tokenizer("")  # some damage shows only now
-        return tokenizer
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(*directory, **options)
+            tokenizer("")  # some damage shows only now
+            return tokenizer
+        except Exception:
+            for name in VOCABULARIES:
+                if (path / name).exists():
+                    read_object(path / name)  # raises, and names the file, if that is the reason
+            raise
 
-    return _load(load, path / "tokenizer_config.json", trust_remote_code=trust_remote_code)
+    named = f"{path}: tokenizer_config.json or tokenizer.json"
+    return _load(load, path / "tokenizer_config.json", named, trust_remote_code=trust_remote_code)
 
 
-def _load(load: Callable[..., Any], file: Path, **options: Any) -> Any:
-    """`load`s from the directory of `file`, by which messages name it.
+def _load(load: Callable[..., Any], file: Path, named: str = "", **options: Any) -> Any:
+    """`load`s from the directory of `file`. named: what it reads, if that is more than `file`.
 
     What damaged files make transformers raise may be anything: it becomes one line.
     """
     try:
         return load(file.parent, local_files_only=True, **options)
+    except InvalidInput:
+        raise
     except Exception as error:
         message = one_line(error)
-        if options.get("trust_remote_code") is False and "trust_remote_code" in message:
+        if options.get("trust_remote_code") is False and "trust_remote_code" in str(error):
             raise InvalidInput(
                 f"{file}: names Python code in the model directory, which is not run; read it, and allow it by "
                 "trust_remote_code=True (--trust-remote-code)"
             ) from None
         if "ignore_mismatched_sizes" in message:
             message = "it gives weights other sizes than they have in the safetensors"
-        raise InvalidInput(f"{file}: transformers cannot load this: {type(error).__name__}: {message}") from None
+        raise InvalidInput(
+            f"{named or file}: transformers cannot load this: {type(error).__name__}: {message}"
+        ) from None

@@ -17,11 +17,10 @@ OBJECTS = (
     "generation_config.json",
     "model.safetensors.index.json",
     "tokenizer_config.json",
-    "tokenizer.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
 )
+VOCABULARIES = ("tokenizer.json", "vocab.json")  # megabytes of JSON, which are parsed only to see what is wrong
 TEXTS = ("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja")
 BLOCK, BLOCKS = 1 << 16, 1 << 10  # bytes of a block; how many of a file are read
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
@@ -30,7 +29,7 @@ MODULE_COUNT = re.compile(r"(num|n)_(\w+_)?(layers?|experts)")  # transformers m
 
 def check_files(directory: Path) -> None:
     """Raises `InvalidInput`, which names the file, for what transformers would meet with a traceback or hang on."""
-    contents = {name: _read_object(directory / name) for name in OBJECTS if (directory / name).exists()}
+    contents = {name: read_object(directory / name) for name in OBJECTS if (directory / name).exists()}
     for name in ("config.json", "generation_config.json"):
         for key, value in contents.get(name, {}).items():
             if key.endswith("_token_id") and not all(type(i) is int for i in _listed(value)):
@@ -47,7 +46,7 @@ def check_files(directory: Path) -> None:
 
 def digests(directory: Path, *, code: bool = False) -> dict[str, str]:
     """A digest of each file of a model directory that decides what the model says. code: of its Python files, too."""
-    files = [directory / name for name in (*OBJECTS, *TEXTS)]
+    files = [directory / name for name in (*OBJECTS, *VOCABULARIES, *TEXTS)]
     for pattern in ("*.safetensors", *(["*.py"] if code else [])):
         files += sorted(directory.glob(pattern))
     return {file.name: digest(file) for file in files if file.exists()}
@@ -68,7 +67,8 @@ def digest(file: Path) -> str:
     return found.hexdigest()
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises `InvalidInput` if there is none."""
     try:
         content = json.loads(file.read_bytes().decode())
     except (OSError, ValueError, RecursionError) as error:

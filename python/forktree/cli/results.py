@@ -76,7 +76,7 @@ class ResultFile:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InvalidInput(f"--out {self.path}: another run is writing to it") from None
+            raise InvalidInput(f"--out {self.path}: another run, or what it left running, is writing to it") from None
         except OSError as error:  # some network file systems have no locks
             warnings.warn(
                 f"--out {self.path}: no lock here ({error.strerror}): let no other run write to it", stacklevel=2
