@@ -22,7 +22,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -266,8 +266,10 @@ def _check_fed(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
             fine = name != "input_ids"
         elif name in usual:
             fine = _agree(value, usual[name], torch.ones_like(mask) if name == "attention_mask" else mask)
+        elif name in _CACHES:
+            fine = isinstance(value, Cache) and value.get_seq_length() == 0
         else:
-            fine = value.get_seq_length() == 0 if name in _CACHES else name in _HARMLESS
+            fine = name in _HARMLESS
         if not fine:
             wrong.append(f"{name} {_in_short(value)}")
     if wrong:
