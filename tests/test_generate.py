@@ -19,12 +19,16 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     StoppingCriteria,
 )
 
 import forktree
 import tiny
-from forktree.errors import InvalidInput
+from forktree.errors import InvalidInput, UnsupportedModel
 from forktree.lane import Lane
 from forktree.search.beam import BeamRules, propose
 
@@ -380,6 +384,34 @@ def test_a_model_that_prepares_other_inputs_is_refused(monkeypatch: pytest.Monke
         model.generate(IDS, custom_generate=forktree.generate, **settings)
 
 
+def test_models_of_images_read_texts() -> None:
+    """Whose positions have three axes, and whose encoded images are none."""
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])
+    config = Qwen2_5_VLConfig(
+        text_config=dict(SHAPE, eos_token_id=1, pad_token_id=0, rope_parameters=rope),
+        vision_config=dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=32),
+        **dict(image_token_id=36, video_token_id=37, vision_start_token_id=38, vision_end_token_id=39),
+    )
+    torch.manual_seed(0)
+    model = peaked(Qwen2_5_VLForConditionalGeneration(config))
+    for num_beams in (1, 3):
+        assert_same(model, num_beams=num_beams)
+    with pytest.raises(InvalidInput, match=r"text-only models on input_ids, got .* too"):
+        model.generate(
+            IDS[2:],
+            pixel_values=torch.zeros(4, 1176),
+            image_grid_thw=torch.tensor([[1, 2, 2]]),
+            custom_generate=forktree.generate,
+            max_new_tokens=3,
+        )
+
+
+def test_models_without_attention_are_refused_by_name() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2)).eval()
+    with pytest.raises(UnsupportedModel, match="mamba: "):
+        model.generate(IDS[2:], custom_generate=forktree.generate, max_new_tokens=3)
+
+
 def test_adapters() -> None:
     """LoRA is weights; prompt tuning, P-tuning and prefix tuning put something before the prompt."""
     peft = pytest.importorskip("peft")
@@ -410,19 +442,18 @@ def test_adapters() -> None:
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_positions_are_looked_at_before_anything_runs(num_beams: int) -> None:
+def test_positions_are_looked_at_before_anything_runs(lanes: list[Lane], num_beams: int) -> None:
     """5 + 24 tokens, the last of which takes no position."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=28)).eval()
     settings = dict(num_beams=num_beams, eos_token_id=None)
     assert_same(model, max_new_tokens=24, **settings)
-    runs: list[Any] = []
-    model.transformer.register_forward_hook(lambda *_: runs.append(1))
+    lanes.clear()
     with pytest.raises(InvalidInput, match="a prompt of 5 tokens and 25 new ones take 29 positions, the model has 28"):
         model.generate(
             IDS, attention_mask=MASK, custom_generate=forktree.generate, max_new_tokens=25, pad_token_id=0, **settings
         )
-    assert not runs
+    assert not lanes
 
 
 HALVES = {

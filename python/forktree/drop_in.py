@@ -22,7 +22,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.generation.configuration_utils import GenerationMode
 
@@ -45,7 +45,7 @@ _MODES = (
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
 )
-_CACHES = {"cache", "past_key_values"}  # the second up to transformers 5.23
+_CACHES = {"cache", "past_key_values", "cache_params"}  # all but the first up to transformers 5.23
 _HARMLESS = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache_position"} | _CACHES
 
 
@@ -239,13 +239,7 @@ def _refuse(
     for name in ("output_attentions", "output_hidden_states", "output_logits"):
         if getattr(config, name, None) and config.return_dict_in_generate:
             raise InvalidInput(f"forktree.generate does not keep what {name}=True asks for; leave it off")
-    for name in _CACHES:
-        cache = model_kwargs.get(name)
-        if cache is not None and cache.get_seq_length() > 0:
-            raise InvalidInput(
-                f"forktree.generate keeps its own KV cache, got {name} with {cache.get_seq_length()} tokens"
-            )
-    unknown = sorted(k for k, v in model_kwargs.items() if k not in _HARMLESS and v is not None)
+    unknown = sorted(k for k, v in model_kwargs.items() if k not in _HARMLESS and not _is_absent(v))
     if unknown:
         raise InvalidInput(f"forktree.generate runs text-only models on input_ids, got {', '.join(unknown)} too")
 
@@ -253,6 +247,12 @@ def _refuse(
 def _check_fed(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
     """Raises `InvalidInput` unless transformers would feed the model what we do: the tokens of each prompt at positions
     0, 1, …, and nothing else. Prompt tuning and the like change that in `prepare_inputs_for_generation`."""
+    for name in _CACHES:
+        cache = model_kwargs.get(name)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise InvalidInput(
+                f"forktree.generate keeps its own KV cache, got {name} with {cache.get_seq_length()} tokens"
+            )
     kwargs = {name: value for name, value in model_kwargs.items() if name not in _CACHES}
     fed = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kwargs)
     mask = model_kwargs.get("attention_mask")
@@ -260,12 +260,14 @@ def _check_fed(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
     usual = {"input_ids": input_ids, "attention_mask": mask, "position_ids": mask.long().cumsum(dim=1) - 1}
     wrong = []
     for name, value in fed.items():
-        if value is None or (isinstance(value, bool | int) and name not in usual):
+        if _is_absent(value) or (isinstance(value, bool | int) and name not in usual):
             fine = name != "input_ids"
         elif name in usual:
             fine = _agree(value, usual[name], torch.ones_like(mask) if name == "attention_mask" else mask)
+        elif name in _CACHES:
+            fine = isinstance(value, Cache) and value.get_seq_length() == 0
         else:
-            fine = value.get_seq_length() == 0 if name in _CACHES else name in _HARMLESS
+            fine = name in _HARMLESS
         if not fine:
             wrong.append(f"{name} {_in_short(value)}")
     if wrong:
@@ -273,6 +275,11 @@ def _check_fed(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
             "forktree.generate feeds the model input_ids, each prompt's at positions 0, 1, …, and nothing else; "
             f"{type(model).__name__}.prepare_inputs_for_generation gives {' and '.join(wrong)}"
         )
+
+
+def _is_absent(value: Any) -> bool:
+    """Such as the encoded images of a text without any."""
+    return value is None or (isinstance(value, dict) and not value)
 
 
 def _agree(given: Any, expected: Tensor, mask: Tensor) -> bool:
