@@ -222,7 +222,7 @@ def naive_attention(case, q, k_slots, v_slots, *, window=None, scale=None, softc
                 s = softcap * np.tanh(s / softcap) if softcap else s
                 scores.append(s + (float(alibi_slopes[head]) * distance if alibi_slopes is not None else 0.0))
             values = [v_slots[slot, head // group] for _, slot, _ in pairs]
-            if sinks is not None:
+            if sinks is not None and sinks[head] > -np.inf:
                 scores.append(float(sinks[head]))
                 values.append(np.zeros(v_slots.shape[2]))
             if scores:

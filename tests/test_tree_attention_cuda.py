@@ -1,6 +1,7 @@
 """The CUDA kernel of tree attention, run on the CPU: head dims, groups and sizes that its tiles make special."""
 
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from backends import DENSE
+from damage import check_damage
 from forktree import _core, ops
 from forktree.layout import TreeLayout
 from forktree.ops import reference
@@ -216,10 +219,10 @@ def test_sees_nothing():
         [3], [0], [1], [-1], [0], [0], [0, 1, 2], [0, 1, 2], [0, 0], [0, 1], [-1] * 2, [0] * 2, [0, 2], [0, 0]
     )
     case = Case(layout, [[], [(3, 0)]], 5, {3})
-    for sinks in (None, torch.tensor([1.0, 2.0])):
+    for sinks in (None, torch.tensor([1.0, 2.0]), torch.tensor([-torch.inf, 2.0])):
         compare(case, *tensors(case, 2, 1, 64, torch.float16), sinks=sinks, expected=naive_attention)
-    empty = TreeLayout([], [], [], [], [], [], [0], [0], [], [], [], [], [], [])
-    made = plan(empty, num_qo_heads=2, num_kv_heads=1, head_dim=64)
+    nothing = TreeLayout.from_pages(np.zeros((0, 3), int), [], 16)
+    made = plan(nothing, num_qo_heads=2, num_kv_heads=1, head_dim=64)
     pool = torch.zeros(5, 1, 64, dtype=torch.float16)
     assert ops.tree_attention(pool.new_empty(0, 2, 64), pool, pool, made).shape == (0, 2, 64)
 
@@ -234,21 +237,25 @@ def test_same_bits_in_any_order_of_blocks():
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("number", "kind"), enumerate(KINDS))
+def test_damage_stays_with_the_rows_that_see_it(number, kind):
+    options = {"window": 5, "softcap": 2.0} if number % 2 else {}
+    case = random_layout(number, kind, num_contexts=4)
+    q, k, v = tensors(case, 4, 2, DIMS[number % 4], DTYPES[number % 2])
+    attended = partial(attend, case, q, target=FINE if number > 3 else None, **options)
+    check_damage(case, k, v, 4, attended, options.get("window"), number)
+
+
 @pytest.mark.parametrize("dim", DIMS)
-def test_a_branch_that_went_bad_leaves_others_alone(dim, bad):
-    case = case_of(shared_prompt(1, 9, 70, 5))
-    q, k, v = tensors(case, 6, 2, dim, torch.bfloat16)
-    clean, clean_lse = attend(case, q, k, v)
-    own = case.layout.node_begin[4] + np.arange(5)  # of the fourth branch
-    others = [row for row in range(9) if row != 3]
-    for pools, tokens in (((k, v), own), ((v,), own[2:3])):
-        dirty = {id(x): x.clone() for x in (k, v)}
-        for x in pools:
-            dirty[id(x)][tokens] = bad
-        out, lse = attend(case, q, dirty[id(k)], dirty[id(v)])
-        assert not out[3].isfinite().any()
-        assert torch.equal(out[others], clean[others]) and torch.equal(lse[others], clean_lse[others])
+def test_damage_in_every_arrangement_of_warps(dim):
+    for branches in (3, 16, 40):
+        case = case_of(shared_prompt(1, branches, 70, 5))
+        q, k, v = tensors(case, 2, 1, dim, torch.bfloat16)
+        clean = attend(case, q, k, v)
+        v[case.layout.node_begin[2] + 1] = torch.inf  # of the second branch
+        others = [row for row in range(branches) if row != 1]
+        out, lse = attend(case, q, k, v)
+        assert not out[1].isfinite().any() and torch.equal(out[others], clean[0][others]) and torch.equal(lse, clean[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -278,18 +285,28 @@ def test_error_is_that_of_torch_at_this_dtype(heads, kv_heads, dim, dtype):
     assert ours.kthvalue(most).values <= 1.1 * theirs.kthvalue(most).values and ours.max() <= 2 * theirs.max()
 
 
-def test_offsets_beyond_31_bits():
-    """Pools of more than 2**31 elements, of which a few are ever touched."""
-    slots, dim = 2**25 + 100, 64
-    k, v = (torch.empty(slots, 1, dim, dtype=torch.bfloat16) for _ in "kv")
+@pytest.mark.parametrize("heads", [1, 4])
+def test_offsets_beyond_31_bits(heads):
+    """Pools of more than 2**31 elements, heads first, of which a few are ever touched."""
+    slots, dim = (2**25 + 100) // heads * (1 if heads == 1 else 2), 64
+    k, v = (torch.empty(heads, slots, dim, dtype=torch.bfloat16).transpose(0, 1) for _ in "kv")
     layout = replace(shared_prompt(1, 2, 3, 2), slot_index=np.array([slots - 1 - i for i in range(7)]))
-    q, new = torch.randn(2, 1, dim).bfloat16(), torch.randn(2, 7, 1, dim).bfloat16()
-    for pool, x in zip((k, v), new, strict=True):
-        pool[layout.slot_index] = x
+    q, new = torch.randn(2, heads, dim).bfloat16(), torch.randn(2, 7, heads, dim).bfloat16()
+    ops.append_kv(new[0], new[1], torch.from_numpy(layout.slot_index), k, v)
     out, lse = attend(case_of(layout), q, k, v)
     low = case_of(replace(layout, slot_index=np.arange(7)))
     expected, expected_lse = attend(low, q, new[0], new[1])
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("stride", [name for name in DENSE if "odd" not in name and "off" not in name])
+def test_strides_of_pools(stride):
+    for dim, dtype in ((64, torch.float16), (256, torch.bfloat16)):
+        case = random_layout(4, max_len=90)
+        q, k, v = tensors(case, 4, 2, dim, dtype)
+        expected = attend(case, q, k, v)
+        for got, right in zip(attend(case, q, DENSE[stride](k), DENSE[stride](v)), expected, strict=True):
+            assert torch.equal(got, right)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +333,11 @@ def test_strides_of_queries(strided):
         (lambda a: [*a[:2], torch.cat([a[2], a[2]], 2)], r"head_dim must be .*, of K as of V, .* got 64 and 128"),
         (
             lambda a: [*a[:2], torch.cat([a[2].flatten()[:1], a[2].flatten()])[1:].view(a[2].shape)],
-            r"v_slots must begin at a multiple of 16 bytes, got 0x",
+            r"v_slots must begin at a multiple of 16 bytes, .* got 0x",
+        ),
+        (
+            lambda a: [*a[:2], torch.cat([a[2], a[2][..., :1]], 2)[..., :-1]],
+            r"v_slots must begin .*, and so must its slots and heads, .* strides \(130, 65, 1\): leave it to",
         ),
     ],
 )
@@ -336,11 +357,14 @@ def test_what_there_is_no_kernel_for_is_refused(change, message):
         ({4: 3}, "query heads must be a multiple of the KV heads, got 3 and 2"),
         ({5: 80}, "head_dim must be 64, 96, 128 or 256, got 80"),
         ({6: 24}, "k_slots must be at an address"),
-        ({17: -1}, "num_tokens and max_partials must be at least 0, got -1 and 0"),
+        ({7: 12}, "strides of k_slots must be multiples of 8, got 12 and 64"),
+        ({11: 3}, "strides of v_slots must be multiples of 8, got 128 and 3"),
+        ({21: -1}, "num_tokens and max_partials must be at least 0, got -1 and 0"),
     ],
 )
 def test_the_binding_checks_what_it_is_given(changed, message):
-    arguments = [1, 0, 64, 64, 4, 64, 0, 0, 2, 0, 0, 1.0, 0.0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0]
+    pools = [0, 128, 64, 0, 128, 64]
+    arguments = [1, 0, 64, 64, 4, 64, *pools, 2, 0, 0, 1.0, 0.0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0]
     for position, value in changed.items():
         arguments[position] = value
     with pytest.raises(ValueError, match=message):
