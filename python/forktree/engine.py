@@ -19,7 +19,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,8 +63,12 @@ class Counters:
 
 @dataclass(eq=False)
 class Run:
-    """One user of an engine, such as a call of `Decoder.search`: its searches end with it."""
+    """One user of an engine, such as a call of `Decoder.search`: its searches end with it.
 
+    let_go: what else is to be done then, as a critical section.
+    """
+
+    let_go: Callable[[], None] = lambda: None
     calls_back: bool = False  # code of the user's own is being called between two steps
 
 
@@ -136,6 +140,29 @@ class Engine:
         if not self._critical.occupied:
             self._alone(lambda: None)
 
+    def interleave(self, items: Generator[T, None, None]) -> Iterator[T]:
+        """The items of what uses the engine's lane between the steps of searches, each computed as a critical section.
+        As any run, it may be refused (`open`)."""
+
+        def following() -> T | Exception | None:
+            try:
+                return next(items, None)
+            except Exception as failure:  # theirs, not the engine's
+                return failure
+
+        run = Run(items.close)
+        try:
+            try:
+                self.open(run)
+                while (item := self._alone(following)) is not None:
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
+            finally:
+                self.close(run)
+        finally:
+            self.close(run)  # again, in case an interrupt cut that short
+
     def _alone(self, call: Callable[[], T]) -> T:
         """What `call` gives, run as a critical section."""
 
@@ -152,6 +179,7 @@ class Engine:
             run = self._left.popleft()
             for task in [t for t in reversed(self._tasks) if t.run is run]:
                 self._cancel(task)
+            run.let_go()
 
     def _recover(self, error: BaseException | None) -> None:
         """Begins anew, whatever state a call was left in that `error` passed through."""
