@@ -306,3 +306,25 @@ def test_a_search_that_spoils_another_ends_that_one_at_most(offends: Any, ahead:
         "spoils": (spoils, LookupError, "no such thing"),
     }
     assert_each_ends_alone(offenders, ahead)
+
+
+def test_what_a_scorer_opened_on_its_own_model_is_dropped_with_the_search() -> None:
+    lane = Lane(tiny.model("qwen3"), num_slots=256)
+
+    def begin(subject: Subject) -> Reading:
+        owner = int(subject.lane.tree.branch_owner[subject.branches[0].id])
+        reading = Rewarding(3)
+        reading.lane, reading.branches = lane, [lane.open([1, tiny.VOCAB + 5], owner=owner) for _ in range(3)]
+        return reading
+
+    assert_each_ends_alone({"a token too high": (Scripted(scoring(begin)), InvalidInput, "ids must lie")}, ahead=False)
+    tiny.assert_all_returned(lane)
+
+
+def test_a_scorers_model_that_fails_ends_the_searches_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lane = Lane(tiny.new_model("qwen3"), num_slots=256)
+    monkeypatch.setattr(lane.runner, "forward", fail)
+    scorer = RewardModel(lane, tiny.tokenizer(), value_head(1))
+    offenders = {str(i): (ParticleFilter(scorer=scorer, num_particles=2), LookupError, "no such thing") for i in "ab"}
+    assert_each_ends_alone(offenders, ahead=False)
+    tiny.assert_all_returned(lane)

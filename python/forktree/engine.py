@@ -320,8 +320,6 @@ class Engine:
             self._close(task)
             request = task.coroutine.throw(error) if error is not None else task.coroutine.send(value)
             task.work = self._begin(task, request)
-            if not any(task.work.lane is lane for lane in self._lanes):
-                self._lanes.append(task.work.lane)
         except StopIteration as stop:
             self._finish(task, result=stop.value)
         except Exception as failure:
@@ -339,8 +337,10 @@ class Engine:
         needs_scorer(request.scorer)
         task.counters.scorer_calls += len(request.branches)
         subject = Subject(self.lane, request.branches, task.prompt, task.prompt_length, self.tokenizer)
-        task.work = work = ScoreWork(request.scorer.begin(subject), subject)  # closed, if it is no good
-        work.lane.check(work.branches)
+        task.work = work = ScoreWork(request.scorer.begin(subject), subject)
+        if not any(work.lane is lane for lane in self._lanes):
+            self._lanes.append(work.lane)
+        work.lane.check(work.branches)  # the search ends if they are no good: by now all that it holds is known
         return work
 
     def _close(self, task: Task) -> None:
