@@ -50,6 +50,10 @@ def whole(made: Decoder) -> list[Any]:
     return made.search(PROMPTS, searches(), max_new_tokens=2)  # type: ignore[arg-type]
 
 
+def brief(made: Decoder) -> list[Any]:
+    return made.search(["12", "13"], Greedy(), max_new_tokens=2, on_step=lambda: None)
+
+
 @pytest.fixture(autouse=True)
 def own_handler() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,16 +61,15 @@ def own_handler() -> Iterator[None]:
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler, "the handler was not put back"
 
 
-def traced(call: Callable[[], Any], at: int | None, times: int = 1, opcodes: bool = False) -> int:
-    """Runs `call`; at the event `at` (of all, in lines of the package; with opcodes, of its thin part) signals come.
-    Returns the number of events."""
-    events = 0
+def traced(call: Callable[[], Any], at: int | None, times: int = 1, opcodes: bool = False) -> list[tuple[str, int]]:
+    """Runs `call`; before event number `at` signals come. Events are lines of the package; with opcodes, instructions
+    of its thin part. Returns file and line of each."""
+    events = []
 
     def local(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal events
         if event == ("opcode" if opcodes else "line"):
-            events += 1
-            if events == at:
+            events.append((Path(frame.f_code.co_filename).name, frame.f_lineno))
+            if len(events) - 1 == at:
                 for _ in range(times):
                     signal.raise_signal(signal.SIGINT)
         return local
@@ -93,21 +96,21 @@ SIGNALS = [1, 2]  # two at once: the second does not wait
 class Trial:
     """Searches of one way that are interrupted at one event after the other."""
 
-    def __init__(self, way: str, signals: int, opcodes: bool) -> None:
-        self._made, self._signals, self._opcodes = decoder(*WAYS[way]), signals, opcodes
-        self._expected = [outcome(r) for r in whole(self._made)]
+    def __init__(self, way: str, signals: int, opcodes: bool, search: Callable[[Decoder], list[Any]] = whole) -> None:
+        self._made, self._signals, self._opcodes, self._search = decoder(*WAYS[way]), signals, opcodes, search
+        self._expected = [outcome(r) for r in search(self._made)]
         self._made.lane.prefixes.clear()
-        self.events = traced(lambda: whole(self._made), None, opcodes=opcodes)
+        self.events = traced(lambda: search(self._made), None, opcodes=opcodes)
         self._made.lane.prefixes.clear()
 
     def interrupt(self, at: int) -> None:
         made = self._made
         with pytest.raises(KeyboardInterrupt):
-            traced(lambda: whole(made), at, self._signals, self._opcodes)
+            traced(lambda: self._search(made), at, self._signals, self._opcodes)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handler was not put back"
         assert made.engine.active == [] and not made.engine._runs and not made.engine._critical.occupied
         tiny.assert_all_returned(made.lane)
-        assert [outcome(r) for r in whole(made)] == self._expected
+        assert [outcome(r) for r in self._search(made)] == self._expected
         tiny.assert_all_returned(made.lane)
 
 
@@ -117,14 +120,14 @@ def test_at_some_lines(way: str, signals: int) -> None:
     """Some of them, other ones for every way; `python tests/test_interrupts.py` tries all."""
     trial = Trial(way, signals, opcodes=False)
     shift = 100 * [*WAYS].index(way) + 37 * signals
-    for at in range(1 + shift, trial.events, trial.events // 7):
+    for at in range(shift, len(trial.events), len(trial.events) // 5):
         trial.interrupt(at)
 
 
-@pytest.mark.parametrize("signals", SIGNALS)
-def test_at_some_instructions_outside_of_critical_sections(signals: int) -> None:
-    trial = Trial("ahead", signals, opcodes=True)
-    for at in range(signals, trial.events, trial.events // 20):
+def test_at_each_line_of_the_thin_part() -> None:
+    """The last time that it is run; where the first signal does not wait, it is the only one."""
+    trial = Trial("ahead", 2, opcodes=False, search=brief)
+    for at in {event: at for at, event in enumerate(trial.events) if event[0] in THIN}.values():
         trial.interrupt(at)
 
 
@@ -241,8 +244,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for way, signals, opcodes in itertools.product(WAYS, SIGNALS, (False, True)):
         trial = Trial(way, signals, opcodes)
-        print(f"{way}, {signals} signals, {trial.events} {'instructions' if opcodes else 'lines'}", flush=True)
-        for at in range(1, trial.events + 1):
+        print(f"{way}, {signals} signals, {len(trial.events)} {'instructions' if opcodes else 'lines'}", flush=True)
+        for at in range(len(trial.events)):
             try:
                 trial.interrupt(at)
             except BaseException as error:

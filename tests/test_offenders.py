@@ -107,6 +107,10 @@ def fail(*_: Any) -> Any:
     raise LookupError("no such thing")
 
 
+def end(*_: Any) -> Any:
+    raise StopIteration("too early")
+
+
 def leave(branches: Sequence[Branch]) -> Any:
     for branch in branches:
         branch.drop()
@@ -179,6 +183,9 @@ SCRIPTS: dict[str, tuple[Callable[[Job], Any], type[Exception] | tuple[type[Exce
     "no branches": (asking(lambda j, b: next_logits(["x"])), InvalidInput, "must be a Branch, got str"),
     "a branch twice": (asking(lambda j, b: append([b[0], b[0]], [1, 2])), InvalidInput, "branch 1 of 2 a second time"),
     "begin raises": (scoring(fail), LookupError, "no such thing"),
+    "begin ends": (scoring(end), StopIteration, "too early"),
+    "close ends": (scoring(lambda s: Rewarding(3, close=end)), StopIteration, "too early"),
+    "stop ends": (stopping(end), RuntimeError, "StopIteration"),
     "begin returns nothing": (scoring(lambda s: None), ScorerError, "Reading, got NoneType"),
     "begin drops": (scoring(lambda s: (leave(s.branches), Rewarding(3))[1]), InvalidInput, "was dropped"),
     "begin drops what it wants": (
@@ -306,3 +313,25 @@ def test_a_search_that_spoils_another_ends_that_one_at_most(offends: Any, ahead:
         "spoils": (spoils, LookupError, "no such thing"),
     }
     assert_each_ends_alone(offenders, ahead)
+
+
+def test_what_a_scorer_opened_on_its_own_model_is_dropped_with_the_search() -> None:
+    lane = Lane(tiny.model("qwen3"), num_slots=256)
+
+    def begin(subject: Subject) -> Reading:
+        owner = int(subject.lane.tree.branch_owner[subject.branches[0].id])
+        reading = Rewarding(3)
+        reading.lane, reading.branches = lane, [lane.open([1, tiny.VOCAB + 5], owner=owner) for _ in range(3)]
+        return reading
+
+    assert_each_ends_alone({"a token too high": (Scripted(scoring(begin)), InvalidInput, "ids must lie")}, ahead=False)
+    tiny.assert_all_returned(lane)
+
+
+def test_a_scorers_model_that_fails_ends_the_searches_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lane = Lane(tiny.new_model("qwen3"), num_slots=256)
+    monkeypatch.setattr(lane.runner, "forward", fail)
+    scorer = RewardModel(lane, tiny.tokenizer(), value_head(1))
+    offenders = {str(i): (ParticleFilter(scorer=scorer, num_particles=2), LookupError, "no such thing") for i in "ab"}
+    assert_each_ends_alone(offenders, ahead=False)
+    tiny.assert_all_returned(lane)

@@ -5,14 +5,16 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tiny
-from forktree import Decoder, Greedy, MajorityVote, ParticleFilter, Sample, Sampling, TextScorer
+from forktree import Decoder, Greedy, MajorityVote, ParticleFilter, Sample, Sampling, TextScorer, sequence_logprobs
 from forktree.errors import DecoderInUse
 from forktree.kv import Branch
 from forktree.search import Job
 from forktree.search.request import extend, score
+from forktree.sequences import scored_sequences
 from test_engine import Scripted, alone, endless, mixed, outcome, together
 from test_offenders import Custom, Rewarding
 
@@ -66,6 +68,28 @@ def test_a_second_thread_is_refused_at_every_moment_of_the_first() -> None:
     assert_undisturbed(results)
     decoder.lane.forward = forward  # type: ignore[method-assign]
     assert outcome(elsewhere(lambda: decoder.search(PROMPTS[:1], SEARCHES[0], **OPTIONS))[0]) == EXPECTED[0]
+    tiny.assert_all_returned(decoder.lane)
+
+
+def test_log_probs_are_computed_in_turns_with_searches_and_refused_elsewhere() -> None:
+    decoder = tiny.decoder()
+    texts = [tiny.tokenizer()(prompt).input_ids for prompt in tiny.prompts(9, seed=5)]
+    expected = sequence_logprobs(tiny.model(), texts)
+    searching = decoder.search_iter(PROMPTS, SEARCHES, **OPTIONS)
+    results = [next(searching)]
+    assert isinstance(elsewhere(lambda: sequence_logprobs(decoder, texts)), DecoderInUse)
+    scoring = scored_sequences(decoder, texts, max_batch_tokens=20)
+    found = dict([next(scoring)])
+    assert isinstance(elsewhere(lambda: decoder.search(["1="], Greedy(), max_new_tokens=2)), DecoderInUse)
+    results += searching
+    assert_undisturbed(results)
+    assert isinstance(elsewhere(lambda: decoder.search(["1="], Greedy(), max_new_tokens=2)), DecoderInUse)
+    found |= dict(scoring)
+    for i, log_probs in enumerate(expected):
+        np.testing.assert_allclose(found[i], log_probs, atol=1e-4)
+    half = scored_sequences(decoder, texts, max_batch_tokens=20)
+    next(half)
+    elsewhere(half.close)
     tiny.assert_all_returned(decoder.lane)
 
 

@@ -19,7 +19,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,8 +63,12 @@ class Counters:
 
 @dataclass(eq=False)
 class Run:
-    """One user of an engine, such as a call of `Decoder.search`: its searches end with it."""
+    """One user of an engine, such as a call of `Decoder.search`: its searches end with it.
 
+    let_go: what else is to be done then, as a critical section.
+    """
+
+    let_go: Callable[[], None] = lambda: None
     calls_back: bool = False  # code of the user's own is being called between two steps
 
 
@@ -137,10 +141,33 @@ class Engine:
         self._runs.discard(run)
         self._left.append(run)
         if not self._critical.occupied:
-            self.alone(lambda: None)
+            self._alone(lambda: None)
 
-    def alone(self, call: Callable[[], T]) -> T:
-        """What `call` gives, run as a critical section: nobody else changes the engine meanwhile, and Ctrl-C waits."""
+    def interleave(self, items: Generator[T, None, None]) -> Iterator[T]:
+        """The items of what uses the engine's lane between the steps of searches, each computed as a critical section.
+        As any run, it may be refused (`open`)."""
+
+        def following() -> T | Exception | None:
+            try:
+                return next(items, None)
+            except Exception as failure:  # theirs, not the engine's
+                return failure
+
+        run = Run(items.close)
+        try:
+            try:
+                self.open(run)
+                while (item := self._alone(following)) is not None:
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
+            finally:
+                self.close(run)
+        finally:
+            self.close(run)  # again, in case an interrupt cut that short
+
+    def _alone(self, call: Callable[[], T]) -> T:
+        """What `call` gives, run as a critical section."""
 
         def whole() -> T:
             self._cancel_left()
@@ -155,6 +182,7 @@ class Engine:
             run = self._left.popleft()
             for task in [t for t in reversed(self._tasks) if t.run is run]:
                 self._cancel(task)
+            run.let_go()
 
     def _recover(self, error: BaseException | None) -> None:
         """Begins anew, whatever state a call was left in that `error` passed through."""
@@ -186,7 +214,7 @@ class Engine:
         keys = [_key(seed, integers("tokens", tokens, 0, MAX_TOKEN)) for tokens in prompts]
         if not all(map(len, prompts)) or not len(prompts):
             raise InvalidInput(f"prompts must be of at least one token each, got {prompts!r:.80}")
-        return self.alone(partial(self._submit, search, prompts, keys, text, run))
+        return self._alone(partial(self._submit, search, prompts, keys, text, run))
 
     def _submit(
         self,
@@ -211,7 +239,7 @@ class Engine:
         self._check_free()
         if not self.lane.is_current():
             proof = self.lane.prove()
-            self.alone(lambda: self._renew(proof))
+            self._alone(lambda: self._renew(proof))
 
     def _renew(self, proof: Proof) -> None:
         self._read_ahead()  # hidden states of tokens that are taken back would be old ones
@@ -236,7 +264,7 @@ class Engine:
 
     def cancel(self, task: Task) -> None:
         """Ends a search: `Cancelled` is thrown into it; if it carries on all the same, it is closed by force."""
-        self.alone(partial(self._cancel, task))
+        self._alone(partial(self._cancel, task))
 
     def _cancel(self, task: Task) -> None:
         self._read_ahead()  # a search sees no token that is unknown
@@ -262,7 +290,7 @@ class Engine:
 
     def step(self) -> None:
         """One forward pass a lane, and the answers it makes possible."""
-        if not self.alone(self._step):
+        if not self._alone(self._step):
             time.sleep(0.001)  # only Python scorers are at work
 
     def _step(self) -> bool:
@@ -310,12 +338,11 @@ class Engine:
         """Runs the search to its next request."""
         try:
             self._close(task)
-            request = task.coroutine.throw(error) if error is not None else task.coroutine.send(value)
+            try:
+                request = task.coroutine.throw(error) if error is not None else task.coroutine.send(value)
+            except StopIteration as stop:
+                return self._finish(task, result=stop.value)
             task.work = self._begin(task, request)
-            if not any(task.work.lane is lane for lane in self._lanes):
-                self._lanes.append(task.work.lane)
-        except StopIteration as stop:
-            self._finish(task, result=stop.value)
         except Exception as failure:
             self._finish(task, error=failure)
 
@@ -331,8 +358,10 @@ class Engine:
         needs_scorer(request.scorer)
         task.counters.scorer_calls += len(request.branches)
         subject = Subject(self.lane, request.branches, task.prompt, task.prompt_length, self.tokenizer)
-        task.work = work = ScoreWork(request.scorer.begin(subject), subject)  # closed, if it is no good
-        work.lane.check(work.branches)
+        task.work = work = ScoreWork(request.scorer.begin(subject), subject)
+        if not any(work.lane is lane for lane in self._lanes):
+            self._lanes.append(work.lane)
+        work.lane.check(work.branches)  # the search ends if they are no good: by now all that it holds is known
         return work
 
     def _close(self, task: Task) -> None:
