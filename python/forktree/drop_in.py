@@ -27,6 +27,7 @@ from forktree.errors import InvalidInput
 from forktree.kv import Branch, append
 from forktree.lane import Lane
 from forktree.model import attach
+from forktree.model.interface import autocast_dtype, execution_devices
 from forktree.sampling import Sampling
 from forktree.search.beam import BeamRules, Finished, beam_search
 from forktree.search.processors import process
@@ -63,7 +64,11 @@ def generate(
     prompts = _without_padding(input_ids[::copies], model_kwargs.get("attention_mask"), copies)
     room = stopping_criteria.max_length - input_ids.shape[1]
     spec = model.__dict__.get("_forktree_spec")
-    if spec is None or (spec.packed.device, spec.packed.dtype) != (model.device, model.dtype):
+    if (
+        spec is None
+        or (execution_devices(model), model.dtype) != ({spec.packed.device}, spec.packed.dtype)
+        or spec.packed.autocast != autocast_dtype(spec.packed.device)
+    ):
         spec = model.__dict__["_forktree_spec"] = attach(model)
     slots = sum(map(len, prompts)) + len(input_ids) * room
     engine = Engine(Lane(model, num_slots=slots, prefix_cache=False, spec=spec))
