@@ -144,8 +144,8 @@ class PackedModel:
         self.model = model
         self._replica = Replica(model, IMPLEMENTATION)
         self.decoder = find_decoder(self._replica.root)
-        # renamed in transformers 5.24
-        self._cache_name = "cache" if "cache" in signature(self.decoder.forward).parameters else "past_key_values"
+        self.parameters = signature(type(self.decoder).forward).parameters  # an override need not tell
+        self._cache_name = "cache" if "cache" in self.parameters else "past_key_values"  # renamed in transformers 5.24
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.min_rows = FP32_MIN_ROWS if self.dtype == torch.float32 else 1
@@ -203,5 +203,5 @@ def find_decoder(model: PreTrainedModel) -> nn.Module:
     """The module that ends with the post-norm hidden state. Not always `base_model`: OPT never calls it."""
     decoder: nn.Module = model.get_decoder()
     if decoder is not model:
-        return decoder
+        return decoder._modules.get("_orig_mod") or decoder  # compiled by torch
     return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
