@@ -150,11 +150,6 @@ def own_mask(attention, attention_mask, **kwargs):
     return attention(attention_mask=torch.zeros(1, 1, 1, 1), **kwargs)
 
 
-def without_keywords(attention, hidden_states, position_embeddings, attention_mask, **keywords):
-    cache = keywords["cache"] if "cache" in keywords else keywords["past_key_values"]  # the latter up to 5.23
-    return attention(hidden_states, position_embeddings, attention_mask, cache)
-
-
 def row_by_row(attention, hidden_states, **kwargs):
     """Looks at the row before, which is a neighbour only when tokens are not packed."""
     return attention(hidden_states=hidden_states + hidden_states.roll(1, 1), **kwargs)
@@ -166,7 +161,6 @@ def row_by_row(attention, hidden_states, **kwargs):
         (skipped, r"each of the layers 0 to 3 to call attention once, got calls from layers \[0, 1, 3\]"),
         (twice, r"got calls from layers \[0, 1, 2, 2, 3\]"),
         (own_mask, "expected forktree's Window .* got Tensor"),
-        (without_keywords, "keyword arguments of the model do not reach its attention"),
         (row_by_row, "expected a tree of 24 tokens to give the model's own eager logits within 0.001"),
     ],
 )
@@ -226,30 +220,6 @@ def test_a_refused_model_is_left_unchanged(llama):
     with pytest.raises(UnsupportedModel):
         attach(llama)
     assert implementations(llama) == modes
-
-
-# ---- positions ----
-
-
-def longrope(**options):
-    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4)
-    return build(hf.Phi3Config, original_max_position_embeddings=16, rope_parameters=rope, **options)
-
-
-def test_rope_that_depends_on_the_batch_ends_at_its_original_length():
-    spec = attach(longrope())
-    assert spec.max_position == 16 and "longrope" in spec.max_position_note and "16" in spec.max_position_note
-    rope = dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)
-    spec = attach(build(hf.LlamaConfig, max_position_embeddings=32, rope_parameters=rope))
-    assert spec.max_position == 32 and "dynamic" in spec.max_position_note
-    rope = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=32)
-    assert attach(build(hf.LlamaConfig, rope_parameters=rope)).max_position == 128
-
-
-def test_positions_beyond_the_limit_are_refused_with_numbers():
-    runner = Runner(attach(longrope()), num_slots=4)
-    with pytest.raises(InvalidInput, match=r"below 16, got 16 to 16; longrope RoPE changes .* which is 16"):
-        runner.forward([1], [16], [0], dict.fromkeys(runner.spec.layers))
 
 
 # ---- heads ----

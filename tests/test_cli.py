@@ -50,7 +50,7 @@ Run = Callable[..., tuple[int, str]]
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model, a head, scorers and prompts."""
     root = tmp_path_factory.mktemp("cli")
-    tiny.new_model().save_pretrained(root / "model")
+    tiny.new_model(rope_parameters=tiny.LIMITED).save_pretrained(root / "model")
     tiny.tokenizer().save_pretrained(root / "model")
     torch.manual_seed(3)
     save_file({"score.weight": torch.randn(1, 32)}, root / "head.safetensors")

@@ -38,7 +38,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model and texts."""
     root = tmp_path_factory.mktemp("score")
-    tiny.new_model().save_pretrained(root / "model")
+    tiny.new_model(rope_parameters=tiny.LIMITED).save_pretrained(root / "model")
     tiny.tokenizer().save_pretrained(root / "model")
     write(root / "in.jsonl", LINES)
     return root

@@ -129,7 +129,9 @@ BAD: dict[str, tuple[Callable[[], list[SearchResult]], list[str]]] = {
     "not a list": (lambda: bare().search(7, Greedy()), ["prompts", "int"]),
     "texts without tokenizer": (lambda: bare().search(["12"], Greedy()), ["prompt 0", "tokenizer=None"]),
     "past the last position": (
-        lambda: tiny.decoder().search(["1", "1" * 200], Greedy(), max_new_tokens=57),
+        lambda: Decoder(tiny.new_model(rope_parameters=tiny.LIMITED), tiny.tokenizer(), num_slots=256).search(
+            ["1", "1" * 200], Greedy(), max_new_tokens=57
+        ),
         ["prompt 1", "200 tokens", "max_new_tokens = 57", "256"],
     ),
     "longer than the pool": (

@@ -223,7 +223,7 @@ def test_token_ids_out_of_range_are_refused_before_anything_runs() -> None:
 
 
 def test_a_question_that_passes_the_models_last_position_costs_its_search_only() -> None:
-    decoder = tiny.decoder()
+    decoder = Decoder(tiny.new_model(rope_parameters=tiny.LIMITED), tiny.tokenizer(), num_slots=2048)
     long = "1" * 240
     searches = [BestOfN(scorer=TokenLogits([1, 2], suffix=[3] * 30), num_samples=2), Greedy()]
     results = sorted(decoder.search_iter([long, "12"], searches, max_new_tokens=4), key=lambda r: r.index)
@@ -364,7 +364,8 @@ def test_a_reward_model_whose_tokenizer_has_more_tokens_than_it_embeds_is_refuse
 @pytest.mark.parametrize("format", [StepFormat(), StepFormat("{prompt}{response}", "5", "")], ids=["plain", "steps"])
 def test_texts_the_reward_model_cannot_read_cost_their_search_only(format: StepFormat) -> None:
     """Too long for its positions, or empty; the others go on and nothing stays behind in its pool."""
-    lane = Lane(tiny.new_model("qwen3", seed=5, max_position_embeddings=32), num_slots=512)
+    model = tiny.new_model("qwen3", seed=5, max_position_embeddings=32, rope_parameters=tiny.LIMITED)
+    lane = Lane(model, num_slots=512)
     search = BestOfN(scorer=RewardModel(lane, tiny.tokenizer(), HEADS["linear"][0], format=format), num_samples=3)
     decoder = tiny.decoder()
     results = decoder.search(["12=", "1" * 40, "34="], search, max_new_tokens=6)

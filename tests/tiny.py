@@ -26,6 +26,8 @@ SIZES = dict(
     pad_token_id=None,
     bos_token_id=None,
 )
+# RoPE that ends at max_position_embeddings
+LIMITED = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
 
 
 @cache

@@ -233,7 +233,8 @@ class Decoder:
         if len(ids) + max_new_tokens > runner.max_position:
             raise InvalidInput(
                 f"prompt {index} has {len(ids)} tokens: with max_new_tokens = {max_new_tokens} the model's limit of "
-                f"{runner.max_position} positions is passed; shorten the prompt or lower max_new_tokens"
+                f"{runner.max_position} positions is passed ({runner.spec.max_position_note}); shorten the prompt or "
+                "lower max_new_tokens"
             )
         if len(ids) > runner.num_slots:
             raise InvalidInput(

@@ -93,7 +93,10 @@ class Lane:
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < runner.vocab_size:
             raise InvalidInput(f"token ids must lie in [0, {runner.vocab_size}), got {tokens.min()} to {tokens.max()}")
         if positions.max(initial=0) >= runner.max_position:
-            raise InvalidInput(f"the model has {runner.max_position} positions, got a token at {positions.max()}")
+            raise InvalidInput(
+                f"the model has {runner.max_position} positions ({runner.spec.max_position_note}), got a token at "
+                f"{positions.max()}"
+            )
 
     def keep(self, branch: Branch) -> None:
         """Keeps what `branch` sees for later prompts, until slots are needed for something else."""

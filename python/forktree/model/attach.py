@@ -10,28 +10,32 @@ chunk their attention, and those come out silently wrong. So a small tree is dec
 4. the tree's logits equal those of the model's own eager attention on each path alone.
 """
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from forktree.errors import InvalidInput, UnsupportedModel
-from forktree.model.head import LinearHead, OwnHead, find_linear_head, is_scored_alike
-from forktree.model.interface import PackedModel, Window, find_decoder
+from forktree.model.head import LinearHead, OwnHead, find_linear_head, is_scored_alike, largest
+from forktree.model.interface import PackedModel, Window, execution_devices, find_decoder
 from forktree.model.layers import LayerKind, Pool, append_and_attend
+from forktree.model.positions import NO_LIMIT, PositionTables, find_max_position, trained_positions
 from forktree.model.proof_tree import ProofStep, ProofTree
 from forktree.model.replica import Replica
 from forktree.ops import check_settings
 from forktree.plan import AttentionPlan
 
-NO_LIMIT = 2**31 - 1  # positions are int32
-
 # Correct models measure 1e-6 in fp32; up to 0.02 in fp16 and 0.1 in bf16, at 48 layers with peaked attention.
 # Wrong ones are near 1, or at 0.1 to 0.3 if one layer of 24 is: half precision refuses clear mismatches only.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+_COARSE = 0.2  # for anything less precise
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,16 @@ class ModelSpec:
     head: LinearHead | OwnHead | None  # None: no language-model head
     head_note: str  # which of the three, and why
     hidden_size: int
+    hidden_dtype: torch.dtype
     vocab_size: int
-    max_position: int  # positions 0 .. max_position - 1 are valid; NO_LIMIT where the model states none
+    max_position: int  # positions 0 .. max_position - 1 are valid; NO_LIMIT where nothing ends them
     max_position_note: str
+    trained_positions: int  # what the config names as its limit: beyond, texts may get worse
 
     @property
     def bytes_per_slot(self) -> int:
         """Keys and values of one token in all layers."""
-        numbers = sum(kind.num_kv_heads * (kind.head_dim + kind.value_dim) for kind in self.layers)
-        return numbers * self.packed.dtype.itemsize
+        return sum(kind.bytes_per_slot for kind in self.layers)
 
 
 def attach(model: PreTrainedModel) -> ModelSpec:
@@ -61,7 +66,9 @@ def attach(model: PreTrainedModel) -> ModelSpec:
     Raises UnsupportedModel, naming the model type, if the proof fails; InvalidInput in training mode, or if the
     environment asks for a backend or instruction set that is not there.
     """
-    name = model.config.model_type
+    name = getattr(getattr(model, "config", None), "model_type", None)
+    if name is None:
+        raise InvalidInput(f"expected a transformers model, got {type(model).__name__}")
     if model.training:
         raise InvalidInput(f"{name}: expected evaluation mode, got training mode; call model.eval()")
     try:
@@ -71,51 +78,67 @@ def attach(model: PreTrainedModel) -> ModelSpec:
     try:
         return _prove(model)
     except _Refusal as refusal:
-        raise UnsupportedModel(f"{name}: {refusal}") from None
-    except torch.OutOfMemoryError:
-        raise  # says nothing about the model
-    except Exception as error:  # models that expect a cache of their own fail in their own ways
-        raise UnsupportedModel(
-            f"{name}: expected the model to run packed tokens with its attention replaced, got "
-            f"{type(error).__name__}: {error}; use a model whose every layer is ordinary softmax attention"
-        ) from error
+        raise UnsupportedModel(f"{name}: {refusal}") from refusal.__cause__
 
 
 class _Refusal(Exception):
     """Expected, got, what to do; `attach` puts the model type in front."""
 
 
+@contextmanager
+def _refusing(expected: str, otherwise: str) -> Iterator[None]:
+    """Models that are not what they are taken for fail in their own ways: whatever is raised within is a refusal."""
+    try:
+        yield
+    except (_Refusal, torch.OutOfMemoryError):  # the latter says nothing about the model
+        raise
+    except Exception as error:
+        what = next(iter(str(error).splitlines()), "")
+        raise _Refusal(f"expected {expected}, got {type(error).__name__}: {what}; {otherwise}") from error
+
+
 @torch.no_grad()
 def _prove(model: PreTrainedModel) -> ModelSpec:
-    config = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder:
-        raise _Refusal("expected a decoder, got an encoder-decoder; use a model without cross attention")
-    packed = PackedModel(model)
-    embeddings: Any = model.get_input_embeddings()
-    vocab_size: int = embeddings.weight.shape[0]
+    with _refusing("a decoder of text", "use a causal language model of transformers"):
+        if model.config.is_encoder_decoder:
+            raise _Refusal("expected a decoder, got an encoder-decoder; use a model without cross attention")
+        config = model.config.get_text_config(decoder=True)
+        _check_devices(model)
+        packed = PackedModel(model)
+        embeddings: Any = model.get_input_embeddings()
+        vocab_size: int = embeddings.weight.shape[0]
+    if "position_ids" not in packed.parameters:
+        raise _Refusal(
+            "expected a decoder that takes position_ids, got one that counts the tokens of a row; use a model that can "
+            "run tokens of several texts packed in one row"
+        )
     tree = ProofTree(vocab_size)
-    own = _run_eagerly(packed, tree)
+    steps = [tree.step(step) for step in range(tree.num_steps)]
+    with _refusing("the model's own eager forward to run", "mend the model first"):
+        own = _run_eagerly(packed, tree, steps)
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} | own.dtypes
 
     head: LinearHead | OwnHead | None = None
     head_note = "no language-model head: hidden states only"
     if own.logits is not None:
         vocab_size = own.logits.shape[-1]
-        head, head_note = _prove_head(OwnHead(packed, own.output_class), own.hidden[0], own.logits[0])
+        with _refusing("logits that follow from the last hidden state", "use the model without its head"):
+            own_head = OwnHead(packed, own.output_class)
+            head, head_note = _prove_head(own_head, own.hidden, own.logits, _Precision.of(dtypes, own.by_company))
 
     probe = _Probe(packed)
-    errors = []
-    for step in map(tree.step, range(tree.num_steps)):
-        tokens, positions = (torch.as_tensor(x, device=packed.device) for x in (step.tokens, step.positions))
-        probe.begin(step)
-        hidden = packed.forward(tokens, positions, probe)
-        _check_layers(probe.calls, config.num_hidden_layers)
-        if own.logits is None or head is None:
-            errors.append(_relative_error(hidden, own.hidden[step.node, step.positions]))
-        else:
-            errors.append(_relative_error(head.logits(hidden), own.logits[step.node, step.positions]))
-    _check_errors(torch.cat(errors), packed.dtype)
+    hidden, tables = _run_packed(packed, steps, probe, config.num_hidden_layers)
+    if own.logits is None or head is None or _is_constant(own.logits):
+        what, errors = "hidden states", _relative_error(hidden, own.hidden)
+    else:
+        what, errors = "logits", _relative_error(head.logits(hidden), own.logits)
+    _Precision.of(dtypes | {kind.dtype for kind in probe.kinds.values()}, own.by_company).check(
+        errors,
+        f"a tree of {len(errors)} tokens to give the model's own eager {what}",
+        "use a model that keeps no state outside its KV cache",
+    )
 
-    max_position, max_position_note = _max_position(config)
+    max_position, max_position_note = find_max_position(config, tables)
     return ModelSpec(
         name=model.config.model_type,
         packed=packed,
@@ -123,9 +146,11 @@ def _prove(model: PreTrainedModel) -> ModelSpec:
         head=head,
         head_note=head_note,
         hidden_size=own.hidden.shape[-1],
+        hidden_dtype=own.hidden.dtype,
         vocab_size=vocab_size,
         max_position=max_position,
         max_position_note=max_position_note,
+        trained_positions=trained_positions(config),
     )
 
 
@@ -134,72 +159,103 @@ def _prove(model: PreTrainedModel) -> ModelSpec:
 
 @dataclass(frozen=True)
 class _Own:
-    hidden: Tensor  # [nodes, L, H] of each node's path
-    logits: Tensor | None  # [nodes, L, V]
+    """Of the tree's tokens in the order of their steps."""
+
+    hidden: Tensor  # [tokens, H]
+    logits: Tensor | None  # [tokens, V]
     output_class: type[ModelOutput]  # what the decoder returns
+    by_company: Tensor  # [n] relative errors: one path in the batch of all, and alone
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {x.dtype for x in (self.hidden, self.logits) if x is not None}
 
 
-def _run_eagerly(packed: PackedModel, tree: ProofTree) -> _Own:
+def _run_eagerly(packed: PackedModel, tree: ProofTree, steps: list[ProofStep]) -> _Own:
     """Every path is a row of its own; short ones are padded on the right, where causal models never look."""
     ids = torch.zeros(len(tree.paths), max(map(len, tree.paths)), dtype=torch.long)
     for row, path in zip(ids, tree.paths, strict=True):
         row[: len(path)] = torch.as_tensor(path)
-    ids = ids.to(packed.device)
+    longest = max(range(len(tree.paths)), key=lambda n: len(tree.paths[n]))
+    all_hidden, all_logits, output_class = _eager(packed, ids)
+    hidden, logits, _ = _eager(packed, ids[longest : longest + 1])
+    if logits is None or all_logits is None:
+        by_company = _relative_error(hidden[0], all_hidden[longest])
+    else:
+        by_company = _relative_error(logits[0], all_logits[longest])
+    node, position = (np.concatenate([getattr(step, name) for step in steps]) for name in ("node", "positions"))
+    own = _Own(
+        all_hidden[node, position], None if all_logits is None else all_logits[node, position], output_class, by_company
+    )
+    rows = own.hidden if own.logits is None else own.logits.float()
+    if not (own.hidden.isfinite().all() and rows.logsumexp(-1).isfinite().all()):
+        raise _Refusal(
+            "expected finite hidden states and logits from the model's own eager forward, got NaN or infinity: its "
+            "weights are damaged, or overflow at this dtype"
+        )
+    if _is_constant(own.hidden):
+        raise _Refusal("expected hidden states that depend on the text, got the same for all; load the weights first")
+    return own
+
+
+def _eager(packed: PackedModel, ids: Tensor) -> tuple[Tensor, Tensor | None, type[ModelOutput]]:
+    """ids [n, L] -> hidden [n, L, H], logits [n, L, V] and the class of what the decoder returns."""
     root = Replica(packed.model, "eager").root
     decoder, outputs = find_decoder(root), []
     vars(decoder)["_forward_hooks"] = decoder._forward_hooks.copy()  # it shares them with the model's own
     decoder.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     has_head = packed.model.get_output_embeddings() is not None
+    ids = ids.to(packed.device)
     output: Any = (root if has_head else decoder)(
         input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, return_dict=True
     )
-    return _Own(outputs[0].last_hidden_state, output.logits if has_head else None, type(outputs[0]))
+    return outputs[0].last_hidden_state, output.logits if has_head else None, type(outputs[0])
 
 
-def _prove_head(own: OwnHead, hidden: Tensor, logits: Tensor) -> tuple[LinearHead | OwnHead, str]:
+def _prove_head(
+    own_head: OwnHead, hidden: Tensor, logits: Tensor, precision: "_Precision"
+) -> tuple[LinearHead | OwnHead, str]:
     """hidden [n, H], logits [n, V] of the model itself."""
-    error = _relative_error(own.logits(hidden), logits).max().item()
-    if not error <= _TOLERANCE[hidden.dtype]:
-        raise _Refusal(
-            f"expected logits to follow from the last hidden state, got a relative error of {error:.2g}; "
-            "use the model without its head"
-        )
-    # Also where logits reach 100: a cap, stated in the config or not, cannot hide there.
-    hidden = torch.cat([hidden, hidden * (100 / logits.abs().max())])
-    logits = own.logits(hidden)
-    linear = find_linear_head(own.packed, hidden, logits)
-    if linear is None:
-        return own, "the head is not cap(scale * (h W^T + b)): logits come unfused, from the model's own head"
-    if not is_scored_alike(linear, hidden, logits):
-        return own, "score_tokens does not reproduce the logits: they come unfused, from the model's own head"
-    return (
-        linear,
-        f"linear head, scale {linear.scale:g}, cap {linear.cap}, {'no ' if linear.parameters[1] is None else ''}bias",
+    precision.check(
+        _relative_error(own_head.logits(hidden), logits),
+        "the logits to follow from the last hidden state",
+        "use the model without its head",
     )
-
-
-def _max_position(config: Any) -> tuple[int, str]:
-    """How many positions the model has, and why.
-
-    RoPE of type `dynamic` and `longrope` picks its frequencies by the longest position of the whole packed
-    row: beyond the original length, one long sequence would change every other one.
-    """
-    limit = getattr(config, "max_position_embeddings", None) or NO_LIMIT
-    note = f"max_position_embeddings is {limit}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in [rope, *rope.values()]:  # one dict, or one for each type of layer
-        if isinstance(parameters, dict) and parameters.get("rope_type") in ("dynamic", "longrope"):
-            original = parameters.get("original_max_position_embeddings") or limit
-            if original <= limit:
-                limit = original
-                note = (
-                    f"{parameters['rope_type']} RoPE changes for the whole batch beyond "
-                    f"original_max_position_embeddings, which is {original}"
-                )
-    return limit, note
+    # Also where logits reach 100: a cap, stated in the config or not, cannot hide there.
+    hidden = torch.cat([hidden, hidden * (100 / largest(logits).clamp(min=1e-3))])
+    logits = own_head.logits(hidden)
+    linear = find_linear_head(own_head.packed, hidden, logits)
+    if linear is None:
+        return own_head, "the head is not cap(scale * (h W^T + b)): logits come unfused, from the model's own head"
+    if not is_scored_alike(linear, hidden, logits):
+        return own_head, "score_tokens does not reproduce the logits: they come unfused, from the model's own head"
+    bias = "no bias" if linear.parameters[1] is None else "bias"
+    return linear, f"linear head, scale {linear.scale:g}, cap {linear.cap}, {bias}"
 
 
 # ---- what forktree sees ----
+
+
+def _run_packed(
+    packed: PackedModel, steps: list[ProofStep], probe: "_Probe", num_layers: int
+) -> tuple[Tensor, PositionTables]:
+    """Hidden states [tokens, H], and what was looked up by position."""
+    # in the second step, whose positions are told from everything else that is looked up: they rise and fall
+    tables = PositionTables(packed.padded(torch.as_tensor(steps[1].positions, device=packed.device)))
+    passes = []
+    for step in steps:
+        tokens, positions = (torch.as_tensor(x, device=packed.device) for x in (step.tokens, step.positions))
+        probe.begin(step)
+        with (
+            _refusing(
+                "the model to run packed tokens with its attention replaced",
+                "use a model whose every layer is softmax attention and calls transformers' attention function",
+            ),
+            tables if step is steps[1] else nullcontext(),
+        ):
+            passes.append(packed.forward(tokens, positions, probe))
+        _check_layers(probe.calls, num_layers)
+    return torch.cat(passes), tables
 
 
 class _Probe:
@@ -220,14 +276,19 @@ class _Probe:
     def attend(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, window: Any, **options: Any) -> Tensor:
         self.calls.append(layer_idx)
         (_, num_qo_heads, head_dim), (_, num_kv_heads, value_dim) = query.shape, value.shape
+        if not query.dtype == key.dtype == value.dtype:
+            raise _Refusal(
+                f"expected queries, keys and values of one dtype, as transformers' eager attention does, got "
+                f"{query.dtype}, {key.dtype} and {value.dtype} in layer {layer_idx}; cast them in the model"
+            )
         size = _proved_size(window, query.device)
-        kind = LayerKind(size, num_qo_heads, num_kv_heads, head_dim, value_dim)
+        kind = LayerKind(size, num_qo_heads, num_kv_heads, head_dim, value_dim, key.dtype)
         known = self.kinds.setdefault(layer_idx, kind)
         if known != kind:
             raise _Refusal(f"expected layer {layer_idx} to stay, got {known}, then {kind}")
         if layer_idx not in self.pools:
             # NaN: reading a slot that nobody wrote spoils the logits
-            self.pools[layer_idx] = kind.pool(ProofTree.num_tokens, self.packed.dtype, self.packed.device)
+            self.pools[layer_idx] = kind.pool(ProofTree.num_tokens, self.packed.device)
             for tensor in self.pools[layer_idx]:
                 tensor.fill_(torch.nan)
         if kind not in self.plans:
@@ -258,30 +319,79 @@ def _proved_size(window: Any, device: torch.device) -> int | None:
     return window.size
 
 
-def _check_layers(calls: list[int], num_layers: int) -> None:
-    if sorted(calls) != list(range(num_layers)):
+def _check_devices(model: PreTrainedModel) -> None:
+    devices = sorted(map(str, execution_devices(model)))
+    if len(devices) != 1:
         raise _Refusal(
-            f"expected each of the layers 0 to {num_layers - 1} to call attention once, got calls from "
-            f"layers {calls}; use a model without state-space, convolution or linear attention layers: they "
-            "keep a state that cannot be forked"
+            f"expected a model that computes on one device, got {' and '.join(devices) or 'weights on meta only'}; "
+            "load it on one, as by device_map={'': 0} (weights may lie elsewhere if accelerate brings them there)"
         )
+
+
+def _check_layers(calls: list[int], num_layers: int) -> None:
+    if sorted(calls) == list(range(num_layers)):
+        return
+    if len(set(calls)) < len(calls):
+        otherwise = "that attend once a pass: a layer has room for one key and value of a token"
+    else:
+        otherwise = (
+            "other than state-space, convolution or linear attention layers, which keep a state that cannot be forked"
+        )
+    raise _Refusal(
+        f"expected each of the layers 0 to {num_layers - 1} to call attention once, got calls from layers {calls}; use "
+        f"a model with layers {otherwise}"
+    )
 
 
 def _relative_error(ours: Tensor, own: Tensor) -> Tensor:
-    """[n, X], [n, X] -> [n]: error of each row, relative to the spread of the row."""
-    own = own.float()
-    error: Tensor = (ours.float() - own).norm(dim=-1) / (own - own.mean(-1, keepdim=True)).norm(dim=-1)
-    return error
+    """[n, X], [n, X] -> [n]: error of each row, relative to its spread, or to that of all rows where it has less:
+    rounding is no smaller in a row of zeros. Infinities count as equal where they are the same, else as infinitely
+    wrong."""
+    ours, own = ours.float(), own.float()
+    numbers = own.masked_fill(own.isinf(), torch.nan)
+    spread = (numbers - numbers.nanmean(-1, keepdim=True)).nan_to_num().norm(dim=-1)
+    spread = spread.clamp(min=spread.square().mean().sqrt())
+    error = (ours - own).masked_fill(ours == own, 0).norm(dim=-1)
+    return error / spread.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _check_errors(errors: Tensor, dtype: torch.dtype) -> None:
-    """errors: of each token of the tree. In half precision the median counts: some tokens may choose other
-    experts for rounding alone."""
-    tolerance = _TOLERANCE[dtype]
-    error = (errors.max() if torch.finfo(dtype).bits >= 32 else errors.median()).item()
-    if not error <= tolerance:
-        raise _Refusal(
-            f"expected a tree of {len(errors)} tokens to give the model's own eager logits within "
-            f"{tolerance:g} of their spread, got {error:.2g}; use a model that keeps no state outside its KV "
-            "cache"
-        )
+def _is_constant(rows: Tensor) -> bool:
+    return bool((rows == rows[0]).all())
+
+
+@dataclass(frozen=True)
+class _Precision:
+    """How exactly a model computes, and so how exactly it can be compared with itself."""
+
+    tolerance: float
+    by_median: bool  # in half precision some tokens may choose other experts for rounding alone
+    note: str
+
+    @classmethod
+    def of(cls, dtypes: set[torch.dtype], by_company: Tensor) -> "_Precision":
+        """dtypes: all that are involved; the coarsest counts. by_company: what being alone changes, by which arithmetic
+        coarser than its dtypes shows, as of quantised activations."""
+        coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        stated = cls(_TOLERANCE.get(coarsest, _COARSE), torch.finfo(coarsest).bits < 32, str(coarsest))
+        if stated.error(by_company) <= stated.tolerance:
+            return stated
+        coarse = cls(_COARSE, True, "of arithmetic that is coarser than its dtypes")
+        if not (error := coarse.error(by_company)) <= coarse.tolerance:
+            raise _Refusal(
+                "expected a text's logits not to depend on what else is in the batch, got a relative error of "
+                f"{error:.2g} between the model's own eager results alone and in a batch; use a model whose rows are "
+                "independent"
+            )
+        return coarse
+
+    def error(self, errors: Tensor) -> float:
+        return (errors.median() if self.by_median else errors.max()).item()
+
+    def check(self, errors: Tensor, expected: str, otherwise: str) -> None:
+        """errors: of each token of the tree. An infinite one is no rounding."""
+        error = math.inf if errors.isinf().any() else self.error(errors)
+        if not error <= self.tolerance:
+            raise _Refusal(
+                f"expected {expected} within {self.tolerance:g} of their spread ({self.note}), got {error:.2g}; "
+                f"{otherwise}"
+            )

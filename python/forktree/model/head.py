@@ -68,7 +68,9 @@ def find_linear_head(packed: PackedModel, hidden: Tensor, logits: Tensor) -> Lin
     """
     model: PreTrainedModel = packed.model
     linear: nn.Module | None = model.get_output_embeddings()
-    if not isinstance(linear, nn.Linear) or linear.weight.dtype != hidden.dtype:  # quantised heads, for one
+    if not isinstance(linear, nn.Linear):  # quantised heads, for one
+        return None
+    if (linear.weight.dtype, linear.weight.device) != (hidden.dtype, hidden.device):  # or it is offloaded
         return None
     if linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear):  # which are to run
         return None
@@ -83,7 +85,7 @@ def find_linear_head(packed: PackedModel, hidden: Tensor, logits: Tensor) -> Lin
     for cap in (getattr(config, "final_logit_softcapping", None), None):
         for scale in scales:
             head = LinearHead(packed, vocab, scale, cap)
-            if (head.logits(hidden) - logits).abs().max() <= tolerance:
+            if apart(head.logits(hidden), logits) <= tolerance:
                 return head
     return None
 
@@ -103,9 +105,19 @@ def is_scored_alike(head: LinearHead, hidden: Tensor, logits: Tensor) -> bool:
         (found.top_log_probs + found.lse[:, None], logits.topk(len(found.top_ids[0])).values),
         (found.selected_logits, logits[:, some]),
     )
-    return all(bool((ours - own).abs().max() <= tolerance) for ours, own in pairs)
+    return all(bool(apart(ours, own) <= tolerance) for ours, own in pairs)
+
+
+def apart(ours: Tensor, own: Tensor) -> Tensor:
+    """The largest difference; 0 between equal infinities, such as the logits of banned tokens."""
+    return (ours - own).masked_fill(ours == own, 0).abs().max()
+
+
+def largest(logits: Tensor) -> Tensor:
+    """The largest finite magnitude."""
+    return logits.masked_fill(logits.isinf(), 0).abs().max()
 
 
 def _tolerance(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Of logits in fp32, rounded to dtype once or not at all."""
-    return max(1e-5, 4 * torch.finfo(dtype).eps) * logits.abs().max()
+    return max(1e-5, 4 * torch.finfo(dtype).eps) * largest(logits)

@@ -1,8 +1,8 @@
 """How forktree enters a transformers model: an attention function, a mask function, an idle cache.
 
 All live tokens of a step run as one packed row `input_ids [1, T]` with explicit positions. What a token may
-see is decided by the step, an object that travels through the model as the keyword argument `forktree_step`;
-nothing here is global except the name registered with transformers.
+see is decided by the step, which the attention function finds in a context variable: many models pass no keyword
+arguments on to their layers. Nothing here is global except the name registered with transformers.
 """
 
 from collections.abc import Callable
@@ -65,6 +65,9 @@ class Step(Protocol):
         ...
 
 
+_current_step: ContextVar[Step] = ContextVar("forktree_step")
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -74,17 +77,15 @@ def _attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    forktree_step: Step | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """query [1, Hq, T, Dk], key [1, Hk, T, Dk], value [1, Hk, T, Dv] -> [1, T, Hq, Dv]."""
-    if forktree_step is None:
-        raise TypeError("keyword arguments of the model do not reach its attention")
-    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    tokens, padding = forktree_step.num_tokens, q.shape[0] - forktree_step.num_tokens
+    step = _current_step.get()
+    q, k, v = (_autocast(x)[0].transpose(0, 1) for x in (query, key, value))
+    tokens, padding = step.num_tokens, q.shape[0] - step.num_tokens
     if padding:
         q, k, v = q[:tokens], k[:tokens], v[:tokens]
-    out = forktree_step.attend(
+    out = step.attend(
         module.layer_idx,  # type: ignore[arg-type]  # torch types every attribute as Tensor | Module
         q.contiguous(),  # no copy in most models, which rotate in this order
         k,
@@ -95,6 +96,17 @@ def _attention(
         sinks=s_aux,
     )
     return F.pad(out[None], (0, 0, 0, 0, 0, padding)) if padding else out[None], None
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on such a device at the moment; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast makes of an argument of attention, whose own operations it knows and ours it does not."""
+    dtype = autocast_dtype(x.device)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def _mask(*, mask_function: Callable[..., Tensor], local_size: int | None = None, **_: object) -> Window:
@@ -133,7 +145,7 @@ class _PassThrough(Cache):
         return query_length, 0
 
 
-_ANSWER: ContextVar[Any] = ContextVar("what a decoder that has been replaced returns")
+_answer: ContextVar[Any] = ContextVar("what a decoder that has been replaced returns")
 
 
 class PackedModel:
@@ -146,9 +158,11 @@ class PackedModel:
         self.decoder = find_decoder(self._replica.root)
         self.parameters = signature(type(self.decoder).forward).parameters  # an override need not tell
         self._cache_name = "cache" if "cache" in self.parameters else "past_key_values"  # renamed in transformers 5.24
-        self.device: torch.device = model.device
+        self.device = next(iter(execution_devices(model)))
         self.dtype: torch.dtype = model.dtype
-        self.min_rows = FP32_MIN_ROWS if self.dtype == torch.float32 else 1
+        self.autocast = autocast_dtype(self.device)  # as it is while the model is proved
+        # the modules of a model need not share a dtype
+        self.min_rows = FP32_MIN_ROWS if any(p.dtype == torch.float32 for p in model.parameters()) else 1
 
     def read_buffers(self) -> None:
         """Takes over what was written into buffers of the model, whose memory has stayed."""
@@ -160,19 +174,23 @@ class PackedModel:
         """Whatever the model does after its decoder, which is replaced."""
         root = Replica(self.model, IMPLEMENTATION).root
         decoder = find_decoder(root)
-        vars(decoder).update(_forward_hooks={}, _forward_pre_hooks={}, forward=lambda *_, **__: _ANSWER.get())
+        vars(decoder).update(_forward_hooks={}, _forward_pre_hooks={}, forward=lambda *_, **__: _answer.get())
         return root
 
     def after_decoder(self, output: ModelOutput) -> Tensor:
         """output: what the decoder returns, with last_hidden_state [1, n, H] -> the model's own logits [n, V]."""
         hidden = output.last_hidden_state
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        token = _ANSWER.set(output)
+        token = _answer.set(output)
         try:
             logits: Tensor = self._head(input_ids=ids, use_cache=False, return_dict=True).logits[0]
         finally:
-            _ANSWER.reset(token)
+            _answer.reset(token)
         return logits
+
+    def padded(self, values: Tensor) -> Tensor:
+        """values [T] with zeros up to the least rows of a pass."""
+        return F.pad(values, (0, max(0, self.min_rows - values.shape[0])))
 
     def forward(self, tokens: Tensor, positions: Tensor, step: Step) -> Tensor:
         """tokens, positions [T] int64 on the model's device -> post-norm hidden states [T, H]."""
@@ -182,21 +200,34 @@ class PackedModel:
     def compute(self, tokens: Tensor, positions: Tensor, step: Step) -> Tensor:
         """`forward`, but the result is an inference tensor."""
         rows = tokens.shape[0]
-        if rows < self.min_rows:
-            tokens = F.pad(tokens, (0, self.min_rows - rows))
-            positions = F.pad(positions, (0, self.min_rows - rows))
-        # inference_mode is a tenth faster than no_grad where T is small
-        with torch.inference_mode():
-            output = self.decoder(
-                input_ids=tokens[None],
-                position_ids=positions[None],
-                use_cache=True,
-                return_dict=True,
-                forktree_step=step,
-                **{self._cache_name: _PassThrough()},
-            )
-            hidden: Tensor = output.last_hidden_state[0, :rows]
+        tokens, positions = self.padded(tokens), self.padded(positions)
+        before = _current_step.set(step)
+        try:
+            # inference_mode is a tenth faster than no_grad where T is small
+            with torch.inference_mode():
+                output = self.decoder(
+                    input_ids=tokens[None],
+                    position_ids=positions[None],
+                    use_cache=True,
+                    return_dict=True,
+                    **{self._cache_name: _PassThrough()},
+                )
+                hidden: Tensor = output.last_hidden_state[0, :rows]
+        finally:
+            _current_step.reset(before)
         return hidden
+
+
+def execution_devices(model: nn.Module) -> set[torch.device]:
+    """Where a model computes: where its parameters are, and where accelerate takes those that it keeps elsewhere."""
+    devices = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                devices.add(torch.empty(0, device=device).device)  # 0 and "cuda" are cuda:0
+    return devices
 
 
 def find_decoder(model: PreTrainedModel) -> nn.Module:

@@ -22,6 +22,12 @@ class LayerKind:
     num_kv_heads: int
     head_dim: int
     value_dim: int
+    dtype: torch.dtype  # of keys and values
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Keys and values of one token in one layer."""
+        return self.num_kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
 
     def plan(self, layout: TreeLayout, device: torch.device, max_partials: int | None = None) -> AttentionPlan:
         """Invariant, so that a prompt's result does not depend on what else is in the batch; but not with a cap,
@@ -41,10 +47,10 @@ class LayerKind:
         """How many rows of partials fit so many bytes."""
         return scratch // (4 * self.num_qo_heads * (self.value_dim + 2))
 
-    def pool(self, num_slots: int, dtype: torch.dtype, device: torch.device) -> Pool:
+    def pool(self, num_slots: int, device: torch.device) -> Pool:
         """Zeroed; on a CPU, pages that were never written take no memory."""
         k, v = (
-            torch.zeros(num_slots, self.num_kv_heads, dim, dtype=dtype, device=device)
+            torch.zeros(num_slots, self.num_kv_heads, dim, dtype=self.dtype, device=device)
             for dim in (self.head_dim, self.value_dim)
         )
         return k, v

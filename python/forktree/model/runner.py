@@ -1,5 +1,6 @@
 """`Runner`: one model with its KV pools. Packed tokens in, hidden states out."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,7 +15,9 @@ from forktree.model.attached import with_packed
 from forktree.model.captured import CapturedSteps
 from forktree.model.graphs import CudaGraphs, Graphs
 from forktree.model.head import LinearHead, OwnHead
+from forktree.model.interface import autocast_dtype
 from forktree.model.layers import LayerKind
+from forktree.model.positions import NO_LIMIT
 from forktree.model.step import Step
 from forktree.ops.torch_backend.score_tokens import from_logits
 from forktree.plan import AttentionPlan
@@ -32,11 +35,12 @@ class Runner:
         if num_slots < 1:
             raise InvalidInput(f"num_slots must be at least 1, got {num_slots}")
         self.spec = spec
-        self.device, self.dtype = self.spec.packed.device, self.spec.packed.dtype
+        self.device, self.dtype = self.spec.packed.device, self.spec.hidden_dtype
         self.hidden_size, self.vocab_size = self.spec.hidden_size, self.spec.vocab_size
         self.max_position = self.spec.max_position
+        self._warn_at = self.spec.trained_positions  # once
         self.num_slots = num_slots
-        self.pools = [kind.pool(num_slots, self.dtype, self.device) for kind in self.spec.layers]
+        self.pools = [kind.pool(num_slots, self.device) for kind in self.spec.layers]
         self.bytes_per_slot = spec.bytes_per_slot
         self.kinds = list(dict.fromkeys(spec.layers))
         if graphs is None and self.device.type == "cuda":
@@ -74,9 +78,18 @@ class Runner:
         packed = self.spec.packed
         if packed.model.training:
             raise InvalidInput(f"{self.spec.name}: expected evaluation mode, got training mode; call model.eval()")
+        self._check_autocast()
         to = self._indices("slots", slots, -1, self.num_slots)
         ids = self._indices("tokens", tokens, 0, self.vocab_size)
         at = self._indices("positions", positions, 0, self.max_position, self.spec.max_position_note)
+        if not isinstance(at, Tensor) and at.max(initial=0) >= self._warn_at:
+            self._warn_at = NO_LIMIT
+            warnings.warn(
+                f"{self.spec.name}: a text has passed max_position_embeddings, which is "
+                f"{self.spec.trained_positions}; the model goes on, and may get worse",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         if not len(ids) == len(at) == len(to) > 0:
             raise InvalidInput(
                 "tokens, positions and slots must have one length of at least 1, got "
@@ -107,7 +120,17 @@ class Runner:
         missing = self.spec.packed.min_rows - rows
         return head.logits(F.pad(hidden, (0, 0, 0, missing)) if missing > 0 else hidden)[:rows]
 
+    def _check_autocast(self) -> None:
+        """Under another autocast than in its proof the model is another: other dtypes, other numbers."""
+        now, proved = autocast_dtype(self.device), self.spec.packed.autocast
+        if now != proved:
+            raise InvalidInput(
+                f"{self.spec.name}: expected autocast to be {proved or 'off'} as when the model was attached, got "
+                f"{now or 'off'}; make the Decoder under the autocast that it is to run under"
+            )
+
     def _head(self) -> LinearHead | OwnHead:
+        self._check_autocast()
         if self.spec.head is None:
             raise InvalidInput(f"{self.spec.name}: expected a model with a language-model head, got none")
         return self.spec.head
