@@ -11,6 +11,7 @@ chunk their attention, and those come out silently wrong. So a small tree is dec
 """
 
 import math
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -86,20 +87,24 @@ class _Refusal(Exception):
 
 
 @contextmanager
-def _refusing(expected: str, otherwise: str) -> Iterator[None]:
-    """Models that are not what they are taken for fail in their own ways: whatever is raised within is a refusal."""
+def _refusing(model: nn.Module, expected: str, otherwise: str) -> Iterator[None]:
+    """Models that are not what they are taken for fail in their own ways: whatever is raised within is a refusal, which
+    names the innermost of their modules that raised it."""
     try:
         yield
     except (_Refusal, torch.OutOfMemoryError):  # the latter says nothing about the model
         raise
     except Exception as error:
         what = next(iter(str(error).splitlines()), "")
-        raise _Refusal(f"expected {expected}, got {type(error).__name__}: {what}; {otherwise}") from error
+        owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        names = {id(module): name for name, module in model.named_modules() if name}
+        where = next((f" in {names[id(owner)]}" for owner in reversed(owners) if id(owner) in names), "")
+        raise _Refusal(f"expected {expected}, got {type(error).__name__}{where}: {what}; {otherwise}") from error
 
 
 @torch.no_grad()
 def _prove(model: PreTrainedModel) -> ModelSpec:
-    with _refusing("a decoder of text", "use a causal language model of transformers"):
+    with _refusing(model, "a decoder of text", "use a causal language model of transformers"):
         if model.config.is_encoder_decoder:
             raise _Refusal("expected a decoder, got an encoder-decoder; use a model without cross attention")
         config = model.config.get_text_config(decoder=True)
@@ -109,12 +114,12 @@ def _prove(model: PreTrainedModel) -> ModelSpec:
         vocab_size: int = embeddings.weight.shape[0]
     if "position_ids" not in packed.parameters:
         raise _Refusal(
-            "expected a decoder that takes position_ids, got one that counts the tokens of a row; use a model that can "
-            "run tokens of several texts packed in one row"
+            "expected a decoder that takes position_ids, got one without: it counts the tokens of a row, or reads them "
+            "one after the other; use a model that can run tokens of several texts in one row"
         )
     tree = ProofTree(vocab_size)
     steps = [tree.step(step) for step in range(tree.num_steps)]
-    with _refusing("the model's own eager forward to run", "mend the model first"):
+    with _refusing(model, "the model's own eager forward to run", "mend the model first"):
         own = _run_eagerly(packed, tree, steps)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} | own.dtypes
 
@@ -122,7 +127,7 @@ def _prove(model: PreTrainedModel) -> ModelSpec:
     head_note = "no language-model head: hidden states only"
     if own.logits is not None:
         vocab_size = own.logits.shape[-1]
-        with _refusing("logits that follow from the last hidden state", "use the model without its head"):
+        with _refusing(model, "logits that follow from the last hidden state", "use the model without its head"):
             own_head = OwnHead(packed, own.output_class)
             head, head_note = _prove_head(own_head, own.hidden, own.logits, _Precision.of(dtypes, own.by_company))
 
@@ -248,6 +253,7 @@ def _run_packed(
         probe.begin(step)
         with (
             _refusing(
+                packed.model,
                 "the model to run packed tokens with its attention replaced",
                 "use a model whose every layer is softmax attention and calls transformers' attention function",
             ),
@@ -370,19 +376,20 @@ class _Precision:
     @classmethod
     def of(cls, dtypes: set[torch.dtype], by_company: Tensor) -> "_Precision":
         """dtypes: all that are involved; the coarsest counts. by_company: what being alone changes, by which arithmetic
-        coarser than its dtypes shows, as of quantised activations."""
+        shows that is coarser than its dtypes, as of quantised activations."""
         coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         stated = cls(_TOLERANCE.get(coarsest, _COARSE), torch.finfo(coarsest).bits < 32, str(coarsest))
         if stated.error(by_company) <= stated.tolerance:
             return stated
-        coarse = cls(_COARSE, True, "of arithmetic that is coarser than its dtypes")
-        if not (error := coarse.error(by_company)) <= coarse.tolerance:
+        error = by_company.median().item()
+        if not error <= _COARSE:
             raise _Refusal(
                 "expected a text's logits not to depend on what else is in the batch, got a relative error of "
                 f"{error:.2g} between the model's own eager results alone and in a batch; use a model whose rows are "
                 "independent"
             )
-        return coarse
+        tolerance = max(stated.tolerance, min(4 * error, _COARSE))
+        return cls(tolerance, True, f"its own results vary by {error:.2g} with what else is in the batch")
 
     def error(self, errors: Tensor) -> float:
         return (errors.median() if self.by_median else errors.max()).item()
