@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from forktree import BeamSearch, Decoder, NonFinite, TokenScores
+from forktree import BeamSearch, Decoder, InvalidInput, NonFinite, Sample, TokenScores
 from forktree.kv import Tree
 from forktree.search.beam import BeamRules, beam_search
 from forktree.search.request import NextLogits, ScoreTokens
@@ -127,3 +127,66 @@ def test_reassigned_beams_are_those_of_the_table(processors: Any) -> None:
     found = ended.value.value
     assert [tuple(row) for row in found.rows[0, :10, 2:].tolist()] == best
     torch.testing.assert_close(found.scores[0, :10].double(), torch.tensor([exact[b] for b in best]).double())
+
+
+# ---------------------------------------------------------------- processors
+
+
+def writes(value: float, row: int, columns: Any, at: int) -> Any:
+    """A processor that writes `value` into columns of one row (all, if None) of texts of `at` tokens."""
+
+    def process(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if rows.shape[1] == at:
+            scores = scores.clone()
+            scores[row, columns] = value
+        return scores
+
+    return process
+
+
+EVERY = slice(None)
+
+
+@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize(
+    ("value", "row", "columns", "message"),
+    [
+        (torch.nan, 1, 5, "NaN or \\+inf for branch 1 at position {}"),
+        (torch.nan, 2, EVERY, "NaN or \\+inf for branch 2 at position {}"),
+        (torch.inf, 1, 5, "NaN or \\+inf for branch 1 at position {}"),
+        (-torch.inf, EVERY, EVERY, "leave branch 0 no token at position {}"),
+    ],
+)
+def test_processors_that_give_no_scores_end_the_search(
+    value: float, row: Any, columns: Any, message: str, at: int
+) -> None:
+    """As they do those that sample; the others go on."""
+    search = BeamSearch(num_beams=3, num_return_sequences=3, logits_processor=(writes(value, row, columns, at),))
+    decoder, prompts = tiny.decoder(), [[2, 5], [3, 7], [4, 4]]
+    plain = BeamSearch(num_beams=3)
+    found = sorted(decoder.search_iter(prompts, [plain, search, plain], max_new_tokens=5), key=lambda r: r.index)
+    assert isinstance(found[1].error, InvalidInput) and found[1].candidates == []
+    with pytest.raises(InvalidInput, match=message.format(at)):
+        _ = found[1].best
+    for i in (0, 2):
+        assert found[i].best.token_ids == decoder.search([prompts[i]], plain, max_new_tokens=5)[0].best.token_ids
+    tiny.assert_all_returned(decoder.lane)
+    sampled = Sample(num_return_sequences=3, logits_processor=(writes(value, 0, columns, at),))
+    error = decoder.search([prompts[1]], sampled, max_new_tokens=5)[0].error
+    assert isinstance(error, InvalidInput) or columns == 5
+
+
+def test_bans_are_kept_and_banned_texts_are_not_returned() -> None:
+    """A beam without a token dies and the others go on; fewer texts than were asked for, if there are no more."""
+
+    def only(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Texts of 7s that an 8 or EOS ends; behind an 8 there is nothing."""
+        allowed = torch.zeros_like(scores, dtype=torch.bool)
+        allowed[rows[:, -1] != 8] = torch.isin(torch.arange(scores.shape[1]), torch.tensor([0, 7, 8]))
+        return scores.masked_fill(~allowed, -torch.inf)
+
+    search = BeamSearch(num_beams=6, num_return_sequences=6, logits_processor=(only,))
+    (result,) = tiny.decoder().search([[2, 5]], search, max_new_tokens=3)
+    assert all(np.isfinite(c.score) for c in result.candidates)
+    texts = [tuple(c.token_ids) for c in result.candidates if c.score > -1e6]  # the rest went on behind their EOS
+    assert set(texts) <= {(), (7,), (7, 7), (7, 7, 7), (7, 7, 8)} and len(texts) == len(set(texts)) >= 4

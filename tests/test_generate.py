@@ -241,3 +241,40 @@ def test_inputs_that_cannot_be_honoured_are_refused(llama: Any) -> None:
     cache = llama(IDS[2:, :3], use_cache=True).past_key_values
     with pytest.raises(InvalidInput, match="3 tokens"):
         llama.generate(IDS[2:], past_key_values=cache, custom_generate=forktree.generate, max_new_tokens=3)
+
+
+class Writes:
+    """A processor that writes a value into some rows of texts of one length."""
+
+    def __init__(self, value: float, rows: Any, length: int) -> None:
+        self._value, self._rows, self._length = value, rows, length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] == self._length:
+            scores = scores.clone()
+            scores[self._rows, 3:] = self._value
+        return scores
+
+
+@pytest.mark.parametrize("rows", [[1], [0, 4], slice(1, None)])
+@pytest.mark.parametrize("length", [5, 7])
+def test_beams_go_on_where_processors_ban_nearly_all(llama: Any, rows: Any, length: int) -> None:
+    """And where they leave some beams none at all, as long as another one has some."""
+    assert_same(llama, num_beams=3, logits_processor=[Writes(-torch.inf, rows, length)])
+    bans_all = Writes(-torch.inf, rows, length)
+    assert_same(llama, num_beams=4, logits_processor=[bans_all, lambda ids, scores: scores.clamp(max=0)])
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_beams_refuse_what_processors_make_senseless(llama: Any, value: float, do_sample: bool) -> None:
+    with pytest.raises(InvalidInput, match="NaN or \\+inf for branch 4 at position 6"):
+        llama.generate(
+            IDS,
+            attention_mask=MASK,
+            num_beams=3,
+            do_sample=do_sample,
+            max_new_tokens=4,
+            logits_processor=[Writes(value, 4, 7)],
+            custom_generate=forktree.generate,
+        )

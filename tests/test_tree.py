@@ -85,7 +85,7 @@ class TreeMachine(RuleBasedStateMachine):
             return
         some = data.draw(st.lists(st.sampled_from(list(self.naive)), min_size=1, unique=True))
         keys = [b.key for b in some]
-        self.tree.append(some, [UNKNOWN] * len(some))
+        self.tree.append_unknown(some)
         newest = [Token(UNKNOWN, self.naive[b][-1].position + 1) for b in some]
         for branch, token in zip(some, newest, strict=True):
             self.naive[branch].append(token)

@@ -1,15 +1,16 @@
 """`Decoder`: a model, its tokenizer and an engine; searches over prompts."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from forktree.engine import Counters, Engine, Task
+from forktree.engine import Counters, Engine, Run, Task
 from forktree.errors import InvalidInput
+from forktree.integers import integers
 from forktree.kv import Branch
 from forktree.lane import Lane
 from forktree.search import Hypothesis, Job, Search
@@ -118,7 +119,10 @@ class Decoder:
     ) -> list[SearchResult]:
         """One result a prompt, in their order. See `search_iter` for arguments and errors."""
         results = self.search_iter(prompts, search, max_new_tokens=max_new_tokens, seed=seed, on_step=on_step)
-        return sorted(results, key=lambda result: result.index)
+        try:
+            return sorted(results, key=lambda result: result.index)
+        finally:
+            results.close()
 
     def search_iter(
         self,
@@ -128,7 +132,7 @@ class Decoder:
         max_new_tokens: int = 256,
         seed: int = 0,
         on_step: Callable[[], None] | None = None,
-    ) -> Iterator[SearchResult]:
+    ) -> Generator[SearchResult, None, None]:
         """Results as they finish, in any order; `result.index` says whose.
 
         prompts: texts, or lists of token ids; or a single one.
@@ -138,7 +142,11 @@ class Decoder:
         on_step: called after every forward pass.
 
         Raises `InvalidInput` before anything runs if a prompt or setting is bad. A search that fails later is a
-        result with `error` set; the others go on. Closing the iterator cancels what still runs.
+        result with `error` set; the others go on. Closing the iterator, from any thread, cancels what still runs.
+
+        Results of several calls may be read in turns, by one thread. The first result raises `DecoderInUse` if those of
+        another thread are not all read yet, or inside a call of this Decoder to a scorer, processor, stop, `on_step` or
+        search. Ctrl-C ends this call's searches, after the step under way; pressed twice, at once, and all searches.
         """
         self.engine.renew()
         texts = _prompt_list(prompts)
@@ -168,31 +176,37 @@ class Decoder:
         max_new_tokens: int,
         seed: int,
         on_step: Callable[[], None] | None,
-    ) -> Iterator[SearchResult]:
-        self.engine.renew()  # the iterator may be begun later
+    ) -> Generator[SearchResult, None, None]:
         running: dict[Task, int] = {}
         waiting = list(reversed(range(len(prompts))))
+        run = Run()
         try:
-            while waiting or running:
-                while waiting and (not running or self.engine.has_room(len(tokens[waiting[-1]]))):
-                    i = waiting.pop()
-                    start = partial(self._start, searches[i], max_new_tokens)
-                    prompt = prompts[i]
-                    text = prompt if isinstance(prompt, str) else self._decode(tokens[i]) or ""
-                    running[self.engine.submit(start, [tokens[i]], text=text, seed=seed)] = i
-                self.engine.step()
-                if on_step is not None:
-                    on_step()
-                done = [t for t in running if t.done]
-                for task in done:
-                    yield self._result(running.pop(task), prompts, task)
-                if done:  # the caller has had its turn
-                    self.engine.renew()
+            try:
+                self.engine.open(run)
+                self.engine.renew()  # the call may have been made long ago
+                while waiting or running:
+                    while waiting and (not running or self.engine.has_room(len(tokens[waiting[-1]]))):
+                        i = waiting.pop()
+                        start = partial(self._start, searches[i], max_new_tokens)
+                        prompt = prompts[i]
+                        text = prompt if isinstance(prompt, str) else self._decode(tokens[i]) or ""
+                        running[self.engine.submit(start, [tokens[i]], text=text, seed=seed, run=run)] = i
+                    self.engine.step()
+                    if on_step is not None:
+                        run.calls_back = True
+                        on_step()
+                        run.calls_back = False
+                    done = [t for t in running if t.done]
+                    for task in done:
+                        yield self._result(running.pop(task), prompts, task)
+                    if done:  # the caller has had its turn
+                        self.engine.renew()
+            finally:
+                self.engine.close(run)
         finally:
-            for task in running:
-                self.engine.cancel(task)
+            self.engine.close(run)  # again, in case an interrupt cut that short
 
-    def _start(self, search: Search, max_new_tokens: int, root: Branch) -> Any:
+    async def _start(self, search: Search, max_new_tokens: int, root: Branch) -> list[Candidate]:
         job = Job(
             root=root,
             max_new_tokens=max_new_tokens,
@@ -204,12 +218,19 @@ class Decoder:
             decode=self._decode if self.tokenizer is not None else None,
             rng=np.random.default_rng(root.key),
         )
-        return search.run(job)
+        name, running = f"{type(search).__name__}.run", search.run(job)
+        if not isinstance(running, Awaitable):
+            raise InvalidInput(f"{name} must be an async function, got one that returns {type(running).__name__}")
+        found = await running
+        if not isinstance(found, list | tuple) or not all(isinstance(h, Hypothesis) for h in found):
+            raise InvalidInput(f"{name} must return a list of Hypothesis, got {found!r:.80}")
+        for h in found:
+            integers(f"token_ids of a hypothesis of {name}", h.token_ids, 0, job.vocab_size)
+        return [Candidate(self._decode(h.token_ids), h) for h in found]
 
     def _result(self, index: int, prompts: list[Prompt], task: Task) -> SearchResult:
         found = [] if task.error is not None else task.result
-        candidates = [Candidate(self._decode(h.token_ids), h) for h in found]
-        return SearchResult(index, prompts[index], candidates, task.counters, task.error)
+        return SearchResult(index, prompts[index], found, task.counters, task.error)
 
     def _tokens(self, index: int, prompt: Prompt, max_new_tokens: int) -> list[int]:
         """Token ids of a prompt that fits the model and the pool."""

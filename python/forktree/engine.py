@@ -14,32 +14,40 @@ Out of slots is a normal event: reservations, kept prefixes, idle nodes and then
 tokens stay and are computed again later.
 """
 
-import contextlib
 import hashlib
 import itertools
+import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forktree.errors import Cancelled, InvalidInput, NonFinite, OutOfMemory
+from forktree.critical import CriticalSection
+from forktree.errors import Cancelled, DecoderInUse, InvalidInput, OutOfMemory
+from forktree.integers import integers
 from forktree.kv import Branch, OutOfSlots
-from forktree.kv.tree import Chunk
+from forktree.kv.tree import MAX_TOKEN, Chunk
 from forktree.lane import Lane
+from forktree.model import Fingerprint, ModelSpec
 from forktree.ops.torch_backend.score_tokens import from_logits
 from forktree.sampling import Sampling
 from forktree.scoring import Subject
+from forktree.search.base import needs_scorer
 from forktree.search.processors import left_padded, process
 from forktree.search.request import Extend, Extension, NextLogits, Request, Score, ScoreTokens
 from forktree.token_scores import Draw, TokenRequest
 from forktree.transfer import Download, upload
 from forktree.work import NO_TOKEN, Drawn, ExtendWork, ScoreWork, TokensWork, Work
 
+T = TypeVar("T")
 _INDICES = itertools.count()  # a search's number, and the owner of its branches in every tree it uses
 
 
@@ -55,6 +63,17 @@ class Counters:
 
 
 @dataclass(eq=False)
+class Run:
+    """One user of an engine, such as a call of `Decoder.search`: its searches end with it.
+
+    let_go: what else is to be done then, as a critical section.
+    """
+
+    let_go: Callable[[], None] = lambda: None
+    calls_back: bool = False  # code of the user's own is being called between two steps
+
+
+@dataclass(eq=False)
 class Task:
     """One search under way. `result` or `error` is set when it is done."""
 
@@ -64,6 +83,7 @@ class Task:
     prompt: str
     prompt_length: int
     began: float
+    run: Run | None = None
     counters: Counters = field(default_factory=Counters)
     work: Work | None = None
     preempted: bool = False
@@ -74,6 +94,10 @@ class Task:
 
 class Engine:
     """Drives searches over one policy lane. `max_batch_tokens` bounds the tokens of one forward pass.
+
+    What a search does wrong ends that search alone, and is its `error`. Calls that change the engine are made one at a
+    time, and Ctrl-C waits until they are done (`CriticalSection`). What passes through one all the same, a second
+    Ctrl-C or a failure of the model, ends all searches: their branches are dead, and the engine begins anew.
 
     ahead: whether `extend` runs one step ahead of the host; None: on a GPU. Results are the same.
     """
@@ -88,6 +112,85 @@ class Engine:
         self._unread: Drawn | None = None  # appended to their branches, and unknown to the host
         self._tasks: list[Task] = []  # oldest first
         self._lanes = [lane]
+        self._critical = CriticalSection(self._recover)
+        self._runs: set[Run] = set()
+        self._left: deque[Run] = deque()  # runs that are over, whose searches have yet to be cancelled
+        self._thread = 0  # of the last run
+
+    # ---------------------------------------------------------------- users
+
+    def open(self, run: Run) -> None:
+        """Lets a run use the engine. Raises `DecoderInUse` if one of another thread does, or one that is just calling
+        its user's code; those go on undisturbed."""
+        runs = list(self._runs)
+        if runs and self._thread != threading.get_ident():
+            who = "in another thread"
+        elif self._critical.mine or any(r.calls_back for r in runs):
+            who = "by the very search that is calling it (a scorer, stop, logits processor, on_step or run of its own)"
+        else:
+            self._thread = threading.get_ident()
+            self._runs.add(run)
+            return
+        raise DecoderInUse(f"this Decoder is in use {who}: read or close those results first, or make a second Decoder")
+
+    def close(self, run: Run) -> None:
+        """Cancels what is left of a run: now, or once the call under way is done. From any thread, any number of
+        times."""
+        self._runs.discard(run)
+        self._left.append(run)
+        if not self._critical.occupied:
+            self._alone(lambda: None)
+
+    def interleave(self, items: Generator[T, None, None]) -> Iterator[T]:
+        """The items of what uses the engine's lane between the steps of searches, each computed as a critical section.
+        As any run, it may be refused (`open`)."""
+
+        def following() -> T | Exception | None:
+            try:
+                return next(items, None)
+            except Exception as failure:  # theirs, not the engine's
+                return failure
+
+        run = Run(items.close)
+        try:
+            try:
+                self.open(run)
+                while (item := self._alone(following)) is not None:
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
+            finally:
+                self.close(run)
+        finally:
+            self.close(run)  # again, in case an interrupt cut that short
+
+    def _alone(self, call: Callable[[], T]) -> T:
+        """What `call` gives, run as a critical section."""
+
+        def whole() -> T:
+            self._cancel_left()
+            result = call()
+            self._cancel_left()
+            return result
+
+        return self._critical.run(whole)
+
+    def _cancel_left(self) -> None:
+        while self._left:
+            run = self._left.popleft()
+            for task in [t for t in reversed(self._tasks) if t.run is run]:
+                self._cancel(task)
+            run.let_go()
+
+    def _recover(self, error: BaseException | None) -> None:
+        """Begins anew, whatever state a call was left in that `error` passed through."""
+        for lane in self._lanes:
+            lane.clear()
+        self._unread = None
+        while self._tasks:
+            task = self._tasks[-1]
+            interrupted = Cancelled(f"search {task.index} was ended by a {type(error).__name__}")
+            self._finish(task, error=error if isinstance(error, Exception) else interrupted, force=BaseException)
 
     # ---------------------------------------------------------------- searches
 
@@ -98,35 +201,48 @@ class Engine:
         *,
         text: str = "",
         seed: int = 0,
+        run: Run | None = None,
     ) -> Task:
         """Starts a search; it runs as `step` is called.
 
         search: its coroutine is `search(*roots)`, with one root for each of `prompts` (most searches have one).
         text: the prompt as scorers see it. seed: keys the draws of its branches, together with the prompt.
+        run: whose search it is, if anyone's.
         """
+        keys = [_key(seed, integers("tokens", tokens, 0, MAX_TOKEN)) for tokens in prompts]
+        if not all(map(len, prompts)) or not len(prompts):
+            raise InvalidInput(f"prompts must be of at least one token each, got {prompts!r:.80}")
+        return self._alone(partial(self._submit, search, prompts, keys, text, run))
+
+    def _submit(
+        self,
+        search: Callable[..., Coroutine[Any, Any, Any]],
+        prompts: Sequence[Sequence[int]],
+        keys: list[int],
+        text: str,
+        run: Run | None,
+    ) -> Task:
         index = next(_INDICES)
-        roots = [self.lane.open(tokens, key=_key(seed, tokens), owner=index) for tokens in prompts]
-        try:
-            coroutine = search(*roots)
-        except BaseException:
-            self.lane.tree.drop_owned(index)
-            raise
-        task = Task(index, coroutine, roots, text, len(prompts[0]), began=time.perf_counter())
+        roots = [self.lane.open(tokens, key=key, owner=index) for tokens, key in zip(prompts, keys, strict=True)]
+        task = Task(index, _called(search, roots), roots, text, len(prompts[0]), time.perf_counter(), run)
         self._tasks.append(task)
         self._resume(task, None)
         return task
 
     def renew(self) -> None:
-        """Looks at the policy once: if its weights are others than before, what was computed with those is dropped.
+        """Looks at the policy: if its weights are others than before, what was computed with those is dropped.
 
         Raises what `attach` raises; then nothing has changed.
         """
-        if not self.lane.is_current():
-            self._read_ahead()  # hidden states of tokens that are taken back would be old ones
-            self.lane.renew()
-            for work in (task.work for task in self._tasks):
-                if work is not None and work.lane is self.lane:
-                    work.hidden = [None] * len(work.branches)
+        if (proof := self.lane.prove()) is not None:
+            self._alone(partial(self._renew, *proof))
+
+    def _renew(self, now: Fingerprint, spec: ModelSpec) -> None:
+        self._read_ahead()  # hidden states of tokens that are taken back would be old ones
+        self.lane.renew(now, spec)
+        for work in (task.work for task in self._tasks):
+            if work is not None and work.lane is self.lane:
+                work.hidden = [None] * len(work.branches)
 
     def has_room(self, num_tokens: int) -> bool:
         """Whether a prompt of this length is better started now than later: work for the next pass is short, no
@@ -144,8 +260,11 @@ class Engine:
 
     def cancel(self, task: Task) -> None:
         """Ends a search: `Cancelled` is thrown into it; if it carries on all the same, it is closed by force."""
+        self._alone(partial(self._cancel, task))
+
+    def _cancel(self, task: Task) -> None:
         self._read_ahead()  # a search sees no token that is unknown
-        if not task.done:
+        if task in self._tasks:
             self._resume(task, None, Cancelled(f"search {task.index} was cancelled"))
             if not task.done:
                 self._finish(task, error=Cancelled(f"search {task.index} was cancelled and did not stop by itself"))
@@ -167,50 +286,96 @@ class Engine:
 
     def step(self) -> None:
         """One forward pass a lane, and the answers it makes possible."""
-        busy = False
-        for lane in list(self._lanes):
+        if not self._alone(self._step):
+            time.sleep(0.001)  # only Python scorers are at work
+
+    def _step(self) -> bool:
+        """Whether there was anything to do."""
+        try:
+            busy = [self._compute(lane) for lane in list(self._lanes)]
+            busy.append(self._read_ahead())  # now that the device has the next step to do
+            return any([*busy, self._answer_extends(), self._answer_rest()])
+        except Exception:
+            if not self._end_unanswerable():
+                raise
+            return True
+
+    def _compute(self, lane: Lane) -> bool:
+        """One forward pass. That of a scorer's own model, if it fails, ends the searches that wait for it."""
+        try:
             if chunks := self._schedule(lane):
                 lane.forward(chunks)
-                busy = True
-        busy |= self._read_ahead()  # now that the device has the next step to do
-        answered = self._answer_extends() | self._answer_rest()
-        if not busy and not answered:
-            time.sleep(0.001)  # only Python scorers are at work
+            return bool(chunks)
+        except Exception as failure:
+            if not self._end_unanswerable():
+                if lane is self.lane:
+                    raise
+                for task in self._running(lane):
+                    self._resume(task, None, failure)
+            return True
+
+    def _end_unanswerable(self) -> bool:
+        """Ends the searches whose request cannot be answered any more, as its branches were dropped meanwhile or were
+        given tokens that the model does not take: by code of a user's own, which may have been another search's.
+        False if nothing has changed."""
+        changed = self._read_ahead()  # which may have ended some
+        unanswerable = []
+        for task in self._tasks:
+            try:
+                if task.work is not None:
+                    task.work.lane.check(task.work.branches)
+            except Exception as failure:
+                unanswerable.append((task, failure))
+        for task, why in unanswerable:
+            self._finish(task, error=why)
+        return changed or bool(unanswerable)
 
     def _resume(self, task: Task, value: Any, error: Exception | None = None) -> None:
         """Runs the search to its next request."""
-        self._close(task)
         try:
+            self._close(task)
             request = task.coroutine.throw(error) if error is not None else task.coroutine.send(value)
             task.work = self._begin(task, request)
-            if not any(task.work.lane is lane for lane in self._lanes):
-                self._lanes.append(task.work.lane)
         except StopIteration as stop:
             self._finish(task, result=stop.value)
         except Exception as failure:
             self._finish(task, error=failure)
 
     def _begin(self, task: Task, request: Request[Any]) -> Work:
-        if isinstance(request, Request):
-            self.lane.check(request.branches)
+        if not isinstance(request, Request):
+            raise TypeError(f"a search awaits extend, score, score_tokens or next_logits, got {type(request).__name__}")
+        self.lane.check(request.branches)
         if isinstance(request, Extend):
             return ExtendWork(request, self.lane)
         if isinstance(request, ScoreTokens | NextLogits):
             return TokensWork(request, self.lane)
-        if isinstance(request, Score):
-            task.counters.scorer_calls += len(request.branches)
-            subject = Subject(self.lane, request.branches, task.prompt, task.prompt_length, self.tokenizer)
-            return ScoreWork(request.scorer.begin(subject), subject)
-        raise TypeError(f"a search awaits extend, score, score_tokens or next_logits, got {type(request).__name__}")
+        assert isinstance(request, Score)
+        needs_scorer(request.scorer)
+        task.counters.scorer_calls += len(request.branches)
+        subject = Subject(self.lane, request.branches, task.prompt, task.prompt_length, self.tokenizer)
+        task.work = work = ScoreWork(request.scorer.begin(subject), subject)
+        if not any(work.lane is lane for lane in self._lanes):
+            self._lanes.append(work.lane)
+        work.lane.check(work.branches)  # the search ends if they are no good: by now all that it holds is known
+        return work
 
     def _close(self, task: Task) -> None:
         work, task.work = task.work, None
         if isinstance(work, ScoreWork):
             work.reading.close()
 
-    def _finish(self, task: Task, *, result: Any = None, error: Exception | None = None) -> None:
-        self._close(task)
-        with contextlib.suppress(Exception):  # a search that awaits or raises while being closed ends all the same
+    def _finish(
+        self,
+        task: Task,
+        *,
+        result: Any = None,
+        error: Exception | None = None,
+        force: type[BaseException] = Exception,
+    ) -> None:
+        """Ends a search. force: what it, or the scorer it waits for, may raise while being closed, to no effect."""
+        with suppress(force):
+            self._close(task)
+        with suppress(force):
             task.coroutine.close()
         task.result, task.error, task.done = result, error, True
         task.counters.seconds = time.perf_counter() - task.began
@@ -309,7 +474,7 @@ class Engine:
         works = [(t, t.work) for t in self._tasks if isinstance(t.work, ExtendWork)]
         ready = [w for t, w in works if not t.preempted and len(w.ready())]
         if ready and (drawn := self._draw(ready)) is not None:
-            if self.ahead and any(w.open.any() for w in ready):
+            if self.ahead and any(w.open.any() for w in drawn.works):
                 self.lane.append_drawn(drawn.branches, drawn.tokens)
                 self._unread = drawn
             else:
@@ -321,44 +486,52 @@ class Engine:
         return bool(ready or finished)
 
     def _draw(self, works: list[ExtendWork]) -> Drawn | None:
-        """A token for each ready row of each work, counted; None if logits processors fail for all there is."""
-        fused = [work for work in works if not work.request.processors]
-        parts = [(fused, *self._draw_fused(fused))] if fused else []
-        for work in works:
-            if work.request.processors:
-                try:
-                    parts.append(([work], *self._draw_processed(work)))
-                except Exception as failure:  # a processor may be the user's own
-                    self._resume(next(t for t in self._tasks if t.work is work), None, failure)
+        """A token for each ready row of each work, counted; None if that fails for all there is."""
+        groups = [[w] for w in works if w.request.processors]
+        if fused := [w for w in works if not w.request.processors]:
+            groups.append(fused)
+        parts = []
+        for group in groups:
+            draw = self._draw_processed if group[0].request.processors else self._draw_fused
+            try:
+                rows = [work.ready() for work in group]
+                parts.append((group, rows, *draw(group, rows)))
+            except Exception as failure:  # a processor may be the user's own
+                if len(group) > 1:
+                    groups += [[work] for work in group]  # each alone: whose fault is it?
+                else:
+                    self._fail(group[0], failure)
         if not parts:
             return None
-        works = [work for some, *_ in parts for work in some]
-        columns = zip(*(part[1:] for part in parts), strict=True)
+        works, rows = [w for group, *_ in parts for w in group], [at for _, some, *_ in parts for at in some]
+        columns = zip(*(part[2:] for part in parts), strict=True)
         hidden, tokens, log_probs = (torch.cat(c) if len(c) > 1 else c[0] for c in columns)
-        rows = [work.ready() for work in works]
+        branches = [work.branches[i] for work, at in zip(works, rows, strict=True) for i in at]
+        _, length = self.lane.tree.positions_of(branches)
         for work, at in zip(works, rows, strict=True):
             work.count(at)
-        return Drawn(works, rows, hidden, tokens, Download(torch.stack([tokens, log_probs.double()])))
+        outcome = Download(torch.stack([tokens, log_probs.double()]))
+        return Drawn(works, rows, branches, length, hidden, tokens, outcome)
 
-    def _draw_fused(self, works: list[ExtendWork]) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the ready rows of works without processors: hidden states, tokens, log-probs (NaN for bad logits)."""
-        rows = [(work, work.ready()) for work in works]
-        hidden = self.lane.hidden([work.branches[i] for work, at in rows for i in at])
-        sampling = [work.request.sampling for work, at in rows for _ in at]
-        draw = self._keyed(sampling, np.concatenate([work.ids[at] for work, at in rows]))
+    def _draw_fused(self, works: list[ExtendWork], rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows of works without processors: hidden states, tokens, log-probs (NaN for bad logits)."""
+        pairs = list(zip(works, rows, strict=True))
+        hidden = self.lane.hidden([work.branches[i] for work, at in pairs for i in at])
+        sampling = [work.request.sampling for work, at in pairs for _ in at]
+        draw = self._keyed(sampling, np.concatenate([work.ids[at] for work, at in pairs]))
         scores = self.lane.runner.score(hidden, TokenRequest(draw=draw))
         assert scores.token is not None and scores.log_prob is not None
         return hidden, scores.token, scores.log_prob
 
-    def _draw_processed(self, work: ExtendWork) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of a work with processors. NO_TOKEN is the log-prob where they leave none."""
-        rows, request = work.ready(), work.request
-        branches = [work.branches[i] for i in rows]
+    def _draw_processed(self, works: list[ExtendWork], rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of one work with processors. NO_TOKEN is the log-prob where they leave none."""
+        (work,), (at,) = works, rows
+        branches, request = [work.branches[i] for i in at], work.request
         hidden = self.lane.hidden(branches)
         logits = self.lane.runner.logits(hidden)
         input_ids = left_padded(branches, request.pad_token_id, logits.device)
         scores = process(request.processors, branches, input_ids, logits.clone())
-        drawn = from_logits(scores, TokenRequest(draw=self._keyed(request.sampling, work.ids[rows])), hidden)
+        drawn = from_logits(scores, TokenRequest(draw=self._keyed(request.sampling, work.ids[at])), hidden)
         assert drawn.token is not None and drawn.shaped_log_prob is not None
         log_prob = logits.gather(1, drawn.token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
         none_left = drawn.shaped_log_prob.isnan() & log_prob.isfinite()
@@ -379,62 +552,63 @@ class Engine:
     def _read(self, drawn: Drawn) -> None:
         """Decides by the drawn tokens how their branches go on, and which of them become part of their branch."""
         ids, log_probs = drawn.outcome.read()
-        tokens, ahead = ids.astype(np.int64), drawn is self._unread
+        tokens, ahead = np.where(np.isfinite(log_probs), ids, 0).astype(np.int64), drawn is self._unread
         self._unread = None
-        tree, branches = self.lane.tree, drawn.branches
+        tree = self.lane.tree
+        there = drawn.unchanged(tree, ahead)
         if ahead:
-            tree.name_newest(branches, tokens)
+            tree.name_newest(drawn.some(there), tokens[there])
         stays = np.zeros(len(tokens), bool)
-        failed, first = [], 0
-        for work, rows in zip(drawn.works, drawn.rows, strict=True):
-            part = slice(first, first := first + len(rows))
-            wrong = rows[~np.isfinite(log_probs[part])]
-            if len(wrong):
-                failed.append((work, int(wrong[0]), log_probs[part][rows == wrong[0]]))
-            else:
-                stays[part] = work.take(rows, tokens[part], log_probs[part])
+        failed: dict[ExtendWork, Exception] = {}
+        for work, rows, part in drawn.parts():
+            if there[part].all():
+                try:
+                    stays[part] = work.take(rows, tokens[part], log_probs[part])
+                except Exception as failure:  # the model's, a processor's, or of a stop that is the user's own
+                    failed[work] = failure
+        there &= drawn.unchanged(tree, ahead)  # a stop may have changed anything
         if not ahead:
-            tree.append([branches[k] for k in np.flatnonzero(stays)], tokens[stays])
-        elif not stays.all():
-            gone = np.flatnonzero(~stays)
-            self.lane.retract([branches[k] for k in gone], drawn.hidden[upload(gone, drawn.hidden.device)])
-        for work, bad, log_prob in failed:
-            task = next(t for t in self._tasks if t.work is work)
-            length = work.branches[bad].length
-            nothing_left = InvalidInput(f"logits processors leave branch {bad} no token at position {length}")
-            self._resume(task, None, nothing_left if log_prob == NO_TOKEN else NonFinite.of("logits", bad, length))
+            tree.append(drawn.some(stays & there), tokens[stays & there])
+        elif (gone := there & ~stays).any():
+            at = upload(np.flatnonzero(gone), drawn.hidden.device)
+            self.lane.retract(drawn.some(gone), drawn.hidden[at])
+        for work, _, part in drawn.parts():
+            if not there[part].all():
+                failed.setdefault(
+                    work, InvalidInput("branches of extend were changed or dropped while it was answered")
+                )
+        for work, why in failed.items():
+            self._fail(work, why)
+
+    def _fail(self, work: Work, failure: Exception) -> None:
+        """Throws `failure` into the search that awaits this, if one still does."""
+        for task in [t for t in self._tasks if t.work is work]:
+            self._resume(task, None, failure)
 
     def _answer_rest(self) -> bool:
         """Answers what needs all its branches at once: rewards, scores of tokens, rows of logits."""
         answered = False
         for task in self.active:
-            work = task.work
-            if isinstance(work, TokensWork):
-                if (hidden := work.collect()) is None:
+            if not isinstance(task.work, TokensWork | ScoreWork):
+                continue
+            try:
+                found = task.work.answer()
+            except Exception as failure:  # the request, what the model gave, or a scorer of the user's own
+                self._resume(task, None, failure)
+            else:
+                if found is None:
                     continue
-                try:
-                    found = work.answer(hidden)
-                except Exception as failure:  # the request, or what the model gave
-                    self._resume(task, None, failure)
-                else:
-                    self._resume(task, found)
-                answered = True
-            elif isinstance(work, ScoreWork):
-                hidden = work.collect() if work.reading.lane is not None else None
-                if work.reading.lane is not None and hidden is None:
-                    continue
-                try:
-                    if (rewards := work.rewards(hidden)) is None:
-                        continue
-                except Exception as failure:  # a scorer may be the user's own
-                    self._resume(task, None, failure)
-                else:
-                    self._resume(task, rewards)
-                answered = True
+                self._resume(task, found)
+            answered = True
         return answered
 
 
-def _key(seed: int, tokens: Sequence[int]) -> int:
+async def _called(search: Callable[..., Coroutine[Any, Any, Any]], roots: list[Branch]) -> Any:
+    """What the search returns; what is wrong with calling it is a failure of that search."""
+    return await search(*roots)
+
+
+def _key(seed: int, tokens: NDArray[np.integer]) -> int:
     """A key for the draws of a prompt: prompts of one run draw independently, each the same in any batch."""
-    text = np.asarray(tokens, dtype=np.int32).tobytes() + seed.to_bytes(16, "little", signed=True)
+    text = tokens.astype(np.int32).tobytes() + seed.to_bytes(16, "little", signed=True)
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -33,5 +33,9 @@ class Cancelled(ForktreeError):
     """Thrown into a search that is being cancelled."""
 
 
+class DecoderInUse(ForktreeError, RuntimeError):
+    """A Decoder was called from a second thread, or by what it was itself calling."""
+
+
 class InvalidInput(ForktreeError, ValueError):
     """An argument, file or directory is not what it has to be."""

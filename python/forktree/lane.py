@@ -41,7 +41,7 @@ class Lane:
         spec = spec or attach(model)
         self._proved: Fingerprint | None = Fingerprint(model)  # None: nobody knows
         self.runner = Runner(spec, num_slots=num_slots or _default_slots(spec))
-        self.tree = Tree(self.runner.num_slots)
+        self.tree = Tree(self.runner.num_slots, name=spec.name)
         self.prefixes = PrefixIndex(self.tree)
         self.tokens_computed = 0
         self.forwards = 0
@@ -53,17 +53,21 @@ class Lane:
         self._planned_for: tuple[int, list[int]] | None = None
         self._planned_tokens = 0  # of the nodes used
 
-    def is_current(self) -> bool:
-        """Whether the model is as it was when it was proved, as far as that can be seen."""
-        return self._proved is not None and Fingerprint(self._model) == self._proved
+    def clear(self) -> None:
+        """Begins anew, with an empty tree, whatever state a call that was cut short left behind."""
+        self.tree.clear()
+        self.prefixes = PrefixIndex(self.tree)
+        self._hidden, self._drawn = self._hidden[:0], self._drawn[:0]
+        self._planned_for = None
 
-    def renew(self) -> None:
-        """Proves the model as it is now and drops what was computed before: all tokens are pending, none is lost.
-
-        Raises what `attach` raises; then nothing has changed.
-        """
+    def prove(self) -> tuple[Fingerprint, ModelSpec] | None:
+        """The model as it is now, proved; None if it is as it was, as far as that can be seen. Raises what `attach`
+        raises."""
         now = Fingerprint(self._model)
-        spec = attach(self._model)
+        return None if now == self._proved else (now, attach(self._model))
+
+    def renew(self, now: Fingerprint, spec: ModelSpec) -> None:
+        """Goes on with what `prove` gave, and drops what was computed before: all tokens are pending, none is lost."""
         self.runner.renew(spec, in_place=self._proved is not None and now.built_like(self._proved))
         self._proved = now
         self.prefixes.clear()
@@ -79,7 +83,7 @@ class Lane:
 
     def open(self, tokens: ArrayLike, *, key: int = 0, owner: int = NOBODY) -> Branch:
         """A branch that sees `tokens`, on the longest prefix the tree already has."""
-        text = np.asarray(tokens, dtype=np.int32)
+        text = np.asarray(tokens)
         branch = self.tree.match(text, key=key, owner=owner) if self._prefix_cache else None
         if branch is None:
             return self.tree.root(text, key=key, owner=owner)
@@ -116,7 +120,7 @@ class Lane:
     def append_drawn(self, branches: Sequence[Branch], tokens: Tensor) -> None:
         """One more token for each branch, int64 `[n]`, which the device knows and the host does not: it can be
         computed, and is `UNKNOWN` to the tree until that is told (`Tree.name_newest`) or it is retracted."""
-        self.tree.append(branches, np.full(len(branches), UNKNOWN))
+        self.tree.append_unknown(branches)
         node, _ = self.tree.positions_of(branches)
         self._make_room()
         self._drawn[upload(node.astype(np.int64), self._drawn.device)] = tokens

@@ -6,7 +6,7 @@ wherever it is cut; it takes slots for itself and for one path, and nothing is c
 """
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -57,7 +57,8 @@ def sequence_logprobs(
         max_batch_tokens: most tokens of one forward pass.
 
     Returns: fp64 `[length - prompt_length]` for each sequence; computed in fp32 (fp64 by a model in fp64).
-    Raises: `InvalidInput` and `OutOfMemory` before anything runs, `NonFinite` naming sequence and token.
+    Raises: `InvalidInput` and `OutOfMemory` before anything runs, `DecoderInUse` as `Decoder.search_iter` does,
+        `NonFinite` naming sequence and token.
     """
     found: dict[int, LogProbs] = {}
     for i, log_probs in scored_sequences(
@@ -107,7 +108,8 @@ def scored_sequences(
             f"sequence {needed.index(longest)} needs {longest} KV slots, even alone: {slots.num_free} are free of "
             f"{slots.num_slots}; raise num_slots ({lane.runner.bytes_per_slot} bytes each)"
         )
-    return _scored(lane, walk, max_batch_tokens)
+    answers = _answers(lane, walk, max_batch_tokens)
+    return _scored(walk, model.engine.interleave(answers) if own else answers)
 
 
 # ---------------------------------------------------------------- the walk
@@ -209,11 +211,11 @@ def _prompt_lengths(given: Sequence[int] | None, texts: list[Ints]) -> list[int]
 # ---------------------------------------------------------------- the passes
 
 
-def _scored(lane: Lane, walk: _Walk, max_batch_tokens: int) -> Iterator[tuple[int, LogProbs | NonFinite]]:
+def _scored(walk: _Walk, answers: Iterator[tuple[slice, int, Download]]) -> Iterator[tuple[int, LogProbs | NonFinite]]:
     log_probs = np.zeros(len(walk.row))
     order = np.argsort(walk.last, kind="stable")
     ends, known = walk.last[order], 0
-    for part, stop, arriving in _one_behind(_answers(lane, walk, max_batch_tokens)):
+    for part, stop, arriving in _one_behind(answers):
         log_probs[walk.place[part]] = arriving.read()
         complete = int(np.searchsorted(ends, stop, side="right"))
         for i in order[known:complete].tolist():
@@ -234,7 +236,7 @@ def _result(i: int, walk: _Walk, log_probs: LogProbs) -> LogProbs | NonFinite:
     )
 
 
-def _answers(lane: Lane, walk: _Walk, max_batch_tokens: int) -> Iterator[tuple[slice, int, Download]]:
+def _answers(lane: Lane, walk: _Walk, max_batch_tokens: int) -> Generator[tuple[slice, int, Download], None, None]:
     """Log-probs of a slice of the walk's targets, which are all there are below some row, as they are launched."""
     for first, hidden, at in _passes(lane, walk.pieces, max_batch_tokens):
         stop = first + len(at)

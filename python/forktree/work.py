@@ -1,6 +1,6 @@
 """Requests being answered: which of their branches still wait, and what has been found for the others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,8 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forktree.errors import NonFinite, ScorerError
-from forktree.kv import Branch
+from forktree.errors import InvalidInput, NonFinite, ScorerError
+from forktree.kv import Branch, Tree
+from forktree.kv.slots import Ints
 from forktree.lane import Lane
 from forktree.scoring import Reading, Subject
 from forktree.search.request import Extend, NextLogits, Rewards, ScoreTokens
@@ -47,14 +48,21 @@ class Work:
 
 class ScoreWork(Work):
     def __init__(self, reading: Reading, subject: Subject) -> None:
+        if not isinstance(reading, Reading):
+            raise ScorerError(f"a scorer's begin must return a Reading, got {type(reading).__name__}")
         super().__init__(reading.lane or subject.lane, reading.branches if reading.lane else ())
         self.reading, self.scored = reading, subject.branches
 
-    def rewards(self, hidden: Tensor | None) -> Rewards | None:
+    def answer(self) -> Rewards | None:
         """What the scorer says, None while it is at work. Raises if it gives no finite number and no reason why."""
+        hidden = None
+        if self.reading.lane is not None and (hidden := self.collect()) is None:
+            return None
         rewards = self.reading.read(hidden)
         if rewards is None:
             return None
+        if not isinstance(rewards, Rewards):
+            raise ScorerError(f"a scorer must give Rewards, got {type(rewards).__name__}")
         n = len(self.scored)
         if not len(rewards.values) == len(rewards.errors) == n:
             raise ScorerError(f"a scorer must give {n} rewards and errors, one a branch, got {len(rewards.values)}")
@@ -71,9 +79,11 @@ class TokensWork(Work):
         super().__init__(lane, request.branches)
         self.request = request
 
-    def answer(self, hidden: Tensor) -> Tensor | TokenScores:
-        """Raises if rows are not finite, or left no token, and are to be checked."""
+    def answer(self) -> Tensor | TokenScores | None:
+        """None while a branch waits. Raises if rows are not finite, or left no token, and are to be checked."""
         request, runner = self.request, self.lane.runner
+        if (hidden := self.collect()) is None:
+            return None
         if isinstance(request, NextLogits):
             logits = runner.logits(hidden)
             if request.checked:
@@ -101,6 +111,14 @@ class ExtendWork(Work):
         super().__init__(lane, request.branches)
         n = len(request.branches)
         self.request = request
+        _, self.begin = lane.tree.positions_of(request.branches)  # their lengths
+        beyond = self.begin + request.max_tokens - 1 > lane.runner.max_position  # the last token is not computed
+        if beyond.any():
+            bad = int(np.argmax(beyond))
+            raise InvalidInput(
+                f"branch {bad} has {self.begin[bad]} tokens: with max_tokens = {request.max_tokens[bad]} the model's "
+                f"limit of {lane.runner.max_position} positions is passed"
+            )
         self.open = np.ones(n, bool)
         self.reason = ["length"] * n
         self.log_prob = np.zeros(n)
@@ -108,17 +126,14 @@ class ExtendWork(Work):
         self.drawn: list[list[int]] = [[] for _ in range(n)]
         self.ids = np.array([b.id for b in request.branches], np.int64)
         if len(np.unique(self.ids)) < n:
-            raise ValueError(f"extend needs distinct branches, got {n} of which some are the same")
+            raise InvalidInput(f"extend needs distinct branches, got {n} of which some are the same")
 
     def waiting(self) -> list[Branch]:
         return [self.branches[i] for i in np.flatnonzero(self.open)]
 
     def ready(self) -> NDArray[np.int64]:
         """Open branches whose next token can be drawn."""
-        live = np.flatnonzero(self.open)
-        tree = self.lane.tree
-        ids = self.ids[live]
-        return live[tree.hidden_at[tree.branch_node[ids]] == tree.branch_length[ids] - 1]
+        return np.flatnonzero(self.open)[self.lane.is_ready(self.waiting())]
 
     def count(self, rows: NDArray[np.int64]) -> None:
         """Counts a token drawn for each of `rows`, whatever it is; those that may have no more are closed."""
@@ -129,8 +144,14 @@ class ExtendWork(Work):
         self, rows: NDArray[np.int64], tokens: NDArray[np.int64], log_probs: NDArray[np.float64]
     ) -> NDArray[np.bool_]:
         """Records the tokens that were drawn and closes the branches that stop; returns which become part of their
-        branch, bool `[len(rows)]`: all but EOS."""
+        branch, bool `[len(rows)]`: all but EOS. Raises if a row had no finite logits or no token left."""
         request = self.request
+        if len(wrong := np.flatnonzero(~np.isfinite(log_probs))):
+            bad = int(rows[wrong[0]])
+            position = int(self.begin[bad] + self.num_tokens[bad]) - 1
+            if log_probs[wrong[0]] == NO_TOKEN:
+                raise InvalidInput(f"logits processors leave branch {bad} no token at position {position}")
+            raise NonFinite.of("logits", bad, position)
         self.log_prob[rows] += log_probs
         stays = np.ones(len(rows), bool)
         for k, (i, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
@@ -153,11 +174,23 @@ class Drawn:
 
     works: list[ExtendWork]
     rows: list[NDArray[np.int64]]  # of each work, in the order of the tokens
+    branches: list[Branch]  # whose tokens they are, [n]
+    length: Ints  # of these before, [n]
     hidden: Tensor  # [n, H], what they were drawn from
     tokens: Tensor  # int64 [n]
     outcome: Download  # fp64 [2, n]: tokens, log-probs (NaN where the logits are not finite, NO_TOKEN)
 
-    @property
-    def branches(self) -> list[Branch]:
-        """Whose tokens they are, `[n]`."""
-        return [work.branches[i] for work, rows in zip(self.works, self.rows, strict=True) for i in rows]
+    def parts(self) -> Iterator[tuple[ExtendWork, NDArray[np.int64], slice]]:
+        """Each work, its rows, and where these are among all."""
+        first = 0
+        for work, rows in zip(self.works, self.rows, strict=True):
+            yield work, rows, slice(first, first := first + len(rows))
+
+    def unchanged(self, tree: Tree, appended: bool) -> NDArray[np.bool_]:
+        """Whether each branch is alive and as long as the draw left it, which may have `appended` a token. `[n]`"""
+        ids = np.array([branch.id for branch in self.branches])
+        return (ids >= 0) & (tree.branch_length[ids] == self.length + appended)
+
+    def some(self, which: NDArray[np.bool_]) -> list[Branch]:
+        """The branches of a mask `[n]`."""
+        return [self.branches[k] for k in np.flatnonzero(which)]

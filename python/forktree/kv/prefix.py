@@ -21,7 +21,7 @@ class PrefixIndex:
 
     def keep(self, branch: Branch) -> None:
         """Keeps the tokens that `branch` sees; a prefix already kept becomes the most recently used."""
-        key = branch.tokens.tobytes()
+        key = self._tree.tokens(branch).tobytes()
         if key not in self._kept:
             self._kept[key] = self._tree.fork(branch, 1, owner=NOBODY)[0]
         self._kept.move_to_end(key)

@@ -16,22 +16,28 @@ the tip's reservation.
 
 import itertools
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
-from typing import NamedTuple
+from operator import attrgetter, is_
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from forktree.errors import InvalidInput
+from forktree.integers import integer, integers
 from forktree.kv.slots import Ints, SlotAllocator, spans
 from forktree.layout import TreeLayout
 from forktree.mix import mix
 
 _ID = attrgetter("id")
 _MARKS = itertools.count()  # of all trees
+_NUMBERS = itertools.count()  # a tree's, which tells it from others of its name
 MAX_RESERVATION = 16
 NOBODY = -1
 UNKNOWN = -1  # stands for the newest token of a branch while only the device knows it; equal to no id
 _FIRST_CAPACITY = 16
+MAX_TOKEN = 2**31  # ids are below
+MAX_POSITION = 2**30  # so that no length overflows: a root begins below, and no tree holds as many tokens again
+MAX_FORKS = 2**20  # in one call
 
 
 class Chunk(NamedTuple):
@@ -77,7 +83,7 @@ class Branch:
 
     def append(self, tokens: ArrayLike) -> None:
         """Adds tokens behind its last one; they are pending until a forward pass computes them."""
-        self._tree.append_text(self, np.atleast_1d(np.asarray(tokens, dtype=np.int32)))
+        self._tree.append_text(self, tokens)
 
     def rewind(self, length: int) -> None:
         """Forgets the tokens from position `length` on."""
@@ -90,14 +96,22 @@ class Branch:
 
     def _checked(self) -> int:
         if self.id < 0:
-            raise ValueError("branch was dropped: it can no longer be used")
+            raise InvalidInput("branch was dropped: it can no longer be used")
         return self.id
 
 
 class Tree:
-    """Struct of arrays over nodes and branches. Public arrays are for reading."""
+    """Struct of arrays over nodes and branches. Public arrays are for reading.
 
-    def __init__(self, num_slots: int) -> None:
+    name: of its model, for messages. Every call checks that the branches it is given are this tree's, and live, and
+    that values are in range, before it changes anything; it raises `InvalidInput` otherwise.
+    """
+
+    def __init__(self, num_slots: int, *, name: str = "a model") -> None:
+        self.name = f"tree {next(_NUMBERS)} of {name}"
+        self._begin(num_slots)
+
+    def _begin(self, num_slots: int) -> None:
         self.slots = SlotAllocator(num_slots)
         self.version = 0  # changes whenever a layout built before no longer describes the tree's shape
         self.num_nodes = 0
@@ -131,45 +145,50 @@ class Tree:
         self.slot_index = np.zeros(0, np.int32)
         self._arena_end = 0
 
+    def clear(self) -> None:
+        """Ends every branch and begins anew, whatever state a call that was cut short left behind."""
+        for handle in self._handles:
+            if handle is not None:
+                handle.id = -1
+        self._begin(self.slots.num_slots)
+
     # ---------------------------------------------------------------- branches
 
     def root(self, tokens: ArrayLike, *, position: int = 0, key: int = 0, owner: int = NOBODY) -> Branch:
-        """A new text. `tokens` is not empty; the first stands at `position`; `key` seeds its draws.
+        """A new text. `tokens` is not empty; the first stands at `position`; `key`, 64 bits, seeds its draws.
 
         `owner` is a number of the caller's; forks inherit it, and `drop_owned` drops all that carry it.
         """
-        text = np.asarray(tokens, dtype=np.int32)
-        if text.ndim != 1 or text.size == 0:
-            raise ValueError(f"tokens must be a non-empty 1-D sequence of ids, got shape {text.shape}")
+        text = _text(tokens)
+        position = integer("position", position, 0, MAX_POSITION)
+        key, owner = _key_and_owner(key, owner)
         node = self._new_nodes(np.array([-1]), np.array([position]), np.array([owner]), len(text))
         branch = self._new_branches(node, np.array([position]), np.array([key], np.uint64), owner)[0]
-        self.append_text(branch, text)
+        self._append(branch, text)
         return branch
 
     def fork(self, branch: Branch, n: int, *, owner: int | None = None) -> list[Branch]:
         """See `Branch.fork`. The forks belong to the branch's owner unless another is named."""
-        id = branch._checked()
-        if n < 0:
-            raise ValueError(f"n must be at least 0, got {n}")
+        id = self._id(branch)
+        n = integer("n", n, 0, MAX_FORKS + 1)
+        owner = int(self.branch_owner[id]) if owner is None else _owner(owner)
         nth = self._branch_forks[id] + np.arange(1, n + 1, dtype=np.uint64)
         self._branch_forks[id] += np.uint64(n)
         keys = mix(self.branch_key[id : id + 1] ^ mix(nth))
         node, length = np.repeat(self.branch_node[id], n), np.repeat(self.branch_length[id], n)
-        forks = self._new_branches(node, length, keys, int(self.branch_owner[id]) if owner is None else owner)
+        forks = self._new_branches(node, length, keys, owner)
         ids = self._ids(forks)
         self.branch_mark[ids], self.branch_marked_at[ids] = self.branch_mark[id], self.branch_marked_at[id]
         return forks
 
     def rewind(self, branch: Branch, length: int) -> None:
         """See `Branch.rewind`. The branch's later draws differ from those it made before."""
-        id = branch._checked()
+        id = self._id(branch)
         node, have = int(self.branch_node[id]), int(self.branch_length[id])
-        while self.parent[node] >= 0 and length <= self.start[node]:
+        least = 1 + int(self.start[self._path(id)[-1][0]])  # the root keeps a token
+        length = integer("rewind length", length, least, have + 1)
+        while length <= self.start[node]:
             node = int(self.parent[node])
-        if not self.start[node] < length <= have:
-            raise ValueError(
-                f"rewind length must lie in [{self.start[node] + 1}, {have}] (the root keeps a token), got {length}"
-            )
         if length < have:
             self.branch_key[id] = mix(self.branch_key[id : id + 1])[0]
         if length < self.branch_marked_at[id]:
@@ -181,14 +200,14 @@ class Tree:
         self._settle(np.array([old, node]))
 
     def drop(self, branches: Iterable[Branch]) -> None:
-        """Ends many branches at once; those already dropped are passed over."""
-        live = [b for b in branches if b.alive]
-        if not live:
+        """Ends many branches at once; those already dropped, or named before, are passed over."""
+        ids = np.unique(self._ids([b for b in _listed(branches) if not isinstance(b, Branch) or b.alive]))
+        if not len(ids):
             return
-        ids = np.array([b.id for b in live])
-        for branch in live:
-            self._handles[branch.id] = None
-            branch.id = -1
+        for id in ids.tolist():
+            if (handle := self._handles[id]) is not None:
+                handle.id = -1
+            self._handles[id] = None
         nodes = self.branch_node[ids]
         np.subtract.at(self.readers, nodes, 1)
         self.branch_node[ids] = -1
@@ -210,11 +229,10 @@ class Tree:
         The first `len(parents)` handles are reused, missing ones made, surplus ones dropped. Their random draws stay
         their own, and are new where the text is.
         """
-        ancestors = np.asarray(parents, dtype=np.int64)
-        count = len(branches)
-        if ancestors.ndim != 1 or (ancestors.size and not 0 <= ancestors.min() <= ancestors.max() < count):
-            raise ValueError(f"parents must be 1-D indices in [0, {count}), got {ancestors.tolist()}")
-        ids = self._ids(branches)
+        branches = _listed(branches)
+        ids = self._ids(branches, distinct=True)
+        count = len(ids)
+        ancestors = integers("parents", parents, 0, count).astype(np.int64)
         source = ids[ancestors]
         new_node, new_length = self.branch_node[source], self.branch_length[source]
         extra = [self.fork(branches[a], 1)[0] for a in ancestors[count:]]
@@ -236,20 +254,22 @@ class Tree:
 
         Its first token stands behind the longest of them. The joined texts stay alive as long as it does.
         """
-        sources = [self.fork(b, 1, owner=NOBODY)[0] for b in branches]
-        if not sources:
-            raise ValueError("join needs at least one branch, got none")
-        position = max(b.length for b in sources)
-        first = branches[0].id
+        text, joined = _text(tokens), _listed(branches)
+        ids = self._ids(joined)
+        if not len(ids):
+            raise InvalidInput("join needs at least one branch, got none")
+        position = integer("position", self.branch_length[ids].max(), 0, MAX_POSITION)
+        sources = [self.fork(b, 1, owner=NOBODY)[0] for b in joined]
+        first = ids[0]
         key, owner = int(self.branch_key[first]), int(self.branch_owner[first])
-        branch = self.root(tokens, position=position, key=key, owner=owner)
+        branch = self.root(text, position=position, key=key, owner=owner)
         self._sources[int(self.branch_node[branch.id])] = sources
         return branch
 
     def mark(self, branches: Sequence[Branch]) -> NDArray[np.int64]:
         """Gives each branch a number that nothing else was ever given, `[len(branches)]`. Its forks and what is
         reassigned to it inherit the number; a branch that is rewound to before the mark loses it."""
-        ids = self._ids(branches)
+        ids = self._ids(branches, distinct=True)
         marks = np.fromiter(itertools.islice(_MARKS, len(ids)), np.int64, len(ids))
         self.branch_mark[ids], self.branch_marked_at[ids] = marks, self.branch_length[ids]
         return marks
@@ -261,7 +281,8 @@ class Tree:
 
     def match(self, tokens: ArrayLike, *, key: int = 0, owner: int = NOBODY) -> Branch | None:
         """A branch on the longest prefix of `tokens` that the tree already has, or None. Copies nothing."""
-        text = np.asarray(tokens, dtype=np.int32)
+        text = _text(tokens)
+        key, owner = _key_and_owner(key, owner)
         nodes = np.flatnonzero((self.capacity > 0) & (self.length > 0))
         first = self.token[self.begin[nodes]]
         best, best_length = -1, 0
@@ -286,18 +307,29 @@ class Tree:
 
     def append(self, branches: Sequence[Branch], tokens: ArrayLike) -> None:
         """One more token for each of many branches. `tokens` int `[len(branches)]`."""
-        ids = self._ids(branches)
+        ids = self._ids(branches, distinct=True)
+        self._append_each(ids, integers("tokens", tokens, 0, MAX_TOKEN, count=len(ids)))
+
+    def append_unknown(self, branches: Sequence[Branch]) -> None:
+        """One more token for each branch, `UNKNOWN` until `name_newest` or `retract`."""
+        self._append_each(self._ids(branches, distinct=True), UNKNOWN)
+
+    def _append_each(self, ids: NDArray[np.int64], tokens: NDArray[np.integer] | int) -> None:
         node = self._own_nodes(ids)
         self._ensure_capacity(node, 1)
-        self.token[self.begin[node] + self.length[node]] = np.asarray(tokens, dtype=np.int32)
+        self.token[self.begin[node] + self.length[node]] = tokens
         self.length[node] += 1
         self.branch_length[ids] += 1
 
-    def append_text(self, branch: Branch, tokens: Ints) -> None:
+    def append_text(self, branch: Branch, tokens: ArrayLike) -> None:
         """See `Branch.append`."""
-        id = np.array([branch._checked()])
-        if len(tokens) == 0:
-            return
+        self._id(branch)
+        text = integers("tokens", tokens, 0, MAX_TOKEN)
+        if len(text):
+            self._append(branch, text)
+
+    def _append(self, branch: Branch, tokens: NDArray[np.integer]) -> None:
+        id = np.array([branch.id])
         node = self._own_nodes(id)
         self._ensure_capacity(node, len(tokens))
         end = int(self.begin[node[0]] + self.length[node[0]])
@@ -307,16 +339,20 @@ class Tree:
 
     def name_newest(self, branches: Sequence[Branch], tokens: ArrayLike) -> None:
         """The ids of tokens that were appended as `UNKNOWN`. `tokens` int `[len(branches)]`."""
-        node, length = self.positions_of(branches)
+        ids = self._ids(branches, distinct=True)
+        tokens = integers("tokens", tokens, 0, MAX_TOKEN, count=len(ids))
+        node, length = self.branch_node[ids], self.branch_length[ids]
         at = self.begin[node] + length - self.start[node] - 1
         assert (self.token[at] == UNKNOWN).all(), "the newest token of a branch is known already"
-        self.token[at] = np.asarray(tokens, dtype=np.int32)
+        self.token[at] = tokens
 
     def retract(self, branches: Sequence[Branch]) -> None:
         """Takes back the token that `append` gave each of the branches last. Unlike after a rewind, their draws are
         what they would have been without it."""
-        ids = self._ids(branches)
+        ids = self._ids(branches, distinct=True)
         old = self.branch_node[ids]
+        if ((self.parent[old] < 0) & (self.branch_length[ids] == self.start[old] + 1)).any():
+            raise InvalidInput("retract needs branches of more than one token (the root keeps a token)")
         self.branch_length[ids] -= 1
         node = np.where(self.branch_length[ids] > self.start[old], old, self.parent[old])
         np.subtract.at(self.readers, old, 1)
@@ -326,7 +362,7 @@ class Tree:
 
     def tokens(self, branch: Branch) -> Ints:
         """See `Branch.tokens`."""
-        pieces = [self.token[self.begin[n] : self.begin[n] + stop] for n, stop in self._path(branch._checked())]
+        pieces = [self.token[self.begin[n] : self.begin[n] + stop] for n, stop in self._path(self._id(branch))]
         return np.concatenate(pieces[::-1])
 
     def positions_of(self, branches: Sequence[Branch]) -> tuple[Ints, Ints]:
@@ -342,9 +378,10 @@ class Tree:
         One chunk a node. Where only the hidden state is missing (a rewind, a reused prefix), the chunk is the
         last token alone, and `computed` already covers it.
         """
+        ids = self._ids(branches)
         if self._unmerged:
             self._merge()
-        node, stop = self.positions_of(branches)
+        node, stop = self.branch_node[ids], self.branch_length[ids]
         unseen = self.hidden_at[node] != stop - 1
         node, upto = node[unseen], (stop - self.start[node])[unseen]
         again = node[upto <= self.computed[node]]
@@ -548,12 +585,35 @@ class Tree:
 
     # ---------------------------------------------------------------- inner workings
 
-    @staticmethod
-    def _ids(branches: Sequence[Branch]) -> NDArray[np.int64]:
-        ids = np.fromiter(map(_ID, branches), np.int64, len(branches))
-        if ids.min(initial=0) < 0:
-            raise ValueError(f"branch {int(np.argmin(ids))} of {len(ids)} was dropped: it can no longer be used")
-        return ids
+    def _ids(self, branches: Iterable[Branch], *, distinct: bool = False) -> NDArray[np.int64]:
+        """`[len(branches)]`. Raises unless all are live branches of this tree and, if asked, no two are the same."""
+        given = _listed(branches)
+        try:
+            ids = list(map(_ID, given))
+            mine = all(map(is_, map(self._handles.__getitem__, ids), given))
+        except (TypeError, AttributeError, IndexError):
+            mine = False
+        if not mine:
+            self._refuse(given)
+        if distinct and len(set(ids)) < len(ids):
+            again = next(i for i, id in enumerate(ids) if id in ids[:i])
+            raise InvalidInput(f"branches must be distinct, got branch {again} of {len(ids)} a second time")
+        return np.array(ids, np.int64)
+
+    def _id(self, branch: Branch) -> int:
+        return int(self._ids((branch,))[0])
+
+    def _refuse(self, given: list[Any]) -> NoReturn:
+        """Says which of them is not a live branch of this tree."""
+        for i, branch in enumerate(given):
+            which = f"branch {i} of {len(given)}"
+            if not isinstance(branch, Branch):
+                raise InvalidInput(f"{which} must be a Branch, got {type(branch).__name__}")
+            if not branch.alive:
+                raise InvalidInput(f"{which} was dropped: it can no longer be used")
+            if branch._tree is not self:
+                raise InvalidInput(f"{which} belongs to {branch._tree.name}, expected one of {self.name}")
+        raise InvalidInput(f"branches must be those that {self.name} gave, got other handles")
 
     def _path(self, id: int) -> list[tuple[int, int]]:
         """(node, tokens of it that are seen) from the branch's node up to its root."""
@@ -792,7 +852,7 @@ class Tree:
 
 def reassign(branches: Sequence[Branch], parents: ArrayLike) -> list[Branch]:
     """See `Tree.reassign`: branch `i` of the result sees what `branches[parents[i]]` sees now."""
-    return branches[0]._tree.reassign(branches, parents) if len(branches) else []
+    return _tree_of(branches).reassign(branches, parents)
 
 
 _BRANCH_FIELDS = (
@@ -821,8 +881,34 @@ _NODE_FIELDS = (
 
 def append(branches: Sequence[Branch], tokens: ArrayLike) -> None:
     """See `Tree.append`: one more token for each branch."""
-    if len(branches):
-        branches[0]._tree.append(branches, tokens)
+    _tree_of(branches).append(branches, tokens)
+
+
+def _listed(branches: Any) -> list[Any]:
+    try:
+        return list(branches)
+    except TypeError:
+        raise InvalidInput(f"branches must be a sequence of branches, got {type(branches).__name__}") from None
+
+
+def _tree_of(branches: Sequence[Branch]) -> Tree:
+    """A tree that knows whether all of them are its own."""
+    return next((b._tree for b in _listed(branches) if isinstance(b, Branch)), None) or Tree(1)
+
+
+def _text(tokens: ArrayLike) -> NDArray[np.integer]:
+    text = integers("tokens", tokens, 0, MAX_TOKEN)
+    if not len(text):
+        raise InvalidInput("tokens must be at least one id, got none")
+    return text
+
+
+def _owner(owner: int) -> int:
+    return integer("owner", owner, NOBODY, 2**31)
+
+
+def _key_and_owner(key: int, owner: int) -> tuple[int, int]:
+    return integer("key", key, 0, 2**64), _owner(owner)
 
 
 def _columns(chunks: Sequence[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -21,6 +21,8 @@ from forktree.token_scores import TokenRequest
 
 NEVER = -1.0e9  # the score of what must not be chosen; finite, as in transformers, so that sums stay ordered
 
+_MODEL, _PROCESSORS, _NOTHING_LEFT = 1, 2, 3  # what is wrong with a row, and whose fault it is; 0: nothing
+
 Criterion = Callable[[Tensor], Tensor]  # rows [n, L] -> stopped, bool [n]
 
 
@@ -65,6 +67,11 @@ class Finished:
     done: Tensor
     beam_indices: Tensor
     open: Tensor
+
+    @property
+    def found(self) -> Tensor:
+        """Done, and by no token that was banned: bool [B, k]."""
+        return self.done & (self.scores > -torch.inf)
 
 
 def propose(log_probs: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
@@ -174,6 +181,9 @@ async def beam_search(
     fill: token behind the end of a finished row. processors: applied to the log-probs of all `[B * k]` rows. stops:
     told every candidate row. on_step: sees the processed log-probs of every step, `[B * k, V]`. With processors,
     on_step or do_sample, rows of logits are computed; without, only their best are.
+
+    A beam that processors leave no token goes on at a score of -inf, as in transformers: below all others. Raises
+    `InvalidInput` if they give NaN or +inf, or leave none to any beam of a prompt that has nothing finished.
     """
     batch, prompt = rows.shape
     k, device = rules.num_beams, rows.device
@@ -196,14 +206,20 @@ async def beam_search(
         if not processors and on_step is None and not rules.do_sample:
             found = await score_tokens(beams, TokenRequest(top_k=rules.num_candidates), checked=False)
             assert found.lse is not None and found.top_ids is not None and found.top_log_probs is not None
-            wrong = ~found.lse.isfinite()
+            wrong = (~found.lse.isfinite()).long() * _MODEL
             best, tokens = (x.reshape(batch, k, -1) for x in (found.top_log_probs, found.top_ids))
             candidates = propose_among(best, tokens, scores, rules)
         else:
             logits = await next_logits(beams, checked=rules.do_sample)  # multinomial dies of NaN; all else passes it on
-            wrong = ~logits.amax(dim=-1).isfinite()
+            wrong = (~logits.amax(dim=-1).isfinite()).long() * _MODEL
             log_probs = logits.log_softmax(dim=-1)
             log_probs = process(processors, beams, running[:, :, :length].reshape(batch * k, length), log_probs)
+            if processors:
+                highest = log_probs.amax(dim=-1)
+                senseless = ~(highest < torch.inf)  # NaN is its row's highest
+                wrong = torch.where(senseless & (wrong == 0), _PROCESSORS, wrong)
+                if rules.do_sample:  # multinomial dies of them
+                    log_probs = log_probs.masked_fill(senseless[:, None], 0)
             if on_step is not None:
                 on_step(log_probs)
             candidates = propose(log_probs.reshape(batch, k, -1), scores, rules)
@@ -215,6 +231,8 @@ async def beam_search(
         finished = update_finished(finished, candidate_rows, candidate_indices, candidates, stopped, step + 1, rules)
         running, indices = _along(candidate_rows, chosen), _along(candidate_indices, chosen)
         finished = replace(finished, open=still_open(finished, scores, step + 1, rules))
+        nothing = (candidates.scores.amax(dim=1) == -torch.inf) & ~finished.found.any(dim=1)
+        wrong = torch.where(nothing.repeat_interleave(k) & (wrong == 0), _NOTHING_LEFT, wrong)
         over = ~finished.open.any() | stopped.all()
         if rules.early_stopping is True:
             over = over | finished.done.all()
@@ -222,8 +240,16 @@ async def beam_search(
         told = torch.stack([parents.flatten(), running[:, :, length].flatten(), wrong, over.expand(batch * k)])
         origin, token, bad, ends = told.cpu().numpy()  # all that the host needs to know, at once
         if bad.any():
-            first = int(np.argmax(bad))
-            raise NonFinite.of("logits", first, beams[first].length)
+            first = int(np.argmax(bad > 0))
+            position = beams[first].length
+            if bad[first] == _MODEL:
+                raise NonFinite.of("logits", first, position)
+            if bad[first] == _PROCESSORS:
+                raise InvalidInput(
+                    "logits processors must give finite scores, or -inf for what is banned; got NaN or +inf for "
+                    f"branch {first} at position {position}"
+                )
+            raise InvalidInput(f"logits processors leave branch {first} no token at position {position}, nor others")
         if ends.all():
             break
         beams = reassign(beams, origin)
@@ -256,7 +282,8 @@ class BeamSearch(Search):
             raise InvalidInput(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
 
     async def run(self, job: Job) -> list[Hypothesis]:
-        """The best finished beams; the score is the sum of log-probs over `length ** length_penalty`."""
+        """The best finished beams; the score is the sum of log-probs over `length ** length_penalty`. Fewer than
+        `num_return_sequences` where logits processors leave no more."""
         rules = BeamRules(
             num_beams=self.num_beams,
             num_candidates=max(2, 1 + len(job.eos_token_ids)) * self.num_beams,
@@ -275,7 +302,8 @@ class BeamSearch(Search):
         found = await beam_search(
             [job.root], prompt, rules, fill=job.pad_token_id, processors=self.logits_processor, stops=stops
         )
-        return [self._hypothesis(found, i, prompt.shape[1], job) for i in range(self.num_return_sequences)]
+        wanted = found.found[0, : self.num_return_sequences].nonzero().flatten().tolist()
+        return [self._hypothesis(found, i, prompt.shape[1], job) for i in wanted]
 
     def _hypothesis(self, found: Finished, i: int, prompt: int, job: Job) -> Hypothesis:
         length = int((found.beam_indices[0, i] >= 0).sum())

@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forktree.errors import ScorerError
+from forktree.errors import InvalidInput, ScorerError
+from forktree.integers import integer, integers
 from forktree.kv import Branch
+from forktree.kv.tree import MAX_TOKEN
 from forktree.sampling import Sampling
-from forktree.search.processors import Processor
+from forktree.search.processors import Processor, check_processors
 from forktree.token_scores import TokenRequest, TokenScores
 
 T = TypeVar("T")
@@ -76,6 +78,16 @@ class Extend(Request[Extension]):
     processors: Sequence[Processor]
     pad_token_id: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampling, Sampling):
+            raise InvalidInput(f"sampling must be a Sampling, got {self.sampling!r:.80}")
+        integers("max_tokens", self.max_tokens, 1, MAX_TOKEN, count=len(self.branches))
+        integers("eos_token_ids", list(self.eos_token_ids), 0, MAX_TOKEN)
+        integer("pad_token_id", self.pad_token_id, -MAX_TOKEN, MAX_TOKEN)
+        if self.stop is not None and not callable(self.stop):
+            raise InvalidInput(f"stop must be a function of the newest token and all, or None, got {self.stop!r:.80}")
+        check_processors("processors", self.processors)
+
 
 @dataclass(frozen=True, eq=False)
 class Score(Request[Rewards]):
@@ -92,6 +104,10 @@ class ScoreTokens(Request[TokenScores]):
     branches: Sequence[Branch]
     request: TokenRequest
     checked: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.request, TokenRequest):
+            raise InvalidInput(f"request must be a TokenRequest, got {self.request!r:.80}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +132,13 @@ def extend(
 
     processors: change the logits before `sampling` does, see `forktree.search.processors`: the slow way, as they need
     whole rows. They are shown what the branches see, padded by `pad_token_id`. `InvalidInput` is raised if they leave a
-    branch no token, and what they raise themselves; log-probs are those of the logits as they were.
+    branch no token, and what they or `stop` raise themselves; log-probs are those of the logits as they were.
     """
-    limit = np.broadcast_to(np.asarray(max_tokens, dtype=np.int64), len(branches))
-    if len(limit) and limit.min() < 1:
-        raise ValueError(f"max_tokens must be at least 1 for every branch, got {limit.tolist()}")
-    return Extend(tuple(branches), sampling, limit, eos_token_ids, stop, tuple(processors), pad_token_id)
+    some = tuple(branches)
+    one = np.ndim(max_tokens) == 0
+    limit = [integer("max_tokens", max_tokens, 1, MAX_TOKEN)] * len(some) if one else max_tokens
+    each = integers("max_tokens", limit, 1, MAX_TOKEN, count=len(some)).astype(np.int64)
+    return Extend(some, sampling, each, frozenset(eos_token_ids), stop, tuple(processors), pad_token_id)
 
 
 def score(branches: Sequence[Branch], scorer: Any) -> Score:
