@@ -35,7 +35,8 @@ from forktree.critical import CriticalSection
 from forktree.errors import Cancelled, DecoderInUse, InvalidInput, OutOfMemory
 from forktree.kv import Branch, OutOfSlots
 from forktree.kv.tree import MAX_TOKEN, Chunk
-from forktree.lane import Lane, Proof
+from forktree.lane import Lane
+from forktree.model import Fingerprint, ModelSpec
 from forktree.ops.torch_backend.score_tokens import from_logits
 from forktree.sampling import Sampling
 from forktree.scoring import Subject
@@ -232,18 +233,17 @@ class Engine:
         return task
 
     def renew(self) -> None:
-        """Looks at the policy once: if its weights are others than before, what was computed with those is dropped.
+        """Looks at the policy: if its weights are others than before, what was computed with those is dropped.
 
         Raises `DecoderInUse` as `open` does, and what `attach` raises; then nothing has changed.
         """
         self._check_free()
-        if not self.lane.is_current():
-            proof = self.lane.prove()
-            self._alone(lambda: self._renew(proof))
+        if (proof := self.lane.prove()) is not None:
+            self._alone(partial(self._renew, *proof))
 
-    def _renew(self, proof: Proof) -> None:
+    def _renew(self, now: Fingerprint, spec: ModelSpec) -> None:
         self._read_ahead()  # hidden states of tokens that are taken back would be old ones
-        self.lane.renew(proof)
+        self.lane.renew(now, spec)
         for work in (task.work for task in self._tasks):
             if work is not None and work.lane is self.lane:
                 work.hidden = [None] * len(work.branches)

@@ -19,8 +19,6 @@ from forktree.transfer import upload
 
 DEFAULT_SLOTS = 65536
 
-Proof = tuple[Fingerprint, ModelSpec]
-
 
 def _default_slots(spec: ModelSpec) -> int:
     """As many slots as fit in a quarter of the free memory, at most 65,536."""
@@ -62,18 +60,14 @@ class Lane:
         self._hidden, self._drawn = self._hidden[:0], self._drawn[:0]
         self._planned_for = None
 
-    def is_current(self) -> bool:
-        """Whether the model is as it was when it was proved, as far as that can be seen."""
-        return self._proved is not None and Fingerprint(self._model) == self._proved
+    def prove(self) -> tuple[Fingerprint, ModelSpec] | None:
+        """The model as it is now, proved; None if it is as it was, as far as that can be seen. Raises what `attach`
+        raises."""
+        now = Fingerprint(self._model)
+        return None if now == self._proved else (now, attach(self._model))
 
-    def prove(self) -> Proof:
-        """Proves the model as it is now. Raises what `attach` raises."""
-        return Fingerprint(self._model), attach(self._model)
-
-    def renew(self, proof: Proof) -> None:
-        """Goes on with the model as it was just proved, and drops what was computed before: all tokens are pending,
-        none is lost."""
-        now, spec = proof
+    def renew(self, now: Fingerprint, spec: ModelSpec) -> None:
+        """Goes on with what `prove` gave, and drops what was computed before: all tokens are pending, none is lost."""
         self.runner.renew(spec, in_place=self._proved is not None and now.built_like(self._proved))
         self._proved = now
         self.prefixes.clear()

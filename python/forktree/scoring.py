@@ -302,8 +302,8 @@ class RewardModel(Scorer):
         return cls(Lane(model, num_slots=num_slots), tokenizer, head, format=chosen)
 
     def check(self, lane: "Lane") -> None:
-        if not self._lane.is_current():
-            self._lane.renew(self._lane.prove())
+        if (proof := self._lane.prove()) is not None:
+            self._lane.renew(*proof)
         self._head.check(self._lane)
 
     def begin(self, subject: Subject) -> Reading:

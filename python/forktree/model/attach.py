@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -115,7 +114,7 @@ def _prove(model: PreTrainedModel) -> ModelSpec:
         packed = PackedModel(model)
         embeddings: Any = model.get_input_embeddings()
         vocab_size: int = embeddings.weight.shape[0]
-    if "position_ids" not in signature(packed.decoder.forward).parameters:
+    if "position_ids" not in packed.parameters:
         raise _Refusal(
             "expected a decoder that takes position_ids, got one without: it counts the tokens of a row, or reads them "
             "one after the other; use a model that can run tokens of several texts in one row"
@@ -237,10 +236,8 @@ def _prove_head(
         return own_head, "the head is not cap(scale * (h W^T + b)): logits come unfused, from the model's own head"
     if not is_scored_alike(linear, hidden, logits):
         return own_head, "score_tokens does not reproduce the logits: they come unfused, from the model's own head"
-    return (
-        linear,
-        f"linear head, scale {linear.scale:g}, cap {linear.cap}, {'no ' if linear.parameters[1] is None else ''}bias",
-    )
+    bias = "no bias" if linear.parameters[1] is None else "bias"
+    return linear, f"linear head, scale {linear.scale:g}, cap {linear.cap}, {bias}"
 
 
 # ---- what forktree sees ----

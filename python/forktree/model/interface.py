@@ -145,7 +145,7 @@ class _PassThrough(Cache):
         return query_length, 0
 
 
-_ANSWER: ContextVar[Any] = ContextVar("what a decoder that has been replaced returns")
+_answer: ContextVar[Any] = ContextVar("what a decoder that has been replaced returns")
 
 
 class PackedModel:
@@ -156,8 +156,8 @@ class PackedModel:
         self.model = model
         self._replica = Replica(model, IMPLEMENTATION)
         self.decoder = find_decoder(self._replica.root)
-        # renamed in transformers 5.24
-        self._cache_name = "cache" if "cache" in signature(self.decoder.forward).parameters else "past_key_values"
+        self.parameters = signature(type(self.decoder).forward).parameters  # an override need not tell
+        self._cache_name = "cache" if "cache" in self.parameters else "past_key_values"  # renamed in transformers 5.24
         self.device = next(iter(execution_devices(model)))
         self.dtype: torch.dtype = model.dtype
         self.autocast = autocast_dtype(self.device)  # as it is while the model is proved
@@ -174,18 +174,18 @@ class PackedModel:
         """Whatever the model does after its decoder, which is replaced."""
         root = Replica(self.model, IMPLEMENTATION).root
         decoder = find_decoder(root)
-        vars(decoder).update(_forward_hooks={}, _forward_pre_hooks={}, forward=lambda *_, **__: _ANSWER.get())
+        vars(decoder).update(_forward_hooks={}, _forward_pre_hooks={}, forward=lambda *_, **__: _answer.get())
         return root
 
     def after_decoder(self, output: ModelOutput) -> Tensor:
         """output: what the decoder returns, with last_hidden_state [1, n, H] -> the model's own logits [n, V]."""
         hidden = output.last_hidden_state
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        token = _ANSWER.set(output)
+        token = _answer.set(output)
         try:
             logits: Tensor = self._head(input_ids=ids, use_cache=False, return_dict=True).logits[0]
         finally:
-            _ANSWER.reset(token)
+            _answer.reset(token)
         return logits
 
     def padded(self, values: Tensor) -> Tensor:
@@ -234,5 +234,5 @@ def find_decoder(model: PreTrainedModel) -> nn.Module:
     """The module that ends with the post-norm hidden state. Not always `base_model`: OPT never calls it."""
     decoder: nn.Module = model.get_decoder()
     if decoder is not model:
-        return decoder
+        return decoder._modules.get("_orig_mod") or decoder  # compiled by torch
     return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
