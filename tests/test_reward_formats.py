@@ -299,7 +299,7 @@ def test_formats_on_the_command_line(qwen: Any, tmp_path: Path, generate: Callab
     (tmp_path / "out.jsonl").unlink()
     for options, message in [
         (["--reward-format", "prm"], "reward format must be one of qwen-prm, "),
-        (["--separator", "<extra_0>"], "a separator needs a step_delimiter"),
+        (["--separator", "<extra_0>"], "separator needs a step_delimiter"),
         (["--template", "{prompt}"], "template must contain {response} exactly once"),
         (["--template", "chat", "--scorer", "math:sqrt"], "belong to a reward-model directory, got --scorer math:sqrt"),
     ]:

@@ -28,7 +28,7 @@ from forktree.checks import integer, number
 from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import Branch
 from forktree.search.request import Rewards
-from forktree.step_format import REWARD_FORMATS, SEPARATORS, StepFormat, expected_format, named_format
+from forktree.step_format import CHAT, REWARD_FORMATS, SEPARATORS, StepFormat, expected_format, named_format
 from forktree.text import response_text
 from forktree.token_scores import Head, TokenRequest
 from forktree.transfer import upload
@@ -247,6 +247,8 @@ class RewardModel(Scorer):
             )
         self._lane, self._tokenizer, self._head = lane, tokenizer, head
         self._format = format or StepFormat()
+        if self._format.template == CHAT and not getattr(tokenizer, "chat_template", None):
+            raise InvalidInput("the format's template is 'chat': expected a tokenizer with a chat template, got none")
 
     @classmethod
     def load(

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from forktree.checks import integer, number
+from forktree.checks import integer, number, shown
 from forktree.errors import InvalidInput, NonFinite
 from forktree.mix import mix
 from forktree.sampling import Sampling
@@ -41,10 +41,7 @@ class Edits:
     def __init__(self, indptr: ArrayLike, ids: ArrayLike, ops: ArrayLike, values: ArrayLike) -> None:
         for name, given in (("indptr", indptr), ("ids", ids), ("ops", ops)):
             object.__setattr__(self, name, _integers(f"{name} of edits", given, 0, LARGEST_ID, np.int32))
-        numbers = np.asarray(values)
-        if numbers.dtype.kind not in "iuf":
-            raise InvalidInput(f"values of edits must be numbers, got {values!r:.80}")
-        object.__setattr__(self, "values", np.ascontiguousarray(numbers, dtype=np.float32).reshape(-1))
+        object.__setattr__(self, "values", _numbers("values of edits", values).astype(np.float32))
         if not len(self.ids) == len(self.ops) == len(self.values):
             raise InvalidInput(
                 f"ids, ops and values of edits must have one length, got {len(self.ids)}, {len(self.ops)} and "
@@ -91,7 +88,7 @@ class Edits:
             raise InvalidInput(f"prompt_lengths must be one for each of {len(texts)} texts, got {len(given)}")
         biased = _integers("tokens of bias", list(bias or {}), 0, LARGEST_ID, np.int64)
         order = np.argsort(biased)
-        bias_of = np.array(list((bias or {}).values()), dtype=np.float64)[order]
+        bias_of = _numbers("values of bias", list((bias or {}).values()))[order]
         biased = biased[order]
         ids, ops, values, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)], [0]
         for i, (text, length) in enumerate(zip(texts, given, strict=True)):
@@ -176,14 +173,30 @@ def _integers(name: str, values: ArrayLike, least: int, most: int, kind: type[Ki
     try:
         given = np.asarray(values)
     except (TypeError, ValueError, RuntimeError):  # ragged, or on a device
-        raise InvalidInput(f"{name} must be integers on the host, one by one, got {values!r:.80}") from None
+        raise InvalidInput(f"{name} must be integers on the host, one by one, got {shown(values)}") from None
     if not given.size:
         return np.zeros(0, kind)
-    if given.dtype.kind not in "iu":  # or some of a list are 2^63 and more, of which numpy makes no integers
+    if given.dtype.kind not in "iu" or any(map(_is_bool, values if isinstance(values, list | tuple) else ())):
+        # or some of a list are 2^63 and more, of which numpy makes no integers
         given = np.array([integer(name, value, least, most) for value in np.array(values, object).reshape(-1)], kind)
     elif int(given.min()) < least or int(given.max()) > most:
         raise InvalidInput(f"{name} must be integers from {least} to {most}, got {given.min()} to {given.max()}")
     return np.ascontiguousarray(given.astype(kind)).reshape(-1)
+
+
+def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    """`[n]`. Raises `InvalidInput` unless all are numbers, infinite or NaN perhaps."""
+    try:
+        given = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):  # ragged, or on a device
+        given = np.asarray(None)
+    if given.dtype.kind not in "iuf":
+        raise InvalidInput(f"{name} must be numbers, got {shown(values)}")
+    return given.astype(np.float64).reshape(-1)
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool | np.bool_)
 
 
 LARGEST_ID = np.iinfo(np.int32).max  # of a token

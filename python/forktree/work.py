@@ -107,10 +107,10 @@ class ExtendWork(Work):
         self.log_prob = np.zeros(n)
         self.num_tokens = np.zeros(n, np.int64)
         self.drawn: list[list[int]] = [[] for _ in range(n)]  # what `stop` sees
-        if request.begun is not None:
+        if request.unfinished is not None:
             self.drawn = [
-                b.tokens[b.length - integer(f"begun of branch {i}", count, 0, b.length) :].tolist()
-                for i, (b, count) in enumerate(zip(request.branches, request.begun, strict=True))
+                b.tokens[b.length - integer(f"unfinished of branch {i}", count, 0, b.length) :].tolist()
+                for i, (b, count) in enumerate(zip(request.branches, request.unfinished, strict=True))
             ]
         self.ids = np.array([b.id for b in request.branches], np.int64)
         if len(np.unique(self.ids)) < n:

@@ -30,7 +30,7 @@ class Stop(Protocol):
 
     def __call__(self, token: int, tokens: Sequence[int]) -> bool:
         """`token` is the newest; `tokens` are all that this `extend` has added, `token` included, after those that its
-        `begun` names."""
+        `unfinished` names."""
         ...
 
 
@@ -76,7 +76,7 @@ class Extend(Request[Extension]):
     stop: Stop | None
     processors: Sequence[Processor]
     pad_token_id: int
-    begun: Sequence[int] | None
+    unfinished: Sequence[int] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,12 +113,12 @@ def extend(
     stop: Stop | None = None,
     processors: Sequence[Processor] = (),
     pad_token_id: int = 0,
-    begun: Sequence[int] | None = None,
+    unfinished: Sequence[int] | None = None,
 ) -> Extend:
     """Draws tokens for every branch until `stop`, an EOS, or `max_tokens` (one for all, or one a branch).
 
-    begun: of each branch, how many of its newest tokens an earlier `extend` has added that `stop` is to see again, so
-    that it finds a text of which `max_tokens` left only the beginning. Default: none.
+    unfinished: of each branch, how many of its newest tokens, added by earlier calls, `stop` is to see before the new
+    ones, so that it finds a text of which `max_tokens` left only the beginning. Default: none.
 
     processors: change the logits before `sampling` does, see `forktree.search.processors`: the slow way, as they need
     whole rows. They are shown what the branches see, padded by `pad_token_id`. `InvalidInput` is raised if they leave a
@@ -127,7 +127,7 @@ def extend(
     limit = np.broadcast_to(np.asarray(max_tokens, dtype=np.int64), len(branches))
     if len(limit) and limit.min() < 1:
         raise ValueError(f"max_tokens must be at least 1 for every branch, got {limit.tolist()}")
-    return Extend(tuple(branches), sampling, limit, eos_token_ids, stop, tuple(processors), pad_token_id, begun)
+    return Extend(tuple(branches), sampling, limit, eos_token_ids, stop, tuple(processors), pad_token_id, unfinished)
 
 
 def score(branches: Sequence[Branch], scorer: Any) -> Score:
