@@ -61,7 +61,9 @@ class ScoreWork(Work):
             raise ScorerError(f"a scorer must give {n} rewards and errors, one a branch, got {len(rewards.values)}")
         for i in np.flatnonzero(~np.isfinite(rewards.values)).tolist():
             if rewards.errors[i] is None:  # the model's own numbers: not one branch's fault
-                raise NonFinite.of("reward", i, self.scored[i].length)
+                fine = [k for k, error in enumerate(rewards.errors) if error is None]  # these were read, in this order
+                read = dict(zip(fine, self.branches, strict=False)).get(i, self.scored[i])
+                raise NonFinite.of("reward", i, read.length)
         return rewards
 
 
