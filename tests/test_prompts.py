@@ -148,6 +148,7 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
     "short mask": ({"input_ids": [[3, 4]], "attention_mask": [[1]]}, ["attention_mask", "rows of [2]", "[1]"]),
     "batch in a list": ([IDS, torch.ones(2, 3, dtype=torch.long)], ["prompt 1", "2 rows", "by itself"]),
     "everything": (object(), ["prompts", "object"]),
+    "an endless id": ([3, 10**5000], ["prompt 0", "a value of type int"]),
 }
 
 
@@ -196,6 +197,8 @@ def test_a_seed_is_an_integer_that_fits(seed: Any) -> None:
     decoder = tiny.decoder()
     with pytest.raises(InvalidInput, match=f"seed must be an integer from 0 to {2**127 - 1}, got"):
         decoder.search("12", Greedy(), seed=seed)
+    with pytest.raises(InvalidInput, match="got a value of type int"):
+        decoder.search("12", Greedy(), seed=10**5000)
     results = [decoder.search("12", Sample(), seed=s, max_new_tokens=5)[0].text for s in (7, np.int64(7), np.uint8(7))]
     assert len(set(results)) == 1 and decoder.search("12", Sample(), seed=2**127 - 1, max_new_tokens=5)[0].text
 

@@ -225,15 +225,17 @@ LLAMA_CHAT = (
 )
 
 
+@pytest.mark.parametrize("pad", [None, "\n"])
 @torch.no_grad()
-def test_outcome(tmp_path: Path) -> None:
-    """A sequence classifier on a rendered chat: trimmed, with one BOS, read after the end of the last message."""
+def test_outcome(tmp_path: Path, pad: str | None) -> None:
+    """A sequence classifier on a rendered chat: trimmed, with one BOS, read at its last token that is no padding."""
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     tokenizer = byte_level(
         tmp_path, *special, single="<|endoftext|> $A", bos_token="<|endoftext|>", chat_template=LLAMA_CHAT
     )
     torch.manual_seed(0)
-    sizes = {**SMALL, "vocab_size": len(tokenizer), "num_labels": 1}
+    pad_id = None if pad is None else tokenizer.encode(pad, add_special_tokens=False)[0]
+    sizes = {**SMALL, "vocab_size": len(tokenizer), "num_labels": 1, "pad_token_id": pad_id}
     model = hf.LlamaForSequenceClassification(hf.LlamaConfig(**sizes)).eval()
     model.save_pretrained(tmp_path)
     expected = []
@@ -299,7 +301,7 @@ def test_formats_on_the_command_line(qwen: Any, tmp_path: Path, generate: Callab
     (tmp_path / "out.jsonl").unlink()
     for options, message in [
         (["--reward-format", "prm"], "reward format must be one of qwen-prm, "),
-        (["--separator", "<extra_0>"], "a separator needs a step_delimiter"),
+        (["--separator", "<extra_0>"], "separator needs a step_delimiter"),
         (["--template", "{prompt}"], "template must contain {response} exactly once"),
         (["--template", "chat", "--scorer", "math:sqrt"], "belong to a reward-model directory, got --scorer math:sqrt"),
     ]:

@@ -688,6 +688,10 @@ def test_penalties_change_the_logits_of_every_token_as_a_loop_does(
         (([0, 1], [3.7], [0], [1]), "ids of edits must be an integer from 0 to 2147483647, got 3.7"),
         (([0, 1], np.array([3.0]), [0], [1]), "ids of edits must be an integer"),
         (([0, 1], [True], [0], [1]), "ids of edits must be an integer"),
+        (([0, 2], [True, 3], [0, 0], [1, 1]), "ids of edits must be an integer .* got True"),
+        (([0, 1], [10**5000], [0], [1]), "ids of edits must be an integer .* got a value of type int"),
+        (([0, 2], [[1], [2, 3]], [0, 0], [1, 1]), "ids of edits must be integers on the host"),
+        (([0, 2], [1, 3], [0, 0], [[1], [2, 3]]), "values of edits must be numbers, got"),
         (([0, 2**32 + 1], [3], [0], [1]), "indptr of edits must be integers from 0"),
         (([0, 1], [3], [0.0], [1]), "ops of edits must be an integer"),
         (([0, 1], [3], [0], ["1"]), "values of edits must be numbers, got"),
@@ -713,6 +717,8 @@ def test_bad_edits_are_refused(edits: tuple[Any, ...], message: str) -> None:
         (dict(presence=math.nan), "presence must be finite, got nan"),
         (dict(bias={2.5: 1.0}), "tokens of bias must be an integer"),
         (dict(bias={"a": 1.0}), "tokens of bias must be an integer"),
+        (dict(bias={1: "0.5"}), "values of bias must be numbers"),
+        (dict(bias={1: None}), "values of bias must be numbers"),
     ],
 )
 def test_bad_penalties_are_refused(wrong: dict[str, Any], message: str) -> None:

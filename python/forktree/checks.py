@@ -29,7 +29,7 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     """`value` as an int. Raises `InvalidInput` unless it is an integer from `least` to `most`, both included."""
     if not is_integer(value) or (found := operator.index(value)) < least or (most is not None and found > most):
         span = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise InvalidInput(f"{name} must be an integer {span}, got {value!r:.80}")
+        raise InvalidInput(f"{name} must be an integer {span}, got {shown(value)}")
     return found
 
 
@@ -47,9 +47,9 @@ def integers(
             isinstance(values, list | tuple) and not _BOOLS.isdisjoint(map(type, values))
         )
     except Exception:  # ragged, on a device, or an object of one's own
-        raise InvalidInput(f"{expected}, got {values!r:.80}") from None
+        raise InvalidInput(f"{expected}, got {shown(values)}") from None
     if found.ndim != 1 or (found.size and not plain and not all(map(is_integer, found))):
-        raise InvalidInput(f"{expected}, got {values!r:.80}")
+        raise InvalidInput(f"{expected}, got {shown(values)}")
     if count is not None and len(found) != count:
         raise InvalidInput(f"{expected}, got {len(found)}")
     if found.size and not (found.min() >= least and found.max() <= most):
@@ -63,5 +63,13 @@ def number(name: str, value: Any, expected: str, inside: Callable[[float], bool]
     so in words."""
     found = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not math.isfinite(found) or not inside(found):
-        raise InvalidInput(f"{name} must be {expected}, got {value!r:.80}")
+        raise InvalidInput(f"{name} must be {expected}, got {shown(value)}")
     return found
+
+
+def shown(value: Any) -> str:
+    """The beginning of what `value` looks like, for messages."""
+    try:
+        return f"{value!r:.80}"
+    except Exception:  # a number of more digits than Python prints, or a __repr__ of the user's own
+        return f"a value of type {type(value).__name__}"

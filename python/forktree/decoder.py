@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from forktree.checks import integer, integers
+from forktree.checks import integer, integers, shown
 from forktree.engine import Counters, Engine, Run, Task
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
@@ -257,7 +257,7 @@ class Decoder:
             known = 0 if self.tokenizer is None else len(self.tokenizer)
             more = f"; the tokenizer has {known} tokens, the model embeds {runner.vocab_size}"
             raise InvalidInput(
-                f"prompt {index} has token id {bad}: expected ids in [0, {runner.vocab_size})"
+                f"prompt {index} has token id {shown(bad)}: expected ids in [0, {runner.vocab_size})"
                 f"{more if known > runner.vocab_size else ''}"
             )
         if len(ids) + max_new_tokens > runner.max_position:

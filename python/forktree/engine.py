@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forktree.checks import integers
+from forktree.checks import integers, shown
 from forktree.critical import CriticalSection
 from forktree.errors import Cancelled, DecoderInUse, InvalidInput, OutOfMemory
 from forktree.kv import Branch, OutOfSlots
@@ -214,7 +214,7 @@ class Engine:
         """
         keys = [_key(seed, integers("tokens", tokens, 0, MAX_TOKEN)) for tokens in prompts]
         if not all(map(len, prompts)) or not len(prompts):
-            raise InvalidInput(f"prompts must be of at least one token each, got {prompts!r:.80}")
+            raise InvalidInput(f"prompts must be of at least one token each, got {shown(prompts)}")
         return self._alone(partial(self._submit, search, prompts, keys, text, run))
 
     def _submit(

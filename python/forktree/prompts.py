@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from forktree.checks import is_integer
+from forktree.checks import is_integer, shown
 from forktree.errors import InvalidInput
 
 Prompt = str | list[int]
@@ -77,7 +77,7 @@ def _ids(name: str, given: Any) -> list[int]:
 
 
 def unpadded(name: str, given: Mapping[str, Any]) -> list[list[int]]:
-    """Rows of `input_ids` of what a tokenizer returns, each without its padding, which `attention_mask` tells.
+    """Rows of `input_ids` of what a tokenizer returns, each without the padding at its ends (see `attention_mask`).
 
     Raises `InvalidInput` by `name`.
     """
@@ -92,7 +92,7 @@ def unpadded(name: str, given: Mapping[str, Any]) -> list[list[int]]:
         several = [mask] if not len(mask) or np.ndim(mask[0]) == 0 else mask
         masks = [np.asarray(row.tolist() if hasattr(row, "tolist") else row) for row in several]
     except (TypeError, ValueError, KeyError):
-        raise InvalidInput(f"attention_mask of {name} must be zeros and ones, got {mask!r:.80}") from None
+        raise InvalidInput(f"attention_mask of {name} must be zeros and ones, got {shown(mask)}") from None
     if [m.shape for m in masks] != [(len(r),) for r in rows]:
         raise InvalidInput(
             f"attention_mask of {name} must have the shape of input_ids, rows of {[len(r) for r in rows]}, got rows of "
@@ -123,7 +123,7 @@ def _are_messages(items: Sequence[Any]) -> bool:
 
 
 def _wrong(name: str, given: Any) -> InvalidInput:
-    what = f"got {type(given).__name__} {given!r:.80}"
+    what = f"got {type(given).__name__} {shown(given)}"
     if _are_messages([given] if isinstance(given, Mapping) else given if isinstance(given, list | tuple) else []):
         what += ": render chat messages by tokenizer.apply_chat_template(messages, add_generation_prompt=True)"
     elif isinstance(given, Mapping):

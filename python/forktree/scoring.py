@@ -32,7 +32,7 @@ from forktree.checks import integer, number
 from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import Branch
 from forktree.search.request import Rewards
-from forktree.step_format import REWARD_FORMATS, SEPARATORS, StepFormat, expected_format, named_format
+from forktree.step_format import CHAT, REWARD_FORMATS, SEPARATORS, StepFormat, expected_format, named_format
 from forktree.text import response_text
 from forktree.token_scores import Head, TokenRequest
 from forktree.transfer import upload
@@ -237,20 +237,27 @@ class RewardModel(Scorer):
 
     lane: the model's own tree and pools (`Lane`). head: what reads a reward from the last hidden state: a `ValueHead`,
     or a `TokenLogits` on the model's own logits. format: what is fed. A text that cannot be rendered, or is too long
-    for the model, costs its branch only. The mirror needs no bookkeeping: the reward model's tree is asked for the
-    longest prefix it knows, and what the last score read stays alive until the next one has found its prefixes.
+    for the model, costs its branch only. pad_token_id: left out at the end of what is fed, as sequence classifiers of
+    transformers pass over it. The mirror needs no bookkeeping: the reward model's tree is asked for the longest prefix
+    it knows, and what the last score read stays alive until the next one has found its prefixes.
     """
 
     def __init__(
-        self, lane: "Lane", tokenizer: Any, head: "ValueHead | TokenLogits", *, format: StepFormat | None = None
+        self,
+        lane: "Lane",
+        tokenizer: Any,
+        head: "ValueHead | TokenLogits",
+        *,
+        format: StepFormat | None = None,
+        pad_token_id: int | None = None,
     ) -> None:
         head.check(lane)
         if isinstance(head, TokenLogits) and head._suffix:
-            raise InvalidInput(
-                "a question after a text belongs into the format's template: expected no suffix, got one"
-            )
+            raise InvalidInput("a question after a text belongs in the format's template: expected no suffix, got one")
         self._lane, self._tokenizer, self._head = lane, tokenizer, head
-        self._format = format or StepFormat()
+        self._format, self._pad_token_id = format or StepFormat(), pad_token_id
+        if self._format.template == CHAT and not getattr(tokenizer, "chat_template", None):
+            raise InvalidInput("the format's template is 'chat': expected a tokenizer with a chat template, got none")
 
     @classmethod
     def load(
@@ -299,7 +306,9 @@ class RewardModel(Scorer):
                 f"{len(_ids(tokenizer, chosen.separator))} of it: not such a model"
             )
         model = load_model(path, dtype=dtype, base=not chosen.answers, trust_remote_code=trust_remote_code).to(device)
-        return cls(Lane(model, num_slots=num_slots), tokenizer, head, format=chosen)
+        classifies = expected is not None and expected[0].endswith("ForSequenceClassification")
+        pad = model.config.pad_token_id if classifies and not chosen.step_delimiter else None
+        return cls(Lane(model, num_slots=num_slots), tokenizer, head, format=chosen, pad_token_id=pad)
 
     def check(self, lane: "Lane") -> None:
         if (proof := self._lane.prove()) is not None:
@@ -328,6 +337,8 @@ class RewardModel(Scorer):
     def _tokens(self, prompt: str, response: str) -> list[int]:
         runner = self._lane.runner
         ids = self._format.tokens(prompt, response, self._tokenizer)
+        while ids and ids[-1] == self._pad_token_id:
+            ids.pop()
         if not 1 <= len(ids) <= runner.max_position:
             raise InvalidInput(f"the reward model reads 1 to {runner.max_position} tokens, got {len(ids)}")
         bad = next((t for t in ids if not 0 <= t < runner.vocab_size), None)

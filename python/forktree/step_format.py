@@ -53,9 +53,10 @@ class StepFormat:
                     )
             if self.template.index("{prompt}") > self.template.index("{response}"):
                 raise InvalidInput("template must name {prompt} before {response}")
-        if not self.step_delimiter and (self.separator or self.between):
-            got = self.separator or self.between
-            raise InvalidInput(f"a separator needs a step_delimiter, whose place it takes: got {got!r} and none")
+        for name in ("separator", "between", "apart"):
+            if getattr(self, name) and not self.step_delimiter:
+                got = getattr(self, name)
+                raise InvalidInput(f"{name} needs a step_delimiter, which tells the steps apart: got {got!r} and none")
 
     def render(self, prompt: str, response: str, tokenizer: Any = None) -> str:
         """The text to feed. tokenizer: needed for `{bos}` and chat templates."""
@@ -87,8 +88,7 @@ class StepFormat:
             return [text[: text.rindex(said)], *steps]
         before, _, rest = self.template.partition("{prompt}")
         middle, _, after = rest.partition("{response}")
-        if "{bos}" in before:
-            before = before.replace("{bos}", tokenizer.bos_token or "")
+        before = before.replace("{bos}", getattr(tokenizer, "bos_token", None) or "")
         return [before + prompt + middle, *steps, *([] if self.step_delimiter else [after])]
 
     def _steps(self, response: str) -> list[str]:

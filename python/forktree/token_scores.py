@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from forktree.checks import integer, integers, number
+from forktree.checks import integer, integers, number, shown
 from forktree.errors import InvalidInput, NonFinite
 from forktree.mix import mix
 from forktree.sampling import Sampling
@@ -39,10 +39,7 @@ class Edits:
     def __init__(self, indptr: ArrayLike, ids: ArrayLike, ops: ArrayLike, values: ArrayLike) -> None:
         for name, given in (("indptr", indptr), ("ids", ids), ("ops", ops)):
             object.__setattr__(self, name, integers(f"{name} of edits", given, 0, LARGEST_ID, kind=np.int32))
-        numbers = np.asarray(values)
-        if numbers.dtype.kind not in "iuf":
-            raise InvalidInput(f"values of edits must be numbers, got {values!r:.80}")
-        object.__setattr__(self, "values", np.ascontiguousarray(numbers, dtype=np.float32).reshape(-1))
+        object.__setattr__(self, "values", _numbers("values of edits", values).astype(np.float32))
         if not len(self.ids) == len(self.ops) == len(self.values):
             raise InvalidInput(
                 f"ids, ops and values of edits must have one length, got {len(self.ids)}, {len(self.ops)} and "
@@ -89,7 +86,7 @@ class Edits:
             raise InvalidInput(f"prompt_lengths must be one for each of {len(texts)} texts, got {len(given)}")
         biased = integers("tokens of bias", list(bias or {}), 0, LARGEST_ID, kind=np.int64)
         order = np.argsort(biased)
-        bias_of = np.array(list((bias or {}).values()), dtype=np.float64)[order]
+        bias_of = _numbers("values of bias", list((bias or {}).values()))[order]
         biased = biased[order]
         ids, ops, values, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)], [0]
         for i, (text, length) in enumerate(zip(texts, given, strict=True)):
@@ -167,6 +164,17 @@ class Draw:
         """Whether a row may lose tokens to top-k, top-p or min-p."""
         temperature, top_k, top_p, min_p = self.settings
         return bool(((temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))).any())
+
+
+def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    """`[n]`. Raises `InvalidInput` unless all are numbers, infinite or NaN perhaps."""
+    try:
+        given = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):  # ragged, or on a device
+        given = np.asarray(None)
+    if given.dtype.kind not in "iuf":
+        raise InvalidInput(f"{name} must be numbers, got {shown(values)}")
+    return given.astype(np.float64).reshape(-1)
 
 
 LARGEST_ID = np.iinfo(np.int32).max  # of a token

@@ -69,7 +69,9 @@ class ScoreWork(Work):
             raise ScorerError(f"a scorer must give {n} rewards and errors, one a branch, got {len(rewards.values)}")
         for i in np.flatnonzero(~np.isfinite(rewards.values)).tolist():
             if rewards.errors[i] is None:  # the model's own numbers: not one branch's fault
-                raise NonFinite.of("reward", i, self.scored[i].length)
+                fine = [k for k, error in enumerate(rewards.errors) if error is None]  # these were read, in this order
+                read = dict(zip(fine, self.branches, strict=False)).get(i, self.scored[i])
+                raise NonFinite.of("reward", i, read.length)
         return rewards
 
 
@@ -125,10 +127,10 @@ class ExtendWork(Work):
         self.log_prob = np.zeros(n)
         self.num_tokens = np.zeros(n, np.int64)
         self.drawn: list[list[int]] = [[] for _ in range(n)]  # what `stop` sees
-        if request.begun is not None:
+        if request.unfinished is not None:
             self.drawn = [
-                b.tokens[b.length - integer(f"begun of branch {i}", count, 0, b.length) :].tolist()
-                for i, (b, count) in enumerate(zip(request.branches, request.begun, strict=True))
+                b.tokens[b.length - integer(f"unfinished of branch {i}", count, 0, b.length) :].tolist()
+                for i, (b, count) in enumerate(zip(request.branches, request.unfinished, strict=True))
             ]
         self.ids = np.array([b.id for b in request.branches], np.int64)
         if len(np.unique(self.ids)) < n:

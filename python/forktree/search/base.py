@@ -27,7 +27,7 @@ class Job:
     vocab_size: V.
     device: where logits are.
     stops: builds a `Stop` from texts; None when the decoder has no tokenizer.
-    decode: text of token ids; None when the decoder has no tokenizer.
+    decode: text of tokens after the prompt; None when the decoder has no tokenizer.
     rng: randomness of the search's own choices (resampling); token draws are keyed by branch and position.
     """
 

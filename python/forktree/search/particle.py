@@ -84,7 +84,7 @@ class ParticleFilter(SamplingSearch):
                 stop=step_end,
                 processors=self.logits_processor,
                 pad_token_id=job.pad_token_id,
-                begun=state.begun[live].tolist(),
+                unfinished=state.unfinished[live].tolist(),
             )
             rewards = await score(moving, self.scorer)
             state.rewards[live] = self._checked(rewards.values)
@@ -93,17 +93,17 @@ class ParticleFilter(SamplingSearch):
             state.log_prob[live] += step.log_prob
             state.drawn[live] += step.num_tokens
             state.steps[live] += 1
-            state.begun[live] += step.num_tokens
+            state.unfinished[live] += step.num_tokens
             for i, reason, error in zip(live, step.reason, rewards.errors, strict=True):
                 state.reason[i], state.errors[i] = reason, error
-                new = particles[i].tokens[-state.begun[i] :]
+                new = particles[i].tokens[-state.unfinished[i] :]
                 full = state.drawn[i] >= job.max_new_tokens or state.steps[i] >= self.max_steps
                 stopped = reason == "stop" and text_end is not None and text_end(int(new[-1]), new.tolist())
                 state.alive[i] = not (reason == "eos" or full or stopped)
                 if full and reason != "eos" and not stopped:
                     state.reason[i] = "length"
                 if reason == "stop":
-                    state.begun[i] = 0
+                    state.unfinished[i] = 0
                 state.history[i] = [*state.history[i], float(state.rewards[i])]
             weights = softmax(log_weights(state.rewards, self.weight_temperature))
             if not state.alive.any():
@@ -145,7 +145,7 @@ class _State:
     rewards: NDArray[np.float64]
     log_prob: NDArray[np.float64]
     drawn: NDArray[np.int64]
-    begun: NDArray[np.int64]  # tokens since the last text that ended a step, of which the next may hold the beginning
+    unfinished: NDArray[np.int64]  # newest tokens, since the last text that ended a step
     steps: NDArray[np.int64]
     reason: NDArray[np.str_]
     history: list[list[float]]
@@ -165,7 +165,7 @@ class _State:
             self.rewards[ancestors],
             self.log_prob[ancestors],
             self.drawn[ancestors],
-            self.begun[ancestors],
+            self.unfinished[ancestors],
             self.steps[ancestors],
             self.reason[ancestors],
             [self.history[a] for a in ancestors],

@@ -32,7 +32,7 @@ class Stop(Protocol):
 
     def __call__(self, token: int, tokens: Sequence[int]) -> bool:
         """`token` is the newest; `tokens` are all that this `extend` has added, `token` included, after those that its
-        `begun` names."""
+        `unfinished` names."""
         ...
 
 
@@ -78,7 +78,7 @@ class Extend(Request[Extension]):
     stop: Stop | None
     processors: Sequence[Processor]
     pad_token_id: int
-    begun: Sequence[int] | None
+    unfinished: Sequence[int] | None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, Sampling):
@@ -129,12 +129,12 @@ def extend(
     stop: Stop | None = None,
     processors: Sequence[Processor] = (),
     pad_token_id: int = 0,
-    begun: Sequence[int] | None = None,
+    unfinished: Sequence[int] | None = None,
 ) -> Extend:
     """Draws tokens for every branch until `stop`, an EOS, or `max_tokens` (one for all, or one a branch).
 
-    begun: of each branch, how many of its newest tokens an earlier `extend` has added that `stop` is to see again, so
-    that it finds a text of which `max_tokens` left only the beginning. Default: none.
+    unfinished: of each branch, how many of its newest tokens, added by earlier calls, `stop` is to see before the new
+    ones, so that it finds a text of which `max_tokens` left only the beginning. Default: none.
 
     processors: change the logits before `sampling` does, see `forktree.search.processors`: the slow way, as they need
     whole rows. They are shown what the branches see, padded by `pad_token_id`. `InvalidInput` is raised if they leave a
@@ -144,7 +144,7 @@ def extend(
     one = np.ndim(max_tokens) == 0
     limit = [integer("max_tokens", max_tokens, 1, MAX_TOKEN)] * len(some) if one else max_tokens
     each = integers("max_tokens", limit, 1, MAX_TOKEN, count=len(some))
-    return Extend(some, sampling, each, frozenset(eos_token_ids), stop, tuple(processors), pad_token_id, begun)
+    return Extend(some, sampling, each, frozenset(eos_token_ids), stop, tuple(processors), pad_token_id, unfinished)
 
 
 def score(branches: Sequence[Branch], scorer: Any) -> Score:
