@@ -227,7 +227,7 @@ class Decoder:
             raise InvalidInput(f"{name} must be an async function, got one that returns {type(running).__name__}")
         found = await running
         if not isinstance(found, list | tuple) or not all(isinstance(h, Hypothesis) for h in found):
-            raise InvalidInput(f"{name} must return a list of Hypothesis, got {found!r:.80}")
+            raise InvalidInput(f"{name} must return a list of Hypothesis, got {shown(found)}")
         for h in found:
             integers(f"token_ids of a hypothesis of {name}", h.token_ids, 0, job.vocab_size - 1)
         return [Candidate(None if text_of is None else text_of(h.token_ids), h) for h in found]

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from forktree.checks import integer
+from forktree.checks import integer, shown
 from forktree.decoder import Decoder
 from forktree.errors import InvalidInput, NonFinite, OutOfMemory
 from forktree.kv import Branch, OutOfSlots, Tree
@@ -185,7 +185,7 @@ def _tokens(i: int, given: ArrayLike, spec: ModelSpec) -> Ints:
     if tokens.ndim == 1 and not tokens.size:
         raise InvalidInput(f"sequence {i} is empty: expected at least one token")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise InvalidInput(f"sequence {i} must be 1-D token ids on the host, got {given!r:.80}")
+        raise InvalidInput(f"sequence {i} must be 1-D token ids on the host, got {shown(given)}")
     bad = tokens[(tokens < 0) | (tokens >= spec.vocab_size)]
     if len(bad):
         raise InvalidInput(f"sequence {i} has token id {bad[0]}: expected ids in [0, {spec.vocab_size})")

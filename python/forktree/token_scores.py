@@ -137,7 +137,7 @@ class Draw:
     def __post_init__(self) -> None:
         several = [self.sampling] if isinstance(self.sampling, Sampling) else self.sampling
         if not isinstance(several, Sequence) or not all(isinstance(s, Sampling) for s in several):
-            raise InvalidInput(f"sampling must be a Sampling, or a sequence of one a row, got {self.sampling!r:.80}")
+            raise InvalidInput(f"sampling must be a Sampling, or a sequence of one a row, got {shown(self.sampling)}")
         if self.edits is not None and not isinstance(self.edits, Edits):
             raise InvalidInput(f"edits must be Edits, got {type(self.edits).__name__}")
         if self.allowed is not None and not isinstance(self.allowed, Tensor):

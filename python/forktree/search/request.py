@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forktree.checks import integer, integers
+from forktree.checks import integer, integers, shown
 from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import Branch
 from forktree.kv.tree import MAX_TOKEN
@@ -82,12 +82,12 @@ class Extend(Request[Extension]):
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, Sampling):
-            raise InvalidInput(f"sampling must be a Sampling, got {self.sampling!r:.80}")
+            raise InvalidInput(f"sampling must be a Sampling, got {shown(self.sampling)}")
         integers("max_tokens", self.max_tokens, 1, MAX_TOKEN, count=len(self.branches))
         integers("eos_token_ids", list(self.eos_token_ids), 0, MAX_TOKEN)
         integer("pad_token_id", self.pad_token_id, -MAX_TOKEN, MAX_TOKEN)
         if self.stop is not None and not callable(self.stop):
-            raise InvalidInput(f"stop must be a function of the newest token and all, or None, got {self.stop!r:.80}")
+            raise InvalidInput(f"stop must be a function of the newest token and all, or None, got {shown(self.stop)}")
         check_processors("processors", self.processors)
 
 
@@ -109,7 +109,7 @@ class ScoreTokens(Request[TokenScores]):
 
     def __post_init__(self) -> None:
         if not isinstance(self.request, TokenRequest):
-            raise InvalidInput(f"request must be a TokenRequest, got {self.request!r:.80}")
+            raise InvalidInput(f"request must be a TokenRequest, got {shown(self.request)}")
 
 
 @dataclass(frozen=True, eq=False)
