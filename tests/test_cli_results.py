@@ -6,6 +6,7 @@ import resource
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,19 +147,20 @@ def test_what_cannot_be_a_result_file_is_refused_at_once(source: Path, tmp_path:
     assert source.read_bytes() == before
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
     """No file can grow beyond 330 bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (330, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_keeps_what_was_written(source: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_full_disk_keeps_what_was_written(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    request.getfixturevalue("small_disk")
-    with pytest.raises(ForktreeError, match=r"cannot be written: File too large; 2 of 3 results are in it"):
+    with small_disk(), pytest.raises(ForktreeError, match=r"cannot be written: File too large; 2 of 3 results are in it"):
         write_all(opened(source, out))
     assert out.read_bytes().count(b"\n") == 3 and out.read_bytes().endswith(b"\n")
 
