@@ -39,8 +39,7 @@ def check_files(directory: Path) -> None:
         least = 1 if key in LAYERS else 0
         if MODULE_COUNT.fullmatch(key) and not least <= value <= most:
             raise InvalidInput(
-                f"{directory / 'config.json'}: {key} must lie between {least} and the number of tensors in the "
-                f"safetensors, got {str(value)[:30]}"
+                f"{directory / 'config.json'}: {key} must lie between {least} and {most}, got {str(value)[:30]}"
             )
 
 
