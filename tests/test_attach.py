@@ -8,7 +8,18 @@ import torch
 import transformers as hf
 from torch import nn
 
-from forktree import Draw, Sampling, TokenRequest, ops
+from forktree import (
+    BeamSearch,
+    Decoder,
+    Draw,
+    Greedy,
+    Sample,
+    Sampling,
+    TokenRequest,
+    generate,
+    ops,
+    sequence_logprobs,
+)
 from forktree.errors import InvalidInput, UnsupportedModel
 from forktree.model import LinearHead, OwnHead, Runner, attach
 from tiny import new_model
@@ -392,3 +403,100 @@ def test_a_setting_is_not_blamed_on_the_model(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
     with pytest.raises(InvalidInput, match=f"{name}={value}: .*; available: reference, torch, cpu"):
         attach(new_model())
+
+
+class Banned(nn.Linear):
+    """Tokens that cannot come, as in a padded vocabulary."""
+
+    def forward(self, hidden):
+        return super().forward(hidden).index_fill(-1, torch.tensor(BANNED), -torch.inf)
+
+
+BANNED = [3, 7, 8, 20]
+
+
+def banned_by_the_module():
+    model = new_model(eos=None)
+    model.lm_head.__class__ = Banned
+    return model
+
+
+def banned_by_a_bias():
+    model = new_model(eos=None)
+    model.lm_head.bias = nn.Parameter(torch.zeros(21).index_fill(0, torch.tensor(BANNED), -torch.inf))
+    return model
+
+
+@pytest.mark.parametrize(("build", "head"), [(banned_by_the_module, OwnHead), (banned_by_a_bias, LinearHead)])
+def test_logits_of_minus_infinity_are_of_tokens_that_never_come(build, head):
+    """Also where they are wanted: more beams and candidates than there are other tokens, all alike."""
+    model, ids = build(), torch.tensor([[1, 2, 4]])
+    decoder = Decoder(model, num_slots=1024)
+    assert isinstance(decoder.lane.runner.spec.head, head)
+    searches = [
+        Greedy(),
+        Sample(num_return_sequences=20, temperature=50.0),
+        Sample(num_return_sequences=20, temperature=50.0, top_k=20),
+        BeamSearch(num_beams=18),
+    ]
+    for search in searches:
+        found = decoder.search([ids[0].tolist()], search, max_new_tokens=6)[0].candidates
+        tokens = {token for candidate in found for token in candidate.token_ids}
+        assert tokens and not tokens & set(BANNED)
+    (log_probs,) = sequence_logprobs(model, [[1, 2, 7, 4]])
+    assert np.isfinite(log_probs).tolist() == [True, False, True] and log_probs[1] == -np.inf
+    for beams in (1, 18):
+        how = dict(do_sample=False, max_new_tokens=8, num_beams=beams)
+        assert torch.equal(model.generate(ids, custom_generate=generate, **how), model.generate(ids, **how))
+
+
+def test_a_ban_that_comes_and_goes_is_no_rounding():
+    class Sometimes(nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden).index_fill(-1, torch.tensor(BANNED[len(hidden) > 1 :]), -torch.inf)
+
+    model = new_model()
+    model.lm_head.__class__ = Sometimes
+    with pytest.raises(UnsupportedModel, match=r"^llama: expected .* got a relative error of inf "):
+        attach(model)
+
+
+# ---- the yardstick ----
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "config_class, options",
+    [(hf.MistralConfig, {}), (hf.Gemma3TextConfig, dict(head_dim=16)), (hf.Cohere2Config, {})],
+)
+@torch.no_grad()
+def test_small_windows_of_fresh_models(config_class, options, size):
+    """The embedding of the pad token is a row of zeros: whoever sees nothing else has logits without any spread."""
+    model = build(config_class, **options, sliding_window=size, pad_token_id=0, num_hidden_layers=2)
+    assert not model.get_input_embeddings().weight[0].any()
+    decoder = Decoder(model, num_slots=256)
+    assert decoder.lane.runner.spec.layers[0].window == size
+    for length in (1, 9):
+        prompt = [0, 0, 5, 17, 33, 0, 0, 0, 4][:length]
+        found = decoder.search([prompt], Greedy(), max_new_tokens=12)[0].best.token_ids
+        logits = model(torch.tensor([prompt + found])).logits[0, length - 1 : -1]
+        assert len(found) == 12
+        torch.testing.assert_close(
+            logits.amax(1), logits.gather(1, torch.tensor(found)[:, None])[:, 0], atol=1e-4, rtol=0
+        )
+    rows, mask = torch.tensor([[0, 0, 0, 9, 8, 7], [5, 17, 33, 2, 4, 6]]), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :3] = 0
+    # with its cache transformers sees everything where the window is 1
+    how = dict(attention_mask=mask, do_sample=False, max_new_tokens=8, use_cache=False)
+    model.set_attn_implementation("eager")
+    assert torch.equal(model.generate(rows, custom_generate=generate, **how), model.generate(rows, **how))
+
+
+def test_logits_that_are_all_alike_leave_the_hidden_states_to_be_compared():
+    model = build(hf.LlamaConfig)
+    nn.init.zeros_(model.lm_head.weight)
+    attach(model)
+    layer = model.model.layers[2]
+    layer.self_attn = Wrong(layer.self_attn, row_by_row)
+    with pytest.raises(UnsupportedModel, match=r"the model's own eager hidden states within 0\.001 of their spread"):
+        attach(model)

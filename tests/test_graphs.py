@@ -71,6 +71,20 @@ def test_random_steps(name):
     assert pair.graphs.captures <= 3 and pair.graphs.replays == 11
 
 
+def test_a_graph_casts_for_autocast_itself():
+    """It keeps none of the casts that autocast makes once and drops, here of weights that have changed since."""
+    with torch.autocast("cpu", torch.bfloat16):
+        pair = Pair(tolerance=0.05)
+        branch = pair.forest.root()
+        before = pair.step({branch: 1})
+    with torch.no_grad():
+        for layer in pair.spec.packed.decoder.layers:
+            layer.mlp.down_proj.weight.neg_()
+    with torch.autocast("cpu", torch.bfloat16):
+        after = pair.step({branch: 1})
+    assert pair.graphs.captures == 1 and (after - before).abs().max() > 0.5
+
+
 def test_python_runs_only_to_capture():
     pair, calls = Pair(), []
     hook = pair.spec.packed.decoder.register_forward_hook(lambda *_: calls.append(1))

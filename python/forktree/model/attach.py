@@ -87,9 +87,9 @@ class _Refusal(Exception):
 
 
 @contextmanager
-def _refusing(model: nn.Module, expected: str, otherwise: str) -> Iterator[None]:
+def _refusing(model: nn.Module, expected: str, otherwise: str, calls: list[int] | None = None) -> Iterator[None]:
     """Models that are not what they are taken for fail in their own ways: whatever is raised within is a refusal, which
-    names the innermost of their modules that raised it."""
+    names the innermost of their modules that raised it. calls: of attention, if there should be any."""
     try:
         yield
     except (_Refusal, torch.OutOfMemoryError):  # the latter says nothing about the model
@@ -99,6 +99,8 @@ def _refusing(model: nn.Module, expected: str, otherwise: str) -> Iterator[None]
         owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
         names = {id(module): name for name, module in model.named_modules() if name}
         where = next((f" in {names[id(owner)]}" for owner in reversed(owners) if id(owner) in names), "")
+        if calls == []:
+            where += " before any layer called transformers' attention function"
         raise _Refusal(f"expected {expected}, got {type(error).__name__}{where}: {what}; {otherwise}") from error
 
 
@@ -140,7 +142,7 @@ def _prove(model: PreTrainedModel) -> ModelSpec:
     _Precision.of(dtypes | {kind.dtype for kind in probe.kinds.values()}, own.by_company).check(
         errors,
         f"a tree of {len(errors)} tokens to give the model's own eager {what}",
-        "use a model that keeps no state outside its KV cache",
+        "use a model whose logits follow from its tokens, at positions 0, 1, …, and its KV cache alone",
     )
 
     max_position, max_position_note = find_max_position(config, tables)
@@ -255,7 +257,8 @@ def _run_packed(
             _refusing(
                 packed.model,
                 "the model to run packed tokens with its attention replaced",
-                "use a model whose every layer is softmax attention and calls transformers' attention function",
+                "use a model whose every layer is softmax attention by transformers' attention function",
+                probe.calls,
             ),
             tables if step is steps[1] else nullcontext(),
         ):
