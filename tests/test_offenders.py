@@ -107,6 +107,10 @@ def fail(*_: Any) -> Any:
     raise LookupError("no such thing")
 
 
+def end(*_: Any) -> Any:
+    raise StopIteration("too early")
+
+
 def leave(branches: Sequence[Branch]) -> Any:
     for branch in branches:
         branch.drop()
@@ -179,6 +183,9 @@ SCRIPTS: dict[str, tuple[Callable[[Job], Any], type[Exception] | tuple[type[Exce
     "no branches": (asking(lambda j, b: next_logits(["x"])), InvalidInput, "must be a Branch, got str"),
     "a branch twice": (asking(lambda j, b: append([b[0], b[0]], [1, 2])), InvalidInput, "branch 1 of 2 a second time"),
     "begin raises": (scoring(fail), LookupError, "no such thing"),
+    "begin ends": (scoring(end), StopIteration, "too early"),
+    "close ends": (scoring(lambda s: Rewarding(3, close=end)), StopIteration, "too early"),
+    "stop ends": (stopping(end), RuntimeError, "StopIteration"),
     "begin returns nothing": (scoring(lambda s: None), ScorerError, "Reading, got NoneType"),
     "begin drops": (scoring(lambda s: (leave(s.branches), Rewarding(3))[1]), InvalidInput, "was dropped"),
     "begin drops what it wants": (

@@ -334,10 +334,11 @@ class Engine:
         """Runs the search to its next request."""
         try:
             self._close(task)
-            request = task.coroutine.throw(error) if error is not None else task.coroutine.send(value)
+            try:
+                request = task.coroutine.throw(error) if error is not None else task.coroutine.send(value)
+            except StopIteration as stop:
+                return self._finish(task, result=stop.value)
             task.work = self._begin(task, request)
-        except StopIteration as stop:
-            self._finish(task, result=stop.value)
         except Exception as failure:
             self._finish(task, error=failure)
 
