@@ -597,13 +597,9 @@ POISON = 11
 def poisoned() -> Decoder:
     """A decoder whose model gives NaN for every text with the token POISON in it."""
     model = tiny.new_model()
-    with torch.no_grad():
-        model.get_input_embeddings().weight[POISON] = torch.nan
-    # proved before the weights went bad: `attach` would refuse it, rightly
-    sound = tiny.new_model()
-    decoder = Decoder(sound, tiny.tokenizer(), num_slots=400)
-    with torch.no_grad():
-        sound.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight)
+    decoder = Decoder(model, tiny.tokenizer(), num_slots=400)
+    # `attach` would refuse it, rightly, and again if this were seen
+    model.get_input_embeddings().weight.data[POISON] = torch.nan
     return decoder
 
 
