@@ -334,3 +334,14 @@ def test_a_stop_sees_the_space_that_begins_a_response() -> None:
     stop = decoder._stop([" 1"])
     space, one = tokenizer.convert_tokens_to_ids(["▁", "1"])
     assert not stop(space, [space]) and stop(one, [space, one]) and not stop(one, [one])
+
+
+def test_texts_that_a_tokenizer_cannot_read_are_shown() -> None:
+    """One without an unknown token raises a bare Exception, without saying of which text."""
+    raw = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    narrow = hf.PreTrainedTokenizerFast(tokenizer_object=raw)
+    decoder = Decoder(tiny.model(), narrow, num_slots=64)
+    assert decoder.search("ab", Greedy(), max_new_tokens=1)[0].error is None
+    with pytest.raises(InvalidInput, match=r"a text that the tokenizer can read, got 'a\?b': .*UNK"):
+        decoder.search(["ab", "a?b"], Greedy(), max_new_tokens=1)

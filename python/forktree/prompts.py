@@ -133,6 +133,24 @@ def _wrong(name: str, given: Any) -> InvalidInput:
     return InvalidInput(f"{name} must be a text or token ids, {what}")
 
 
+def encode(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+    """Token ids of each text. Raises `InvalidInput`, showing the text, if the tokenizer fails on one, as those without
+    an unknown token do."""
+
+    def ids_of(some: Sequence[str]) -> list[list[int]]:
+        return [list(ids) for ids in tokenizer(list(some), add_special_tokens=add_special_tokens).input_ids]
+
+    try:
+        return ids_of(texts)
+    except Exception:  # of any type, and without saying of which text
+        for text in texts:
+            try:
+                ids_of([text])
+            except Exception as error:
+                raise InvalidInput(f"expected a text that the tokenizer can read, got {shown(text)}: {error}") from None
+        raise
+
+
 def tokenise(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without what the tokenizer itself puts at its end: an EOS there would end a prompt before
     its answer begins. What it puts in front, such as BOS, stays; so does what the text spells out, EOS included.
@@ -143,9 +161,9 @@ def tokenise(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         return []
     found, twice = [], False
     bos = tokenizer.bos_token_id
-    with_special = without = tokenizer(list(texts)).input_ids
+    with_special = without = encode(tokenizer, texts)
     if tokenizer.num_special_tokens_to_add():
-        without = tokenizer(list(texts), add_special_tokens=False).input_ids
+        without = encode(tokenizer, texts, add_special_tokens=False)
     for whole, own in zip(with_special, without, strict=True):
         starts = range(len(whole) - len(own), -1, -1)
         before = next((k for k in starts if whole[k : k + len(own)] == own), len(whole) - len(own))

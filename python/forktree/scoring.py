@@ -31,6 +31,7 @@ from torch import Tensor
 from forktree.checks import integer, number
 from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import Branch
+from forktree.prompts import encode
 from forktree.search.request import Rewards
 from forktree.step_format import CHAT, REWARD_FORMATS, SEPARATORS, StepFormat, expected_format, named_format
 from forktree.text import response_text
@@ -514,7 +515,7 @@ def _tensors_of(file: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text.strip(), add_special_tokens=False).input_ids
+    (ids,) = encode(tokenizer, [text.strip()], add_special_tokens=False)
     return ids
 
 

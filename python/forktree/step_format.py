@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from forktree.errors import InvalidInput
-from forktree.prompts import tokenise
+from forktree.prompts import encode, tokenise
 
 CHAT = "chat"
 
@@ -66,12 +66,12 @@ class StepFormat:
         """Token ids to feed."""
         pieces = self._pieces(prompt, response, tokenizer)
         if self.template == CHAT:
-            ids: list[int] = tokenizer("".join(pieces), add_special_tokens=False).input_ids
-            return list(ids)
+            (ids,) = encode(tokenizer, ["".join(pieces)], add_special_tokens=False)
+            return ids
         if not self.apart:
             return tokenise(tokenizer, ["".join(pieces)])[0]
         first, *others = pieces
-        each = tokenizer([piece for piece in others if piece], add_special_tokens=False).input_ids
+        each = encode(tokenizer, [piece for piece in others if piece], add_special_tokens=False)
         return [*tokenise(tokenizer, [first])[0], *(token for ids in each for token in ids)]
 
     def _pieces(self, prompt: str, response: str, tokenizer: Any) -> list[str]:

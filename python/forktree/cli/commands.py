@@ -328,14 +328,14 @@ def _scored(index: int, token_ids: list[int], found: Any) -> Outcome:
 
 def _tokenised(tokenizer: Any, inputs: list[dict[str, str]]) -> Iterator[tuple[list[int], int, str | None]]:
     """Token ids of each input, how many of them are given, and why it cannot be scored, if so: it then is one token."""
-    from forktree.prompts import tokenise
+    from forktree.prompts import encode, tokenise
 
     prompts = tokenise(tokenizer, [one.get("text") or one["prompt"] for one in inputs])
-    for one, prompt in zip(inputs, prompts, strict=True):
+    wholes = encode(tokenizer, [one.get("text") or one["prompt"] + one["response"] for one in inputs])
+    for one, prompt, ids in zip(inputs, prompts, wholes, strict=True):
         if one.get("response") == "":
             yield [0], 1, "expected a response of at least one token, got an empty one"
             continue
-        ids = list(tokenizer(one.get("text") or one["prompt"] + one["response"]).input_ids)
         same = (
             1
             if "text" in one
