@@ -53,13 +53,13 @@ class Fingerprint:
         entries, structure = vars(module), self._structure
         self._refs.append(weakref.ref(module))
         structure += (id(module), id(type(module)))
-        for name, value in list(entries.items()):  # at once: other threads may add some
-            if name not in _READ_APART:
-                structure.append(name)
-                if type(value) in PLAIN:
-                    structure.append(value)
-                else:
-                    self._read(value, seen)
+        for name in entries.keys() - _READ_APART:  # a set of its own: other threads may add some
+            value = entries.get(name)
+            structure.append(name)
+            if type(value) in PLAIN:
+                structure.append(value)
+            else:
+                self._read(value, seen)
         for name in _HOOKS:
             if hooks := entries[name]:
                 structure += (name, *hooks)  # their numbers: torch gives none twice
