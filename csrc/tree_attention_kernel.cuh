@@ -534,7 +534,7 @@ private:
                 gpu::commit();
                 if (i >= 0 && shared.careful) {
                     block.clean(shared.v[i % STAGES]);
-                    if (sight != Sight::none) spoil(place, sight);
+                    if (sight != Sight::none) spoil(s);
                 }
                 if (sight != Sight::none) add(shared.v[i % STAGES], s);
                 block.keep_slot(coming, slot);
@@ -718,17 +718,17 @@ private:
             }
         }
 
-        // Rows that see a token whose V is not finite come to NaN. V is 0 there by now.
-        FORKTREE_DEVICE void spoil(int place, Sight sight) {
+        // Rows that have weight on a token whose V is not finite come to NaN. V is 0 there by now.
+        FORKTREE_DEVICE void spoil(const float (&s)[WIDTH / 8][4]) {
+            bool bad[2] = {};
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    bad[e / 2] |= s[n][e] != 0 && shared.spoilt[first_column + 8 * n + lane % 4 * 2 + e % 2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const Query& query = shared.query[max(row[i], 0)];
-                bool bad = false;
-#pragma unroll 1
-                for (int c = first_column + lane % 4; c < first_column + WIDTH; c += 4)
-                    bad |= shared.spoilt[c] &&
-                           (sight == Sight::all || sees(shared.column[place][c], max(row[i], 0), query));
-                const bool all = gpu::ballot(bad) >> (lane & ~3) & 15;
+                const bool all = gpu::ballot(bad[i]) >> (lane & ~3) & 15;
 #pragma unroll
                 for (auto& x : sum)
                     if (all) x[2 * i] = x[2 * i + 1] = __builtin_nanf("");

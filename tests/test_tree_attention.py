@@ -446,7 +446,7 @@ def test_damage_stays_with_the_rows_that_see_it(kind, backend):
     for seed, options in enumerate(({}, {"window": 5}, {"window": 90, "softcap": 2.0}, per_head)):
         dtype = list(DTYPES)[(seed + KINDS.index(kind)) % 3]
         case = random_layout(seed, kind, max_len=(9, 150)[seed // 2], room=seed % 2)
-        q, k, v = tensors(case, 6, 2, 16, 10, dtype, seed)
+        q, k, v = tensors(case, 6, 2, 32, 24, dtype, seed)
         target = replace(CPU, units=64, grain=1) if seed % 2 else None
         if backend == "reference" and seed > 1:
             break  # slow, and reads nothing but what rows see
