@@ -342,14 +342,15 @@ def _check_layers(calls: list[int], num_layers: int) -> None:
     if sorted(calls) == list(range(num_layers)):
         return
     if len(set(calls)) < len(calls):
-        otherwise = "that attend once a pass: a layer has room for one key and value of a token"
+        otherwise = "attends once a pass: there is room for one key and value of a token"
     else:
         otherwise = (
-            "other than state-space, convolution or linear attention layers, which keep a state that cannot be forked"
+            "is softmax attention by transformers' attention function: state-space, convolution and linear attention "
+            "layers keep a state that cannot be forked, and some models attend by themselves"
         )
     raise _Refusal(
         f"expected each of the layers 0 to {num_layers - 1} to call attention once, got calls from layers {calls}; use "
-        f"a model with layers {otherwise}"
+        f"a model whose every layer {otherwise}"
     )
 
 

@@ -74,7 +74,7 @@ def find_linear_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> 
         return None
     vocab = logits.shape[1]  # a head may be padded by rows that the model cuts off
     weight, bias = linear.weight[:vocab], None if linear.bias is None else linear.bias[:vocab]
-    if len(weight) < vocab or not weight.is_contiguous():
+    if weight.shape != (vocab, hidden.shape[1]) or not weight.is_contiguous():
         return None
     config = model.config.get_text_config(decoder=True)
     names = ("logit_scale", "logits_scaling", "lm_head_multiplier")
