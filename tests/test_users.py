@@ -7,11 +7,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import tiny
-from forktree import Decoder, Greedy, MajorityVote, ParticleFilter, Sample, Sampling, TextScorer, sequence_logprobs
+from forktree import (
+    Decoder,
+    Greedy,
+    MajorityVote,
+    ParticleFilter,
+    RewardModel,
+    Sample,
+    Sampling,
+    TextScorer,
+    ValueHead,
+    sequence_logprobs,
+)
 from forktree.errors import DecoderInUse
 from forktree.kv import Branch
+from forktree.lane import Lane
 from forktree.search import Job
 from forktree.search.request import extend, score
 from forktree.sequences import scored_sequences
@@ -241,3 +254,37 @@ def test_results_closed_or_collected_elsewhere_corrupt_nothing(how: str) -> None
         assert not held and len(decoder.engine.active) < len(PROMPTS)
     assert_undisturbed(results)
     tiny.assert_all_returned(decoder.lane)
+
+
+def test_a_reward_model_serves_one_thread_at_a_time() -> None:
+    """Two Decoders of two threads that share it: one is refused, or both are right."""
+    lane = Lane(tiny.new_model("qwen3", seed=5), num_slots=2048)
+    rng = np.random.default_rng(0)
+    weight = torch.from_numpy(rng.normal(size=(1, lane.runner.hidden_size)).astype(np.float32))
+    scorer = RewardModel(lane, tiny.tokenizer(), ValueHead([(weight, None)]))
+    search = ParticleFilter(scorer=scorer, num_particles=4, max_step_tokens=2)
+    decoders = [tiny.decoder(), tiny.decoder()]
+    expected = [[outcome(r) for r in d.search(PROMPTS, search, **OPTIONS)] for d in decoders]
+    refused = 0
+    for _ in range(4):
+        found: list[Any] = [None, None]
+
+        def run(i: int, found: list[Any] = found) -> None:
+            found[i] = decoders[i].search(PROMPTS, search, **OPTIONS)
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        for results, right in zip(found, expected, strict=True):
+            for result, one in zip(results, right, strict=True):
+                if result.error is None:
+                    assert outcome(result) == one
+                else:
+                    refused += 1
+                    assert isinstance(result.error, DecoderInUse) and "another thread" in str(result.error)
+        tiny.assert_all_returned(lane)
+        for decoder in decoders:
+            tiny.assert_all_returned(decoder.lane)
+    assert refused

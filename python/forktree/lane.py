@@ -2,7 +2,9 @@
 reward model."""
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from forktree.errors import InvalidInput
+from forktree.errors import DecoderInUse, InvalidInput
 from forktree.kv import Branch, PrefixIndex, Tree
 from forktree.kv.slots import Ints
 from forktree.kv.tree import NOBODY, UNKNOWN, Chunk
@@ -52,6 +54,21 @@ class Lane:
         self._used = np.zeros(0, np.int64)  # nodes of the last layout
         self._planned_for: tuple[int, list[int]] | None = None
         self._planned_tokens = 0  # of the nodes used
+        self._claiming, self._thread = threading.Lock(), 0
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Within, a scorer opens branches here for a search of this thread. Raises `DecoderInUse` while branches of a
+        search of another thread are alive: calls of two engines would change the tree at the same time."""
+        with self._claiming:
+            thread = threading.get_ident()
+            if self._thread != thread and self.tree.has_owners():
+                raise DecoderInUse(
+                    f"{self.tree.name} is in use by a search in another thread: let that end first, or load the model "
+                    "a second time"
+                )
+            self._thread = thread
+            yield
 
     def clear(self) -> None:
         """Begins anew, with an empty tree, whatever state a call that was cut short left behind."""

@@ -313,10 +313,15 @@ class RewardModel(Scorer):
 
     def check(self, lane: "Lane") -> None:
         if (proof := self._lane.prove()) is not None:
-            self._lane.renew(*proof)
+            with self._lane.claim():
+                self._lane.renew(*proof)
         self._head.check(self._lane)
 
     def begin(self, subject: Subject) -> Reading:
+        with self._lane.claim():
+            return self._begin(subject)
+
+    def _begin(self, subject: Subject) -> Reading:
         tree = self._lane.tree
         rewards = self._head.rewards_on(self._lane)
         if not subject.branches:

@@ -219,6 +219,10 @@ class Tree:
         ids = np.flatnonzero((self.branch_node >= 0) & (self.branch_owner == owner))
         return [handle for id in ids.tolist() if (handle := self._handles[id]) is not None]
 
+    def has_owners(self) -> bool:
+        """Whether any live branch has an owner."""
+        return bool(((self.branch_node >= 0) & (self.branch_owner != NOBODY)).any())
+
     def drop_owned(self, owner: int) -> None:
         """Ends every branch of `owner`."""
         self.drop(self.owned(owner))
