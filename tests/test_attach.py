@@ -280,6 +280,20 @@ class Padded(nn.Linear):
         return super().forward(hidden)[..., :99]
 
 
+class Narrow(nn.Linear):
+    """Takes fewer numbers than a hidden state has."""
+
+    def forward(self, hidden):
+        return super().forward(hidden[..., :16])
+
+
+def narrow():
+    model = build(hf.LlamaConfig)
+    model.lm_head = Narrow(16, 99, bias=False)
+    nn.init.normal_(model.lm_head.weight)
+    return model
+
+
 def padded():
     model = build(hf.LlamaConfig)
     model.lm_head = Padded(32, 128, bias=True)
@@ -298,6 +312,7 @@ HEADS = {
     "tied": lambda: build(hf.LlamaConfig, tie_word_embeddings=True),
     "phi, biased": lambda: biased(hf.PhiConfig),
     "padded": padded,
+    "narrow": narrow,
     "gemma2, capped": lambda: build(hf.Gemma2Config, head_dim=16, final_logit_softcapping=5.0),
     "granite, scaled": lambda: build(hf.GraniteConfig, logits_scaling=8.0),
     "cohere2, scaled": lambda: build(hf.Cohere2Config, logit_scale=0.25),
@@ -319,7 +334,7 @@ def test_scores_are_of_the_models_own_logits(head, dtype):
     """Against the same weights in fp64, by the model itself. Logits of fused heads are not rounded to 16 bits."""
     model = HEADS[head]().to(dtype)
     runner = Runner(attach(model), num_slots=4)
-    assert isinstance(runner.spec.head, LinearHead) == (head not in ("squared", "capped by itself"))
+    assert isinstance(runner.spec.head, LinearHead) == (head not in ("squared", "capped by itself", "narrow"))
     rows = 5
     hidden = torch.randn(rows, 32).to(dtype)
     reference = copy.deepcopy(model).double()

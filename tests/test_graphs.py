@@ -72,7 +72,7 @@ def test_random_steps(name):
 
 
 def test_a_graph_casts_for_autocast_itself():
-    """It keeps none of the casts that autocast makes once and drops, here of weights that have changed since."""
+    """Autocast keeps casts of weights, but none in inference mode: a graph follows weights that change."""
     with torch.autocast("cpu", torch.bfloat16):
         pair = Pair(tolerance=0.05)
         branch = pair.forest.root()

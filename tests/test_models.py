@@ -83,6 +83,33 @@ CONFIGS = {
     "stablelm": (hf.StableLmConfig, {}),
     "nemotron": (hf.NemotronConfig, dict(head_dim=8)),
 }
+# what it calls its decoder is the last layer of its head
+CONFIGS["modernbert"] = (
+    hf.ModernBertDecoderConfig,
+    dict(
+        num_hidden_layers=4,
+        local_attention=16,
+        global_attn_every_n_layers=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=3,
+        sep_token_id=4,
+    ),
+)
+if hasattr(hf, "Gemma4TextConfig"):
+    # the last two layers use the keys and values of those before
+    CONFIGS["gemma4"] = (
+        hf.Gemma4TextConfig,
+        dict(
+            head_dim=8,
+            global_head_dim=16,
+            num_kv_shared_layers=2,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=VOCAB,
+            **ALTERNATING,
+        ),
+    )
 
 
 def tiny(name: str) -> hf.PreTrainedModel:
@@ -268,7 +295,8 @@ WINDOWS = {
     "qwen2": [None, 8, 8],
     "qwen3": [None, 8, 8],
     "qwen2_moe": [8, 8, None],
-    **dict.fromkeys(("gemma2", "gemma3", "gpt_oss", "cohere2"), [8, None] * 2),
+    "modernbert-decoder": [None, 8, None, 8],
+    **dict.fromkeys(("gemma2", "gemma3", "gemma4", "gpt_oss", "cohere2"), [8, None] * 2),
 }
 
 

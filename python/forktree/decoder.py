@@ -70,8 +70,8 @@ class SearchResult:
 class Decoder:
     """Runs searches on a Hugging Face causal language model, its shared tokens stored and computed once.
 
-    model: any causal LM whose every layer is softmax attention, in evaluation mode, fp32, bf16 or fp16; proved on
-        construction (`UnsupportedModel` names what fails).
+    model: any causal LM whose every layer is softmax attention, in evaluation mode, fp32, bf16 or fp16, also mixed,
+        under autocast, quantised or offloaded; proved on construction (`UnsupportedModel` names what fails).
     tokenizer: its tokenizer; without one, prompts are token ids and texts cannot stop or be scored.
     num_slots: tokens whose KV fits at once (None: at most 65,536, within a quarter of the free memory).
     max_batch_tokens: most tokens of one forward pass; longer prefills are split and mixed with decoding.

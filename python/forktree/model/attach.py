@@ -77,7 +77,8 @@ def attach(model: PreTrainedModel) -> ModelSpec:
     except ValueError as error:
         raise InvalidInput(str(error)) from None
     try:
-        return _prove(model)
+        with _refusing(model, "a decoder of text", "use a causal language model of transformers"):
+            return _prove(model)
     except _Refusal as refusal:
         raise UnsupportedModel(f"{name}: {refusal}") from refusal.__cause__
 
@@ -106,14 +107,13 @@ def _refusing(model: nn.Module, expected: str, otherwise: str, calls: list[int] 
 
 @torch.no_grad()
 def _prove(model: PreTrainedModel) -> ModelSpec:
-    with _refusing(model, "a decoder of text", "use a causal language model of transformers"):
-        if model.config.is_encoder_decoder:
-            raise _Refusal("expected a decoder, got an encoder-decoder; use a model without cross attention")
-        config = model.config.get_text_config(decoder=True)
-        _check_devices(model)
-        packed = PackedModel(model)
-        embeddings: Any = model.get_input_embeddings()
-        vocab_size: int = embeddings.weight.shape[0]
+    if model.config.is_encoder_decoder:
+        raise _Refusal("expected a decoder, got an encoder-decoder; use a model without cross attention")
+    config = model.config.get_text_config(decoder=True)
+    _check_devices(model)
+    packed = PackedModel(model)
+    embeddings: Any = model.get_input_embeddings()
+    vocab_size: int = embeddings.weight.shape[0]
     if "position_ids" not in packed.parameters:
         raise _Refusal(
             "expected a decoder that takes position_ids, got one without: it counts the tokens of a row, or reads them "
@@ -153,7 +153,7 @@ def _prove(model: PreTrainedModel) -> ModelSpec:
         head=head,
         head_note=head_note,
         hidden_size=own.hidden.shape[-1],
-        hidden_dtype=own.hidden.dtype,
+        hidden_dtype=hidden.dtype,
         vocab_size=vocab_size,
         max_position=max_position,
         max_position_note=max_position_note,
@@ -341,14 +341,15 @@ def _check_layers(calls: list[int], num_layers: int) -> None:
     if sorted(calls) == list(range(num_layers)):
         return
     if len(set(calls)) < len(calls):
-        otherwise = "that attend once a pass: a layer has room for one key and value of a token"
+        otherwise = "attends once a pass: there is room for one key and value of a token"
     else:
         otherwise = (
-            "other than state-space, convolution or linear attention layers, which keep a state that cannot be forked"
+            "is softmax attention by transformers' attention function: state-space, convolution and linear attention "
+            "layers keep a state that cannot be forked, and some models attend by themselves"
         )
     raise _Refusal(
         f"expected each of the layers 0 to {num_layers - 1} to call attention once, got calls from layers {calls}; use "
-        f"a model with layers {otherwise}"
+        f"a model whose every layer {otherwise}"
     )
 
 

@@ -88,12 +88,7 @@ class CapturedSteps:
         ids, at, to = self._inputs[:, :bucket]
         sections = self._plans.sections
         plans, caps = [sections[i] for i in self._kind], [self.max_partials[i] for i in self._kind]
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # a graph would go on reading casts that autocast drops
-        try:
-            return self._spec.packed.compute(ids, at, CapturedStep(to, self._pools, plans, caps))
-        finally:
-            torch.set_autocast_cache_enabled(cached)
+        return self._spec.packed.compute(ids, at, CapturedStep(to, self._pools, plans, caps))
 
     @torch.inference_mode()  # as in PlanBuffers.hold
     def _upload(self, *rows: Inputs) -> Tensor:

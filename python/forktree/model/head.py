@@ -75,7 +75,8 @@ def find_linear_head(packed: PackedModel, hidden: Tensor, logits: Tensor) -> Lin
     if linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear):  # which are to run
         return None
     vocab = logits.shape[1]  # a head may be padded by rows that the model cuts off
-    if len(linear.weight) < vocab or not linear.weight[:vocab].is_contiguous():
+    weight = linear.weight[:vocab]
+    if weight.shape != (vocab, hidden.shape[1]) or not weight.is_contiguous():
         return None
     config = model.config.get_text_config(decoder=True)
     names = ("logit_scale", "logits_scaling", "lm_head_multiplier")

@@ -39,6 +39,13 @@ class Window:
     size: int | None
     mask_function: Callable[..., Tensor]
 
+    def __getitem__(self, index: Any) -> "Window":
+        """The mask of those tokens whose logits are wanted, of which gemma4 keeps all."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if not all(part in (slice(None), slice(0, None)) for part in parts):
+            raise TypeError(f"the model takes {index} of a mask that forktree keeps whole")
+        return self
+
 
 class Step(Protocol):
     """The attention of one forward pass, called once by every layer."""
@@ -231,8 +238,12 @@ def execution_devices(model: nn.Module) -> set[torch.device]:
 
 
 def find_decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that ends with the post-norm hidden state. Not always `base_model`: OPT never calls it."""
+    """The module that ends with the post-norm hidden state.
+
+    Not always `base_model`: OPT never calls it. Nor always `get_decoder`: ModernBERT's is a layer of its head.
+    """
     decoder: nn.Module = model.get_decoder()
-    if decoder is not model:
-        return decoder._modules.get("_orig_mod") or decoder  # compiled by torch
+    decoder = decoder._modules.get("_orig_mod") or decoder  # compiled by torch
+    if decoder is not model and isinstance(decoder, PreTrainedModel):
+        return decoder
     return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
