@@ -99,12 +99,12 @@ class Trial:
     def __init__(self, way: str, signals: int, opcodes: bool, search: Callable[[Decoder], list[Any]] = whole) -> None:
         self._made, self._signals, self._opcodes, self._search = decoder(*WAYS[way]), signals, opcodes, search
         self._expected = [outcome(r) for r in search(self._made)]
-        self._made.lane.prefixes.clear()
+        self._made.lane.clear()
         self.events = traced(lambda: search(self._made), None, opcodes=opcodes)
-        self._made.lane.prefixes.clear()
 
     def interrupt(self, at: int) -> None:
         made = self._made
+        made.lane.clear()  # or arrays that have grown before would need fewer lines
         with pytest.raises(KeyboardInterrupt):
             traced(lambda: self._search(made), at, self._signals, self._opcodes)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handler was not put back"
