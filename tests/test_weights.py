@@ -6,6 +6,7 @@ import pickle
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -322,17 +323,22 @@ def test_a_model_that_no_longer_holds_is_refused_until_it_does() -> None:
     assert_as_transformers(model, decoder)
 
 
-def test_a_search_under_way_goes_on_with_the_new_weights() -> None:
-    """Nothing of it is lost; what it computes from then on is of the weights as they are."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_search_under_way_goes_on_with_the_new_weights(ahead: bool) -> None:
+    """It keeps its tokens, and computes them again."""
     model = base()
     decoder = Decoder(model, num_slots=256)
-    others = decoder.search_iter([PROMPT, PROMPT[:4]], search.Greedy(), max_new_tokens=[3, 9][1])
-    running = decoder.search_iter(PROMPT[:5], search.Greedy(), max_new_tokens=9)
-    next(others)
+    engine, first = decoder.engine, plain(model, PROMPT, 9)
+    engine.ahead = ahead
+    task = engine.submit(partial(decoder._start, search.Greedy(), 9), [PROMPT])
+    for _ in range(4):
+        engine.step()
     scaled(model)
-    (result,) = running
-    assert result.best.token_ids == plain(model, PROMPT[:5], 9)
-    assert len(next(others).best.token_ids) == 9
+    engine.renew()
+    before = max(branch.length for branch in decoder.lane.tree.owned(task.index)) - len(PROMPT)
+    assert list(engine.run()) == [task] and 3 <= before <= 5
+    want = first[:before] + plain(model, PROMPT + first[:before], 9 - before)
+    assert task.result[0].token_ids == want != first
     decoder.lane.tree.check()
 
 
