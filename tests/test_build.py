@@ -161,7 +161,7 @@ WITHOUT_DEVICE = """
 #include <exception>
 #include "append_kv.hpp"
 int main() {
-    const forktree::Append nothing{nullptr, 8, 8, 8, nullptr};
+    const forktree::Append nothing{8, {nullptr, 8, 8}, {nullptr, 8, 8}};
     try {
         forktree::cuda::append_kv(1, 1, 1, {nullptr, true, 1}, nothing, nothing, nullptr);
     } catch (const std::exception& error) {

@@ -9,6 +9,7 @@ import pytest
 
 import tiny
 from forktree import (
+    Decoder,
     Hypothesis,
     InvalidInput,
     ParticleFilter,
@@ -147,7 +148,7 @@ SCRIPTS: dict[str, tuple[Callable[[Job], Any], type[Exception] | tuple[type[Exce
     ),
     "no sampling": (asking(lambda j, b: extend(b, None, max_tokens=3)), InvalidInput, "sampling.*None"),
     "no sampling, made by hand": (
-        asking(lambda j, b: Extend(tuple(b), None, np.ones(3, int), frozenset(), None, (), 0)),
+        asking(lambda j, b: Extend(tuple(b), None, np.ones(3, int), frozenset(), None, (), 0, None)),
         InvalidInput,
         "sampling.*None",
     ),
@@ -260,6 +261,13 @@ def innocents() -> list[Search]:
     ]
 
 
+LIMITED = tiny.new_model(rope_parameters=tiny.LIMITED)  # to 256 positions
+
+
+def limited() -> Decoder:
+    return Decoder(LIMITED, tiny.tokenizer(), num_slots=2048)
+
+
 PROMPTS = tiny.prompts(4, seed=3)
 ALONE: list[Any] = []
 
@@ -268,8 +276,8 @@ def assert_each_ends_alone(offenders: dict[str, tuple[Search, Any, str]], ahead:
     """All at once, with innocent searches that are older and younger than they."""
     if not ALONE:
         for prompt, search in zip(PROMPTS, innocents(), strict=True):
-            ALONE.append(outcome(tiny.decoder().search([prompt], search, max_new_tokens=9)[0]))
-    decoder, good = tiny.decoder(), innocents()
+            ALONE.append(outcome(limited().search([prompt], search, max_new_tokens=9)[0]))
+    decoder, good = limited(), innocents()
     decoder.engine.ahead = ahead
     prompts = [*PROMPTS[:2], *tiny.prompts(len(offenders), seed=8), *PROMPTS[2:]]
     searches = [*good[:2], *(search for search, *_ in offenders.values()), *good[2:]]

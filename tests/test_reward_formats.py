@@ -278,7 +278,7 @@ def test_formats_on_the_command_line(qwen: Any, tmp_path: Path, generate: Callab
     """A name, its parts changed, or the parts alone; a run under another format is not gone on with."""
     path, *_ = qwen
     asked = ["--search", "best-of-n", "--num-samples", "6", "--scorer", str(path), "--out", str(tmp_path / "out.jsonl")]
-    parts = ["--reward-step-delimiter", r"\n", "--separator", "<extra_0>", "--template", "chat"]
+    parts = ["--reward-step-delimiter", r"\n", "--escape", "--separator", "<extra_0>", "--template", "chat"]
     cases: list[tuple[list[str], StepFormat]] = [
         (["--reward-format", "qwen-prm"], REWARD_FORMATS["qwen-prm"]),
         (
@@ -294,7 +294,7 @@ def test_formats_on_the_command_line(qwen: Any, tmp_path: Path, generate: Callab
             (tmp_path / "out.jsonl").unlink()
         code, error = generate(*asked, *options)
         assert code == 0, error
-        record = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+        _header, record = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
         expected = rewards(RewardModel.load(path, format=format), [c["text"] for c in record["candidates"]], "12+3=")
         assert [c["score"] for c in record["candidates"]] == pytest.approx(expected.values.tolist(), abs=1e-4)
         before = options

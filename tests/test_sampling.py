@@ -96,13 +96,16 @@ def test_numbers_of_numpy_are_numbers() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(seed=[1.0, 2]), "seed must be an integer from"),
-        (dict(seed=np.array([0.5, 1])), "seed must be an integer from .* got .*0.5"),
-        (dict(seed=[True, False]), "seed must be an integer"),
-        (dict(seed=[2**64, 0]), "seed must be an integer from -9223372036854775808 to 18446744073709551615"),
-        (dict(seed=["1", "2"]), "seed must be an integer"),
-        (dict(position=[0, 1.5]), "position must be an integer"),
-        (dict(position=[[0], [1, 2]]), "position must be integers on the host"),
+        (dict(seed=[1.0, 2]), "seed must be 1-D integers from .* got 1.0 at index 0"),
+        (dict(seed=np.array([0.5, 1])), "seed must be 1-D integers .* got 0.5 at index 0"),
+        (dict(seed=[True, False]), "seed must be 1-D integers .* got True at index 0"),
+        (
+            dict(seed=[2**64, 0]),
+            "seed must be 1-D integers from -9223372036854775808 to 18446744073709551615, got 18446744073709551616",
+        ),
+        (dict(seed=["1", "2"]), "seed must be 1-D integers .* got '1'"),
+        (dict(position=[0, 1.5]), "position must be 1-D integers .* got 1.5 at index 1"),
+        (dict(position=[[0], [1, 2]]), "position must be 1-D integers"),
         (dict(sampling=None), "sampling must be a Sampling, or a sequence of one a row, got None"),
         (dict(sampling=[Sampling(), 0.5]), "sampling must be a Sampling"),
         (dict(edits=[1]), "edits must be Edits, got list"),

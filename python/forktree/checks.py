@@ -43,18 +43,22 @@ def integers(
         found = np.asarray(values)
         if found.size and found.dtype.kind not in "iu":  # or some of a list are 2^63 and more, which numpy rounds
             found = np.array(values, object)
-        plain = found.dtype.kind in "iu" and not (
-            isinstance(values, list | tuple) and not _BOOLS.isdisjoint(map(type, values))
+        each = values if isinstance(values, list | tuple) else found
+        slow = found.ndim == 1 and (
+            found.dtype.kind == "O" or (each is values and not _BOOLS.isdisjoint(map(type, each)))
         )
-    except Exception:  # ragged, on a device, or an object of one's own
+        bad = next((i for i, value in enumerate(each) if not is_integer(value)), None) if slow else None
+    except Exception:  # on a device, or an object of one's own
         raise InvalidInput(f"{expected}, got {shown(values)}") from None
-    if found.ndim != 1 or (found.size and not plain and not all(map(is_integer, found))):
+    if found.ndim != 1:
         raise InvalidInput(f"{expected}, got {shown(values)}")
+    if bad is not None:
+        raise InvalidInput(f"{expected}, got {shown(each[bad])} at index {bad}")
     if count is not None and len(found) != count:
         raise InvalidInput(f"{expected}, got {len(found)}")
     if found.size and not (found.min() >= least and found.max() <= most):
         bad = int(np.argmax((found < least) | (found > most)))
-        raise InvalidInput(f"{expected}, got {found[bad]} at index {bad}")
+        raise InvalidInput(f"{expected}, got {shown(found.tolist()[bad])} at index {bad}")
     return np.ascontiguousarray(found, dtype=kind)
 
 

@@ -186,7 +186,7 @@ class Decoder:
         try:
             try:
                 self.engine.open(run)
-                self.engine.renew()  # the iterator may be begun later than it was made
+                self.engine.renew(run)  # the iterator may be begun later than it was made
                 while waiting or running:
                     while waiting and (not running or self.engine.has_room(len(tokens[waiting[-1]]))):
                         i = waiting.pop()
@@ -203,7 +203,7 @@ class Decoder:
                     for task in done:
                         yield self._result(running.pop(task), prompts, task)
                     if done:  # the caller has had its turn
-                        self.engine.renew()
+                        self.engine.renew(run)
             finally:
                 self.engine.close(run)
         finally:

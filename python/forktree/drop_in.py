@@ -69,8 +69,8 @@ def generate(
     copies = max(config.num_beams, config.num_return_sequences)
     prompts = _without_padding(input_ids[::copies], model_kwargs.get("attention_mask"), copies)
     room = stopping_criteria.max_length - input_ids.shape[1]
-    _check_fed(model, input_ids, model_kwargs)
     spec = attached(model)
+    _check_fed(model, input_ids, model_kwargs)
     longest = max(map(len, prompts)) + room - 1  # the last token is never run
     if longest > spec.max_position:
         raise InvalidInput(

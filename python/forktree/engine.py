@@ -232,12 +232,14 @@ class Engine:
         self._resume(task, None)
         return task
 
-    def renew(self) -> None:
+    def renew(self, run: Run | None = None) -> None:
         """Looks at the policy: if its weights are others than before, what was computed with those is dropped.
 
-        Raises `DecoderInUse` as `open` does, and what `attach` raises; then nothing has changed.
+        run: who asks, if it was let in. Raises `DecoderInUse` as `open` does, and what `attach` raises; nothing has
+        changed then.
         """
-        self._check_free()
+        if run not in self._runs:
+            self._check_free()
         if (proof := self.lane.prove()) is not None:
             self._alone(partial(self._renew, *proof))
 
