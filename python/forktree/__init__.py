@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from forktree.drop_in import generate
     from forktree.sequences import sequence_logprobs
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 __all__ = [
     "AttentionPlan",
