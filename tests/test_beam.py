@@ -179,7 +179,7 @@ def test_bans_are_kept_and_banned_texts_are_not_returned() -> None:
     """A beam without a token dies and the others go on; fewer texts than were asked for, if there are no more."""
 
     def only(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Texts of 7s that an 8 or EOS ends; behind an 8 there is nothing."""
+        """Texts of 7s that an 8 or EOS ends; after an 8 there is nothing."""
         allowed = torch.zeros_like(scores, dtype=torch.bool)
         allowed[rows[:, -1] != 8] = torch.isin(torch.arange(scores.shape[1]), torch.tensor([0, 7, 8]))
         return scores.masked_fill(~allowed, -torch.inf)
