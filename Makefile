@@ -14,7 +14,7 @@ test: $(STAMP) lint
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.hpp csrc/*.cpp csrc/*.cuh csrc/*.cu tests/*.cu
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -regex '.*\.\(hpp\|cpp\|cuh\|cu\)')
 	$(BIN)/mypy
 
 bench: $(STAMP)
@@ -24,7 +24,7 @@ bench: $(STAMP)
 # sanitizer finds ends the run. ThreadSanitizer cannot see OpenMP's locks, and older ones want addresses that are not
 # random (setarch).
 OPERATIONS := append_kv rotate_rows merge_states tree_attention score_tokens plan threads fuzz
-SANITIZED  := $(wildcard $(OPERATIONS:%=tests/test_%.py))
+SANITIZED  := $(wildcard $(OPERATIONS:%=tests/*/test_%.py))
 CHECKED    := -O1 -g -fno-sanitize-recover=all -DFORKTREE_EMULATE_AMX
 RUNTIME     = $$($${CXX:-g++} -print-file-name=$(1))
 
@@ -42,7 +42,7 @@ sanitize: $(STAMP)
 # What can be known of the GPU kernels without a GPU: the CUDA ones run on the CPU, under sanitizers; and what nvcc and two
 # versions of Triton make of them is held against bench/results/kernels.json. `make kernels` compiles all that ships and
 # writes that file anew.
-EMULATED := $(wildcard $(OPERATIONS:%=tests/test_%.py) tests/test_tree_attention_cuda.py)
+EMULATED := $(wildcard $(OPERATIONS:%=tests/*/test_%.py) tests/ops/test_tree_attention_cuda.py)
 OLDEST   := build/triton-3.6
 
 proof: $(STAMP) $(OLDEST)
@@ -61,7 +61,7 @@ $(OLDEST): | $(STAMP)
 	$(BIN)/pip install -q --no-deps --target $@ triton==3.6.0
 
 # Without a GPU the small CPU build of torch is installed first: a plain `torch` would bring gigabytes of CUDA.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("forktree needs Python 3.11 or newer, got " + sys.version)'
 	@set -e; get() { echo "installing $$1"; apt-get update -q && apt-get install -yq $$1; }; \
 	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || get python3-venv; \

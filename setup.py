@@ -4,7 +4,7 @@ A C++17 compiler is all it takes. The CPU kernels are compiled once for every in
 right one is chosen at run time. CXX, CXXFLAGS, LDFLAGS and, on a Mac, ARCHFLAGS mean what they always do.
 
 Where nvcc is, `.cu` files are compiled too: for the GPUs present, or for FORKTREE_CUDA_ARCHS ("80;90a;100a").
-FORKTREE_CUDA=0 leaves them out; FORKTREE_CUDA=emulate compiles them for the CPU (csrc/gpu_host.hpp), for tests.
+FORKTREE_CUDA=0 leaves them out; FORKTREE_CUDA=emulate compiles them for the CPU (csrc/gpu/gpu_host.hpp), for tests.
 """
 
 import json
@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -33,22 +33,22 @@ except ImportError as error:  # pip sees to them, unless it is told --no-build-i
 CSRC = Path(__file__).parent.resolve() / "csrc"
 COMMON = [
     "bindings",
-    "isa",
-    "plan",
-    "plan_count",
-    "plan_view",
-    "stretches",
-    "append_kv",
-    "rotate_rows",
-    "merge_states",
-    "score_tokens",
-    "tree_attention",
+    "common/isa",
+    "plan/plan",
+    "plan/plan_count",
+    "plan/plan_view",
+    "plan/stretches",
+    "cpu/append_kv",
+    "cpu/rotate_rows",
+    "cpu/merge_states",
+    "cpu/score_tokens",
+    "cpu/tree_attention",
 ]
-KERNELS = ["score_tokens_kernel", "tree_attention_kernel"]  # compiled for each instruction set
-CUDA = {name: (name, []) for name in ("append_kv", "rotate_rows", "merge_states", "tree_attention")}
+KERNELS = ["cpu/score_tokens_kernel", "cpu/tree_attention_kernel"]  # compiled for each instruction set
+CUDA = {name: (f"cuda/{name}", []) for name in ("append_kv", "rotate_rows", "merge_states", "tree_attention")}
 CUDA |= {  # object: source and flags
     f"tree_attention_{element.lower()}_{dim}": (
-        "tree_attention_instance",
+        "cuda/tree_attention_instance",
         [f"-DFORKTREE_ELEMENT={element}", f"-DFORKTREE_HEAD_DIM={dim}"],
     )
     for element in ("Bf16", "Fp16")
@@ -268,18 +268,18 @@ def write_rules(out: ninja_syntax.Writer, compiler: Compiler, cuda: Cuda, target
     bindings += ["-DFORKTREE_CUDA"] * bool(cuda.built)
     # The portable objects come first: where the linker may choose between copies of an inline function, it takes one
     # that runs everywhere.
-    special = {"bindings": bindings, "isa": built, "score_tokens": built, "tree_attention": built}
+    special = {"bindings": bindings, "common/isa": built, "cpu/score_tokens": built, "cpu/tree_attention": built}
     objects = {f"{name}.o": (name, special.get(name, [])) for name in COMMON}
     for isa, flags in compiler.isas.items():
         objects |= {f"{name}.{isa}.o": (name, [f"-DFORKTREE_ISA={isa}", *flags]) for name in KERNELS}
     if cuda.built == "emulated":
-        objects["gpu_host.o"] = ("gpu_host", ["-DFORKTREE_EMULATE_CUDA"])
+        objects["gpu/gpu_host.o"] = ("gpu/gpu_host", ["-DFORKTREE_EMULATE_CUDA"])
     if sys.platform == "darwin":
         shared = ["-bundle", "-undefined", "dynamic_lookup", "-Wl,-exported_symbol,_PyInit__core"]
     else:
         shared = ["-shared", "-Wl,--version-script=exports.map"]
 
-    command = shell([*compiler.command, *compiler.flags])
+    command = shell([*compiler.command, *compiler.flags, f"-I{CSRC}"])
     # -MD and not -MMD: a new compiler or pybind11 comes with new headers.
     out.rule("compile", f"{command} $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
     out.rule("link", f"{command} {shell(shared)} $in -o $out {shell([*cuda.link, *compiler.link])}")
@@ -287,12 +287,16 @@ def write_rules(out: ninja_syntax.Writer, compiler: Compiler, cuda: Cuda, target
         out.build(name, "compile", str(CSRC / f"{source}.cpp"), variables={"flags": shell(flags)})
     linked = list(objects)
     if cuda.built:
+        with_headers = shell([*cuda.command, f"-I{CSRC}"])
         out.rule(
-            "compile_cuda", f"{shell(cuda.command)} $flags -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc"
+            "compile_cuda",
+            f"{with_headers} $flags -MD -MF $out.d -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
         )
         for name, (source, flags) in CUDA.items():
             linked += out.build(
-                f"{name}.cu.o", "compile_cuda", str(CSRC / f"{source}.cu"), variables={"flags": shell(flags)}
+                f"cuda/{name}.cu.o", "compile_cuda", str(CSRC / f"{source}.cu"), variables={"flags": shell(flags)}
             )
     out.build(str(target), "link", linked)
 
@@ -302,4 +306,11 @@ def shell(words: list[str]) -> str:
 
 
 sources = [f"csrc/{name}.cpp" for name in COMMON + KERNELS]
-setup(ext_modules=[Extension("forktree._core", sources)], cmdclass={"build_ext": NinjaBuild})
+setup(
+    # `triton_kernels/` lies at the top of the tree but is only ever imported as forktree.triton_kernels: the bare name
+    # belongs to Triton's own package.
+    packages=[*find_packages("python"), "forktree.triton_kernels"],
+    package_dir={"": "python", "forktree.triton_kernels": "triton_kernels"},
+    ext_modules=[Extension("forktree._core", sources)],
+    cmdclass={"build_ext": NinjaBuild},
+)

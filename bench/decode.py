@@ -121,7 +121,7 @@ def sides(
     def ours() -> int:
         (result,) = decoder.search(prompt[0].tolist(), search, max_new_tokens=args.new)
         assert all(len(c.token_ids) == args.new for c in result.candidates), result.error
-        return slots * decoder.lane.runner.bytes_per_slot
+        return slots * decoder.worker.runner.bytes_per_slot
 
     return {"transformers": theirs, "forktree": ours}
 

@@ -4,7 +4,7 @@
     python bench/gpu_attention.py --dry-run --out /tmp/attention.json    # tiny trees on the CPU: proves the script only
 
 Sides: `forktree` as it chooses by itself; held to each of its backends, on plans for narrow and for wide steps
-(`forktree.target`); and `baselines.py`. All are interleaved; the L2 cache holds nothing of them; launching is hidden
+(`plan.cost_model`); and `baselines.py`. All are interleaved; the L2 cache holds nothing of them; launching is hidden
 behind work that keeps the GPU busy. Every side's result is compared with an fp32 computation before it is timed.
 
 Planning is not in those times. It is done once a tree for all layers; here one layer bears all of it. `included`: a
@@ -32,8 +32,8 @@ from torch import Tensor
 from workloads import EXTENT, FIVE, STARS, Tree, layout, levels, slots, star, trace
 
 from forktree import TreeLayout, ops
-from forktree.plan import AttentionPlan, plan
-from forktree.target import Target, multiprocessors, narrow_gpu, wide_gpu
+from forktree.plan.cost_model import Target, multiprocessors, narrow_gpu, wide_gpu
+from forktree.plan.plan import AttentionPlan, plan
 
 HEADS = (32, 8, 128)
 TOLERANCE = 0.02  # of the largest output

@@ -29,7 +29,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from workloads import star
 
-from forktree.lane import Lane
+from forktree.engine.worker import ModelWorker
 
 WITHIN = 1.2  # of the floor
 PROMPTS = [1024, 4096]
@@ -41,13 +41,13 @@ class Steps:
     """Branches over one prompt, a known token appended to each every step."""
 
     def __init__(self, model: PreTrainedModel, prompt: int, branches: int, steps: int, *, graphs: bool) -> None:
-        self.lane = Lane(model, num_slots=prompt + branches * (steps + 16), prefix_cache=False)
+        self.worker = ModelWorker(model, num_slots=prompt + branches * (steps + 16), prefix_cache=False)
         if not graphs:
-            self.lane.runner._captured = None  # what captures steps
+            self.worker.runner._captured = None  # what captures steps
         self._rng = np.random.default_rng(0)
         self._vocab = model.config.vocab_size
-        root = self.lane.open(self._rng.integers(0, self._vocab, prompt))
-        (whole,) = self.lane.tree.pending([root])
+        root = self.worker.open(self._rng.integers(0, self._vocab, prompt))
+        (whole,) = self.worker.tree.pending([root])
         for begin in range(0, prompt, CHUNK):
             self._compute([whole._replace(begin=begin, stop=min(begin + CHUNK, prompt))])
         self.branches = root.fork(branches)
@@ -55,14 +55,14 @@ class Steps:
 
     def step(self) -> None:
         """One token for every branch, and the logits behind it."""
-        lane = self.lane
-        lane.tree.append(self.branches, self._rng.integers(0, self._vocab, len(self.branches)))
-        self._compute(lane.tree.pending(self.branches))
-        lane.runner.logits(lane.hidden(self.branches))
+        worker = self.worker
+        worker.tree.append(self.branches, self._rng.integers(0, self._vocab, len(self.branches)))
+        self._compute(worker.tree.pending(self.branches))
+        worker.runner.logits(worker.hidden(self.branches))
 
     def _compute(self, chunks: Any) -> None:
-        self.lane.tree.reserve(chunks)
-        self.lane.forward(chunks)
+        self.worker.tree.reserve(chunks)
+        self.worker.forward(chunks)
 
 
 def step_us(steps: Steps, count: int, device: str) -> list[float]:

@@ -2,7 +2,7 @@
 
     python bench/plan.py
 
-plan: `forktree.plan.plan` as a whole; grow: the same plan one token later; check: what a kernel checks at every call.
+plan: `forktree.plan` as a whole; grow: the same plan one token later; check: what a kernel checks at every call.
 predicted: time of one layer under the cost model; reread: tokens read for one distinct token.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from forktree import _core
-from forktree.layout import TreeLayout
-from forktree.plan import plan
+from forktree.plan.layout import TreeLayout
+from forktree.plan.plan import plan
 
 HEADS = dict(num_qo_heads=16, num_kv_heads=8, head_dim=128)
 PROMPT, OWN, ROOM = 1024, 16, 4

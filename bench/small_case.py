@@ -11,8 +11,8 @@ from workloads import layout, levels, slots
 
 from forktree import ops
 from forktree.ops import reference
-from forktree.plan import plan
-from forktree.target import narrow_gpu
+from forktree.plan.cost_model import narrow_gpu
+from forktree.plan.plan import plan
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
 

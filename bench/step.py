@@ -62,12 +62,12 @@ class Clock:
 
 def watch(decoder: forktree.Decoder, clock: Clock) -> None:
     """Puts the clock around the parts."""
-    engine, lane, model = decoder.engine, decoder.lane, decoder.lane.runner.spec.packed.decoder
+    engine, worker, model = decoder.engine, decoder.worker, decoder.worker.runner.spec.packed.decoder
     model.forward = clock.around("model", model.forward)
-    lane.runner.score = clock.around("head", lane.runner.score)
+    worker.runner.score = clock.around("head", worker.runner.score)
     AttentionInterface.register(interface.IMPLEMENTATION, clock.around("attention", interface._attention))
-    lane._plans_for = clock.around("planning", lane._plans_for)
-    lane.forward = clock.around("packing", lane.forward)
+    worker._plans_for = clock.around("planning", worker._plans_for)
+    worker.forward = clock.around("packing", worker.forward)
     engine._schedule = clock.around("tree", engine._schedule)
     engine._answer_extends = clock.around("search", engine._answer_extends)
     engine._answer_rest = clock.around("search", engine._answer_rest)
@@ -75,14 +75,14 @@ def watch(decoder: forktree.Decoder, clock: Clock) -> None:
 
 def measure(decoder: forktree.Decoder, clock: Clock, search: forktree.search.Search, args: Any) -> dict[str, float]:
     """Milliseconds a step of each part."""
-    lane, steps = decoder.lane, []
+    worker, steps = decoder.worker, []
     clock.hand("engine")
-    last = dict(clock.seconds), lane.tokens_computed
+    last = dict(clock.seconds), worker.tokens_computed
 
     def on_step() -> None:
         nonlocal last
         clock.hand("engine")
-        now = dict(clock.seconds), lane.tokens_computed
+        now = dict(clock.seconds), worker.tokens_computed
         if now[1] - last[1] == args.width:
             steps.append({part: (now[0][part] - last[0][part]) * 1e3 for part in PARTS})
         last = now
@@ -117,7 +117,7 @@ def main() -> None:
         f"{n} beams": forktree.BeamSearch(num_beams=n),
     }
     report = {name: measure(decoder, clock, search, args) for name, search in searches.items()}
-    look = median(repeat(decoder.lane.prove, number=1, repeat=25)) * 1e3
+    look = median(repeat(decoder.worker.prove, number=1, repeat=25)) * 1e3
     table = Table(title=f"ms a step, {args.shape} bf16, prompt {args.prompt}, {args.threads} threads")
     for column in ("", "step", *PARTS, "outside model and head"):
         table.add_column(column, justify="right")

@@ -23,7 +23,7 @@ PROBLEM = 3  # of the held-out ones
 def record(search: forktree.search.Search) -> Tree:
     """The tree with the most nodes among those decode steps of a search in which every branch looks."""
     decoder, _ = run.load()
-    runner, steps = decoder.lane.runner, []
+    runner, steps = decoder.worker.runner, []
     forward = runner.forward
 
     def watched(tokens, positions, slots, plans):

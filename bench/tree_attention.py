@@ -40,7 +40,7 @@ from workloads import Tree, levels, star
 
 from forktree import TreeLayout, _core
 from forktree.ops import tree_attention
-from forktree.plan import AttentionPlan, plan
+from forktree.plan.plan import AttentionPlan, plan
 
 SECONDS = 3.0  # a side gets no more rounds once it took this long, but three at least
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -3,14 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "append_kv.hpp"
-#include "isa.hpp"
-#include "merge_states.hpp"
-#include "plan.hpp"
-#include "rotate_rows.hpp"
-#include "score_tokens.hpp"
-#include "tree_attention.hpp"
-#include "tree_attention_gpu.hpp"
+#include "common/isa.hpp"
+#include "cpu/append_kv.hpp"
+#include "cpu/merge_states.hpp"
+#include "cpu/rotate_rows.hpp"
+#include "cpu/score_tokens.hpp"
+#include "cpu/tree_attention.hpp"
+#include "cuda/tree_attention_gpu.hpp"
+#include "plan/plan.hpp"
 
 namespace py = pybind11;
 

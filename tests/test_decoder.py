@@ -20,7 +20,7 @@ from forktree import (
     SearchResult,
     TextScorer,
 )
-from forktree.model.layers import LayerKind
+from forktree.model.layer_spec import LayerKind
 
 PROMPTS = ["12+3=", "a", "\n\n-- 7.", "0123456789abcd+-=. " * 4]
 
@@ -102,7 +102,7 @@ def test_results_come_in_the_order_of_the_prompts_with_what_they_cost() -> None:
     prompts = tiny.prompts(9)
     results = decoder.search(prompts, Sample(num_return_sequences=3), max_new_tokens=6)
     assert [r.index for r in results] == list(range(9)) and [r.prompt for r in results] == prompts
-    assert sum(r.counters.model_tokens for r in results) == decoder.lane.tokens_computed
+    assert sum(r.counters.model_tokens for r in results) == decoder.worker.tokens_computed
     assert all(r.counters.seconds > 0 and r.counters.peak_slots > 0 for r in results)
 
 
@@ -203,7 +203,7 @@ BAD: dict[str, tuple[Callable[[], list[SearchResult]], list[str]]] = {
 def test_bad_input_is_refused_before_anything_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With name, expectation and what was given."""
     ran = []
-    monkeypatch.setattr("forktree.engine.Engine.submit", lambda *a, **k: ran.append(a))
+    monkeypatch.setattr("forktree.engine.engine.Engine.submit", lambda *a, **k: ran.append(a))
     call, parts = BAD[name]
     with pytest.raises(InvalidInput) as error:
         call()
@@ -237,13 +237,13 @@ def test_pools_follow_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     for first in (4096, 1):
         tiny.pools_of_nan(monkeypatch, first)
         decoder = tiny.decoder(num_slots=10**9)
-        sizes = [{len(x) for pool in decoder.lane.runner.pools for x in pool}]
+        sizes = [{len(x) for pool in decoder.worker.runner.pools for x in pool}]
         for _ in range(2):
             results = decoder.search(prompts, search, max_new_tokens=20)
             found.append([[(c.token_ids, c.score) for c in result.candidates] for result in results])
-            sizes.append({len(x) for pool in decoder.lane.runner.pools for x in pool})
+            sizes.append({len(x) for pool in decoder.worker.runner.pools for x in pool})
         assert sizes[0] == {first} and sizes[1] == sizes[2] and max(sizes[2]) <= 4096
-        tiny.assert_all_returned(decoder.lane)
+        tiny.assert_all_returned(decoder.worker)
     assert found[0] == found[2] and found[1] == found[3]
 
 
@@ -271,7 +271,7 @@ def test_no_memory_for_larger_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     (got,) = decoder.search(["12+3="], Greedy(), max_new_tokens=20)
     assert (got.best.token_ids, got.best.score) == (want.best.token_ids, pytest.approx(want.best.score, abs=1e-4))
     assert all(result.error is None for result in decoder.search(prompts, search, max_new_tokens=20))
-    tiny.assert_all_returned(decoder.lane)
+    tiny.assert_all_returned(decoder.worker)
 
 
 def test_more_slots_than_there_are_numbers_for() -> None:

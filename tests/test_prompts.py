@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 import tiny
 from forktree import BestOfN, Decoder, Greedy, InvalidInput, MajorityVote, ParticleFilter, Sample, TextScorer
 from forktree.prompts import read_prompts, tokenise
-from forktree.text import response_text
+from forktree.search.stopping import response_text
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
@@ -159,7 +159,7 @@ def test_what_is_no_prompt_is_refused_by_name(name: str) -> None:
     with pytest.raises(InvalidInput) as error:
         decoder.search(given, Greedy())
     assert all(part in str(error.value) for part in parts), error.value
-    assert decoder.lane.forwards == 0
+    assert decoder.worker.forwards == 0
 
 
 def test_what_a_chat_template_gives_is_searched_in_all_its_forms() -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_models
 import torch
 import transformers as hf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import forktree
-import test_models
 import tiny
 from forktree import InvalidInput, NonFinite, OutOfMemory, sequence_logprobs
 from forktree.model import Runner
@@ -81,8 +81,8 @@ def test_shared_beginnings_are_computed_once_however_few_slots(seed: int) -> Non
     for num_slots in (longest, longest + 3, 4 * longest):
         decoder = tiny.decoder(num_slots=num_slots)
         assert_close(sequence_logprobs(decoder, texts, max_batch_tokens=16), expected)
-        assert decoder.lane.tokens_computed == trie_size(texts)
-        tiny.assert_all_returned(decoder.lane)
+        assert decoder.worker.tokens_computed == trie_size(texts)
+        tiny.assert_all_returned(decoder.worker)
 
 
 def test_many_answers_cost_their_question_once() -> None:
@@ -91,7 +91,7 @@ def test_many_answers_cost_their_question_once() -> None:
     texts += [[*question, token] for token in range(tiny.VOCAB)]
     decoder = tiny.decoder()
     found = sequence_logprobs(decoder, texts, prompt_lengths=[len(question)] * len(texts))
-    assert decoder.lane.tokens_computed == trie_size(texts) <= len(question) + 3 * 30
+    assert decoder.worker.tokens_computed == trie_size(texts) <= len(question) + 3 * 30
     assert_close(found, [log_probs[len(question) - 1 :] for log_probs in reference(tiny.model(), texts)])
     assert sum(np.exp(p[0]) for p in found[30:]) == pytest.approx(1)  # all there is behind the question
 
@@ -115,7 +115,7 @@ def test_prompt_lengths_choose_what_is_scored() -> None:
     assert_close(found, [w[n - 1 :] for w, n in zip(whole, lengths, strict=True)])
     assert any(len(f) == 0 for f in found)
     # a text of which nothing is wanted costs nothing
-    assert decoder.lane.tokens_computed == trie_size(
+    assert decoder.worker.tokens_computed == trie_size(
         [text for text, n in zip(texts, lengths, strict=True) if n < len(text)]
     )
 
@@ -187,7 +187,7 @@ def test_results_come_as_they_are_known() -> None:
     computed = []
     for i, log_probs in scored_sequences(decoder, texts, max_batch_tokens=15):
         assert isinstance(log_probs, np.ndarray)
-        computed.append((i, decoder.lane.tokens_computed))
+        computed.append((i, decoder.worker.tokens_computed))
     assert computed == [(i, 15 * min(i + 2, 20)) for i in range(20)]
 
 
@@ -195,7 +195,7 @@ def test_an_iteration_that_is_left_returns_its_slots() -> None:
     decoder = tiny.decoder()
     for _ in scored_sequences(decoder, family(7, tiny.VOCAB), max_batch_tokens=8):
         break
-    tiny.assert_all_returned(decoder.lane)
+    tiny.assert_all_returned(decoder.worker)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -214,9 +214,9 @@ def test_a_decoder_scores_between_the_steps_of_its_searches(ahead: bool) -> None
         found[result.index] = result.text
         if len(found) in (1, 4):
             assert_close(sequence_logprobs(decoder, texts), want)
-            decoder.lane.tree.check()
+            decoder.worker.tree.check()
     assert found == expected
-    tiny.assert_all_returned(decoder.lane)
+    tiny.assert_all_returned(decoder.worker)
 
 
 def test_a_result_that_is_no_number_names_sequence_and_token() -> None:
@@ -232,7 +232,7 @@ def test_a_result_that_is_no_number_names_sequence_and_token() -> None:
     found = dict(scored_sequences(decoder, texts))
     assert isinstance(found[1], NonFinite)
     assert_close([found[0], found[2]], [expected[0], expected[2]])
-    tiny.assert_all_returned(decoder.lane)
+    tiny.assert_all_returned(decoder.worker)
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -263,7 +263,7 @@ def test_bad_input_is_named_before_anything_runs(arguments: dict[str, Any], mess
     decoder = tiny.decoder()
     with pytest.raises(InvalidInput, match=message):
         scored_sequences(decoder, **arguments)
-    assert decoder.lane.forwards == 0
+    assert decoder.worker.forwards == 0
 
 
 def test_a_text_that_does_not_fit_alone() -> None:
@@ -276,7 +276,7 @@ def test_a_text_that_does_not_fit_alone() -> None:
 def test_captured_steps_give_the_same() -> None:
     texts = family(9, tiny.VOCAB)
     decoder = tiny.decoder(num_slots=100)
-    decoder.lane.runner = Runner(decoder.lane.runner.spec, num_slots=100, graphs=FakeGraphs())
+    decoder.worker.runner = Runner(decoder.worker.runner.spec, num_slots=100, graphs=FakeGraphs())
     assert_close(sequence_logprobs(decoder, texts, max_batch_tokens=24), reference(tiny.model(), texts))
 
 

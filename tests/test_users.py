@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_engine import Scripted, alone, endless, mixed, outcome, together
+from test_offenders import Custom, Rewarding
 
 import tiny
 from forktree import (
@@ -22,14 +24,12 @@ from forktree import (
     ValueHead,
     sequence_logprobs,
 )
+from forktree.engine.worker import ModelWorker
 from forktree.errors import DecoderInUse
 from forktree.kv import Branch
-from forktree.lane import Lane
-from forktree.search import Job
+from forktree.search import SearchContext
 from forktree.search.request import extend, score
 from forktree.sequences import scored_sequences
-from test_engine import Scripted, alone, endless, mixed, outcome, together
-from test_offenders import Custom, Rewarding
 
 PROMPTS = tiny.prompts(3, seed=21)
 SEARCHES = [
@@ -66,12 +66,12 @@ def elsewhere(call: Callable[[], Any]) -> Any:
 def test_a_second_thread_is_refused_at_every_moment_of_the_first() -> None:
     decoder = tiny.decoder()
     tried: list[Any] = []
-    forward = decoder.lane.forward
+    forward = decoder.worker.forward
 
     def intrude() -> None:
         tried.append(elsewhere(lambda: decoder.search(["1="], Greedy(), max_new_tokens=2)))
 
-    decoder.lane.forward = lambda chunks: (intrude(), forward(chunks))[1]  # type: ignore[method-assign]
+    decoder.worker.forward = lambda chunks: (intrude(), forward(chunks))[1]  # type: ignore[method-assign]
     results = []
     for result in decoder.search_iter(PROMPTS, SEARCHES, **OPTIONS, on_step=intrude):
         results.append(result)
@@ -79,9 +79,9 @@ def test_a_second_thread_is_refused_at_every_moment_of_the_first() -> None:
             intrude()
     assert len(tried) > 15 and all(isinstance(t, DecoderInUse) and "another thread" in str(t) for t in tried), tried
     assert_undisturbed(results)
-    decoder.lane.forward = forward  # type: ignore[method-assign]
+    decoder.worker.forward = forward  # type: ignore[method-assign]
     assert outcome(elsewhere(lambda: decoder.search(PROMPTS[:1], SEARCHES[0], **OPTIONS))[0]) == EXPECTED[0]
-    tiny.assert_all_returned(decoder.lane)
+    tiny.assert_all_returned(decoder.worker)
 
 
 def test_log_probs_are_computed_in_turns_with_searches_and_refused_elsewhere() -> None:
@@ -103,7 +103,7 @@ def test_log_probs_are_computed_in_turns_with_searches_and_refused_elsewhere() -
     half = scored_sequences(decoder, texts, max_batch_tokens=20)
     next(half)
     elsewhere(half.close)
-    tiny.assert_all_returned(decoder.lane)
+    tiny.assert_all_returned(decoder.worker)
 
 
 def test_threads_that_race_give_right_results_or_are_refused() -> None:
@@ -127,7 +127,7 @@ def test_threads_that_race_give_right_results_or_are_refused() -> None:
     assert len(found) == 9 and right
     for results in right:
         assert_undisturbed(results)
-    tiny.assert_all_returned(decoder.lane)
+    tiny.assert_all_returned(decoder.worker)
 
 
 def callers(decoder: Decoder, tried: list[Any]) -> dict[str, Any]:
@@ -144,17 +144,17 @@ def callers(decoder: Decoder, tried: list[Any]) -> dict[str, Any]:
             with pytest.raises(DecoderInUse, match="in use by the very search"):
                 call()
 
-    async def in_run(job: Job) -> list[Branch]:
+    async def in_run(context: SearchContext) -> list[Branch]:
         again()
-        return job.root.fork(1)
+        return context.root.fork(1)
 
-    async def in_request(job: Job, **options: Any) -> list[Branch]:
-        branches = job.root.fork(2)
+    async def in_request(context: SearchContext, **options: Any) -> list[Branch]:
+        branches = context.root.fork(2)
         await extend(branches, Sampling(), max_tokens=3, **options)
         return branches
 
-    async def in_scorer(job: Job) -> list[Branch]:
-        await score(branches := job.root.fork(2), Custom(lambda s: (again(), Rewarding(2, close=again))[1]))
+    async def in_scorer(context: SearchContext) -> list[Branch]:
+        await score(branches := context.root.fork(2), Custom(lambda s: (again(), Rewarding(2, close=again))[1]))
         return branches
 
     def answer(text: str) -> str:
@@ -163,8 +163,10 @@ def callers(decoder: Decoder, tried: list[Any]) -> dict[str, Any]:
 
     return {
         "run": Scripted(in_run),
-        "stop": Scripted(lambda job: in_request(job, stop=lambda token, tokens: again())),
-        "processor": Scripted(lambda job: in_request(job, processors=[lambda ids, scores: (again(), scores)[1]])),
+        "stop": Scripted(lambda context: in_request(context, stop=lambda token, tokens: again())),
+        "processor": Scripted(
+            lambda context: in_request(context, processors=[lambda ids, scores: (again(), scores)[1]])
+        ),
         "scorer": Scripted(in_scorer),
         "answer": MajorityVote(answer=answer, num_samples=2),
     }
@@ -177,7 +179,7 @@ def test_code_that_a_search_calls_is_refused_and_all_goes_on(where: str) -> None
     *results, own = together(decoder, [*PROMPTS, "1+"], [*SEARCHES, caller], **OPTIONS)
     assert tried and own.error is None
     assert_undisturbed(results)
-    tiny.assert_all_returned(decoder.lane)
+    tiny.assert_all_returned(decoder.worker)
 
 
 def test_a_function_that_scores_in_its_thread_is_refused() -> None:
@@ -199,7 +201,7 @@ def test_on_step_is_refused() -> None:
 
     assert_undisturbed(together(decoder, PROMPTS, SEARCHES, **OPTIONS, on_step=again))
     assert len(tried) > 3 and not any(tried)
-    tiny.assert_all_returned(decoder.lane)
+    tiny.assert_all_returned(decoder.worker)
 
 
 def test_results_of_two_calls_are_read_in_turns_by_one_thread() -> None:
@@ -211,7 +213,7 @@ def test_results_of_two_calls_are_read_in_turns_by_one_thread() -> None:
     for call, results in zip(calls, found, strict=True):
         assert list(call) == []
         assert_undisturbed(results)
-    tiny.assert_all_returned(decoder.lane)
+    tiny.assert_all_returned(decoder.worker)
 
 
 def test_results_may_be_read_by_one_thread_after_the_other() -> None:
@@ -220,7 +222,7 @@ def test_results_may_be_read_by_one_thread_after_the_other() -> None:
     results = decoder.search_iter(PROMPTS, SEARCHES, **OPTIONS)
     assert_undisturbed([elsewhere(lambda: next(results)) for _ in PROMPTS])
     assert elsewhere(lambda: list(results)) == []
-    tiny.assert_all_returned(decoder.lane)
+    tiny.assert_all_returned(decoder.worker)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -228,7 +230,7 @@ def test_results_may_be_read_by_one_thread_after_the_other() -> None:
 def test_results_closed_or_collected_elsewhere_corrupt_nothing(how: str) -> None:
     """Between the steps of another call, or within one, by that thread or another."""
     decoder = tiny.decoder()
-    forward = decoder.lane.forward
+    forward = decoder.worker.forward
     abandoned = decoder.search_iter(
         ["12", *PROMPTS], [Greedy(), *mixed()[:1], *[Scripted(endless)] * 2], max_new_tokens=3
     )
@@ -248,20 +250,20 @@ def test_results_closed_or_collected_elsewhere_corrupt_nothing(how: str) -> None
 
     results = []
     if how == "collected within a step":
-        decoder.lane.forward = let_go  # type: ignore[method-assign]
+        decoder.worker.forward = let_go  # type: ignore[method-assign]
     for result in decoder.search_iter(PROMPTS, SEARCHES, **OPTIONS, on_step=let_go if "step" not in how else None):
         results.append(result)
         assert not held and len(decoder.engine.active) < len(PROMPTS)
     assert_undisturbed(results)
-    tiny.assert_all_returned(decoder.lane)
+    tiny.assert_all_returned(decoder.worker)
 
 
 def test_a_reward_model_serves_one_thread_at_a_time() -> None:
     """Two Decoders of two threads that share it: one is refused, or both are right."""
-    lane = Lane(tiny.new_model("qwen3", seed=5), num_slots=2048)
+    worker = ModelWorker(tiny.new_model("qwen3", seed=5), num_slots=2048)
     rng = np.random.default_rng(0)
-    weight = torch.from_numpy(rng.normal(size=(1, lane.runner.hidden_size)).astype(np.float32))
-    scorer = RewardModel(lane, tiny.tokenizer(), ValueHead([(weight, None)]))
+    weight = torch.from_numpy(rng.normal(size=(1, worker.runner.hidden_size)).astype(np.float32))
+    scorer = RewardModel(worker, tiny.tokenizer(), ValueHead([(weight, None)]))
     search = ParticleFilter(scorer=scorer, num_particles=4, max_step_tokens=2)
     decoders = [tiny.decoder(), tiny.decoder()]
     expected = [[outcome(r) for r in d.search(PROMPTS, search, **OPTIONS)] for d in decoders]
@@ -284,7 +286,7 @@ def test_a_reward_model_serves_one_thread_at_a_time() -> None:
                 else:
                     refused += 1
                     assert isinstance(result.error, DecoderInUse) and "another thread" in str(result.error)
-        tiny.assert_all_returned(lane)
+        tiny.assert_all_returned(worker)
         for decoder in decoders:
-            tiny.assert_all_returned(decoder.lane)
+            tiny.assert_all_returned(decoder.worker)
     assert refused

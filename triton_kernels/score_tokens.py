@@ -24,11 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from forktree.ops.checks import check_draw_tensors, check_lm_head
-from forktree.ops.choice import FLOATS, launcher
+from forktree.ops.dispatch import FLOATS, launcher
+from forktree.ops.sampling import TILE as NOISE_TILE
+from forktree.ops.token_request import REPETITION as REPEATED
 from forktree.ops.vocabulary import Vocabulary
-from forktree.sampling import TILE as NOISE_TILE
-from forktree.target import multiprocessors
-from forktree.token_scores import REPETITION as REPEATED
+from forktree.plan.cost_model import multiprocessors
 from forktree.triton_kernels.device import architecture, device_of
 
 TILE = tl.constexpr(NOISE_TILE)
@@ -142,7 +142,7 @@ def _shaped(z, token, first, row, at, end, edits, inverse, vocab, BLOCK_V: tl.co
 
 @triton.jit
 def _noise(key, tile):
-    """`forktree.sampling.noise`: log of the exponential, and the uniform number.
+    """`forktree.ops.sampling.noise`: log of the exponential, and the uniform number.
 
     Near 0 the exponential needs every digit: there -log(1 - v) = 2 atanh(v / (2 - v)), as a series.
     """

@@ -14,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from forktree.ops.checks import check_plan_tensors, check_scores, check_tree_attention
-from forktree.ops.choice import MAX_DIM
+from forktree.ops.dispatch import MAX_DIM
 from forktree.ops.dtypes import dtype_number
 from forktree.ops.watched import is_watched
-from forktree.plan import AttentionPlan
-from forktree.target import NARROW, multiprocessors
+from forktree.plan.cost_model import NARROW, multiprocessors
+from forktree.plan.plan import AttentionPlan
 from forktree.triton_kernels.device import architecture, device_of
 from forktree.triton_kernels.merge_states import LANES, LISTED, _merge
 

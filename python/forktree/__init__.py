@@ -16,17 +16,17 @@ from forktree.errors import (
     ScorerError,
     UnsupportedModel,
 )
-from forktree.layout import TreeLayout
-from forktree.plan import AttentionPlan, check_plan, plan
-from forktree.sampling import Sampling
-from forktree.scoring import RewardModel, Scorer, TextScorer, TokenLogits, ValueHead, load_scorer
+from forktree.ops.sampling import Sampling
+from forktree.ops.token_request import Draw, Edits, Head, Ragged, TokenRequest, TokenScores
+from forktree.plan.layout import TreeLayout
+from forktree.plan.plan import AttentionPlan, check_plan, plan
+from forktree.rewards.scoring import RewardModel, Scorer, TextScorer, TokenLogits, ValueHead, load_scorer
+from forktree.rewards.step_format import StepFormat
 from forktree.search import BeamSearch, BestOfN, Greedy, Hypothesis, MajorityVote, ParticleFilter, Sample
-from forktree.step_format import StepFormat
-from forktree.token_scores import Draw, Edits, Head, Ragged, TokenRequest, TokenScores
 
 if TYPE_CHECKING:
     from forktree.decoder import Candidate, Decoder, SearchResult
-    from forktree.drop_in import generate
+    from forktree.integrations.generate import generate
     from forktree.sequences import sequence_logprobs
 
 __version__ = "0.5.0"
@@ -77,7 +77,7 @@ _LATER = {
     "Candidate": "decoder",
     "Decoder": "decoder",
     "SearchResult": "decoder",
-    "generate": "drop_in",
+    "generate": "integrations.generate",
     "sequence_logprobs": "sequences",
 }
 

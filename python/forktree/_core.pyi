@@ -3,7 +3,7 @@ with values."""
 
 from typing import TypedDict
 
-from forktree.layout import IntArray
+from forktree.plan.layout import IntArray
 
 class Build(TypedDict):
     compiler: str

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 
 from forktree.checks import integer, integers, shown
-from forktree.engine import Counters, Engine, Run, Task
+from forktree.engine.engine import Counters, Engine, Run, Task
+from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
-from forktree.lane import Lane
 from forktree.prompts import Prompt, read_prompts, tokenise
-from forktree.search import Hypothesis, Job, Search
-from forktree.text import TextStop, response_text
+from forktree.search import Hypothesis, Search, SearchContext
+from forktree.search.stopping import TextStop, response_text
 
 LARGEST_SEED = 2**127 - 1
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A hypothesis with its text: see `forktree.text.response_text`. None when the decoder has no tokenizer."""
+    """A hypothesis with its text: see `response_text`. None when the decoder has no tokenizer."""
 
     text: str | None
     hypothesis: Hypothesis
@@ -102,8 +102,8 @@ class Decoder:
         if num_slots is not None:
             integer("num_slots", num_slots, 1)
         self.model, self.tokenizer = model, tokenizer
-        self.lane = Lane(model, num_slots=num_slots, prefix_cache=prefix_cache)
-        self.engine = Engine(self.lane, tokenizer=tokenizer, max_batch_tokens=max_batch_tokens)
+        self.worker = ModelWorker(model, num_slots=num_slots, prefix_cache=prefix_cache)
+        self.engine = Engine(self.worker, tokenizer=tokenizer, max_batch_tokens=max_batch_tokens)
         self._stops: dict[tuple[str, ...], TextStop] = {}
 
     def search(
@@ -159,7 +159,7 @@ class Decoder:
             if not isinstance(one, Search):
                 raise InvalidInput(f"search must be a Search such as ParticleFilter(...), got {type(one).__name__}")
             for scorer in one.scorers:
-                scorer.check(self.lane)
+                scorer.check(self.worker)
         integer("max_new_tokens", max_new_tokens, 1)
         seed = integer("seed", seed, 0, LARGEST_SEED)
         tokens = self._tokens(texts)
@@ -169,7 +169,7 @@ class Decoder:
 
     def weights_changed(self) -> None:
         """Says that the model has changed where it cannot be seen: the next call proves it anew and keeps nothing."""
-        self.lane.weights_changed()
+        self.worker.weights_changed()
 
     def _run(
         self,
@@ -211,25 +211,25 @@ class Decoder:
 
     async def _start(self, search: Search, max_new_tokens: int, root: Branch) -> list[Candidate]:
         text_of = None if self.tokenizer is None else response_text(self.tokenizer, root.tokens.tolist())
-        job = Job(
+        context = SearchContext(
             root=root,
             max_new_tokens=max_new_tokens,
             eos_token_ids=self._eos_token_ids(),
             pad_token_id=self._pad_token_id(),
-            vocab_size=self.lane.runner.vocab_size,
-            device=self.lane.runner.device,
+            vocab_size=self.worker.runner.vocab_size,
+            device=self.worker.runner.device,
             stops=self._stop if self.tokenizer is not None else None,
             decode=text_of,
             rng=np.random.default_rng(root.key),
         )
-        name, running = f"{type(search).__name__}.run", search.run(job)
+        name, running = f"{type(search).__name__}.run", search.run(context)
         if not isinstance(running, Awaitable):
             raise InvalidInput(f"{name} must be an async function, got one that returns {type(running).__name__}")
         found = await running
         if not isinstance(found, list | tuple) or not all(isinstance(h, Hypothesis) for h in found):
             raise InvalidInput(f"{name} must return a list of Hypothesis, got {shown(found)}")
         for h in found:
-            integers(f"token_ids of a hypothesis of {name}", h.token_ids, 0, job.vocab_size - 1)
+            integers(f"token_ids of a hypothesis of {name}", h.token_ids, 0, context.vocab_size - 1)
         return [Candidate(None if text_of is None else text_of(h.token_ids), h) for h in found]
 
     def _result(self, index: int, prompts: list[Prompt], task: Task) -> SearchResult:
@@ -249,7 +249,7 @@ class Decoder:
 
     def _check(self, index: int, ids: list[int], max_new_tokens: int) -> None:
         """Raises unless a prompt fits the model and the pool."""
-        runner = self.lane.runner
+        runner = self.worker.runner
         if not ids:
             raise InvalidInput(f"prompt {index} is empty: expected at least one token")
         bad = next((t for t in ids if not 0 <= t < runner.vocab_size), None)
@@ -294,5 +294,5 @@ class Decoder:
     def _pad_token_id(self) -> int:
         """The model's, if it embeds that; else an EOS."""
         config = getattr(self.model, "generation_config", None) or self.model.config
-        known = range(self.lane.runner.vocab_size)
+        known = range(self.worker.runner.vocab_size)
         return next((int(i) for i in (config.pad_token_id or -1, *sorted(self._eos_token_ids())) if i in known), 0)

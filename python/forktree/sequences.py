@@ -16,15 +16,15 @@ from torch import Tensor
 
 from forktree.checks import integer, shown
 from forktree.decoder import Decoder
+from forktree.device.transfer import Download, upload
+from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput, NonFinite, OutOfMemory
 from forktree.kv import Branch, OutOfSlots, Tree
 from forktree.kv.slots import spans
 from forktree.kv.tree import Chunk
-from forktree.lane import Lane
 from forktree.model import ModelSpec, Runner, attached
+from forktree.ops.token_request import Ragged, TokenRequest
 from forktree.prompts import unpadded
-from forktree.token_scores import Ragged, TokenRequest
-from forktree.transfer import Download, upload
 
 Ints = NDArray[np.int64]
 LogProbs = NDArray[np.float64]
@@ -87,11 +87,11 @@ def scored_sequences(
     own = isinstance(model, Decoder)
     if own and num_slots is not None:
         raise InvalidInput(
-            f"num_slots belongs to the Decoder, which has {model.lane.runner.num_slots}: got {num_slots}"
+            f"num_slots belongs to the Decoder, which has {model.worker.runner.num_slots}: got {num_slots}"
         )
     if own:
         model.engine.renew()
-    spec = model.lane.runner.spec if own else attached(model)
+    spec = model.worker.runner.spec if own else attached(model)
     if spec.head is None:
         raise InvalidInput(f"{spec.name}: expected a model with a language-model head, got none")
     rows = unpadded("sequences", sequences) if isinstance(sequences, Mapping) else sequences
@@ -101,16 +101,18 @@ def scored_sequences(
     longest = max(needed, default=0)
     walk = _Walk.through(texts, given)
     if own:
-        lane = model.lane
+        worker = model.worker
     else:
-        lane = Lane(model, num_slots=num_slots or max(1, min(longest + max_batch_tokens, walk.num_rows)), spec=spec)
-    slots = lane.tree.slots
+        worker = ModelWorker(
+            model, num_slots=num_slots or max(1, min(longest + max_batch_tokens, walk.num_rows)), spec=spec
+        )
+    slots = worker.tree.slots
     if longest > slots.num_slots:
         raise OutOfMemory(
             f"sequence {needed.index(longest)} needs {longest} KV slots, even alone: {slots.num_free} are free of "
-            f"{slots.num_slots}; raise num_slots ({lane.runner.bytes_per_slot} bytes each)"
+            f"{slots.num_slots}; raise num_slots ({worker.runner.bytes_per_slot} bytes each)"
         )
-    answers = _answers(lane, walk, max_batch_tokens)
+    answers = _answers(worker, walk, max_batch_tokens)
     return _scored(walk, model.engine.interleave(answers) if own else answers)
 
 
@@ -236,9 +238,11 @@ def _result(i: int, walk: _Walk, log_probs: LogProbs) -> LogProbs | NonFinite:
     )
 
 
-def _answers(lane: Lane, walk: _Walk, max_batch_tokens: int) -> Generator[tuple[slice, int, Download], None, None]:
+def _answers(
+    worker: ModelWorker, walk: _Walk, max_batch_tokens: int
+) -> Generator[tuple[slice, int, Download], None, None]:
     """Log-probs of a slice of the walk's targets, which are all there are below some row, as they are launched."""
-    for first, hidden, at in _passes(lane, walk.pieces, max_batch_tokens):
+    for first, hidden, at in _passes(worker, walk.pieces, max_batch_tokens):
         stop = first + len(at)
         part = slice(*np.searchsorted(walk.row, [first, stop]).tolist())
         row, of, count = np.unique(walk.row[part] - first, return_inverse=True, return_counts=True)
@@ -246,7 +250,7 @@ def _answers(lane: Lane, walk: _Walk, max_batch_tokens: int) -> Generator[tuple[
             continue
         numbers = (at[row], np.concatenate([[0], np.cumsum(count)]), walk.target[part], of)
         there = upload(np.concatenate(numbers), hidden.device).split([len(x) for x in numbers])
-        yield part, stop, Download(_log_probs(lane.runner, hidden, *there))
+        yield part, stop, Download(_log_probs(worker.runner, hidden, *there))
 
 
 @torch.no_grad()
@@ -258,10 +262,10 @@ def _log_probs(runner: Runner, hidden: Tensor, at: Tensor, indptr: Tensor, targe
     return scores.selected_log_probs.masked_fill(~scores.lse.isfinite()[of], torch.nan)
 
 
-def _passes(lane: Lane, pieces: list[_Piece], max_batch_tokens: int) -> Iterator[tuple[int, Tensor, Ints]]:
+def _passes(worker: ModelWorker, pieces: list[_Piece], max_batch_tokens: int) -> Iterator[tuple[int, Tensor, Ints]]:
     """Computes the walk. Of each pass: its first row of the walk, its hidden states `[T, H]`, and where among these
     that row and those behind it are, `[T]`. Between passes one branch is kept: the path to where the walk has come."""
-    tree = lane.tree
+    tree = worker.tree
     row, branch = 0, None
     rows: dict[Branch, int] = {}  # branches of the pass, the first new row of each
     try:
@@ -273,7 +277,7 @@ def _passes(lane: Lane, pieces: list[_Piece], max_batch_tokens: int) -> Iterator
                 row += len(tokens)
             if former is not None and former not in rows:
                 former.drop()
-            hidden, at = _compute(lane, rows, first, row - first)
+            hidden, at = _compute(worker, rows, first, row - first)
             tree.drop(b for b in rows if b is not branch)
             yield first, hidden, at
     finally:
@@ -308,12 +312,12 @@ def _reach(tree: Tree, branch: Branch | None, begin: int, tokens: Ints) -> Branc
     return branch
 
 
-def _compute(lane: Lane, rows: dict[Branch, int], first: int, count: int) -> tuple[Tensor, Ints]:
+def _compute(worker: ModelWorker, rows: dict[Branch, int], first: int, count: int) -> tuple[Tensor, Ints]:
     """One forward pass over the `count` pending tokens of branches, whose first rows are `rows`; see `_passes`."""
-    tree, branches = lane.tree, list(rows)
+    tree, branches = worker.tree, list(rows)
     chunks = tree.pending(branches)
-    _reserve(lane, chunks, branches)
-    hidden = lane.forward(chunks)
+    _reserve(worker, chunks, branches)
+    hidden = worker.forward(chunks)
     nodes, _ = tree.positions_of(branches)
     row_of = dict(zip(nodes.tolist(), rows.values(), strict=True))
     row = spans(np.array([row_of[c.node] for c in chunks]), np.array([c.stop - c.begin for c in chunks]))
@@ -321,13 +325,13 @@ def _compute(lane: Lane, rows: dict[Branch, int], first: int, count: int) -> tup
     return hidden, np.argsort(row - first)
 
 
-def _reserve(lane: Lane, chunks: list[Chunk], branches: list[Branch]) -> None:
+def _reserve(worker: ModelWorker, chunks: list[Chunk], branches: list[Branch]) -> None:
     """Slots for the chunks: kept prefixes give way first, then whatever the branches do not see."""
     while True:
         try:
-            return lane.tree.reserve(chunks)
+            return worker.tree.reserve(chunks)
         except OutOfSlots as out:
-            if not (lane.prefixes.evict() or lane.tree.evict(lane.tree.view(branches), out.needed - out.free)):
+            if not (worker.prefixes.evict() or worker.tree.evict(worker.tree.view(branches), out.needed - out.free)):
                 raise
 
 

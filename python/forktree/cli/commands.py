@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from forktree.cli.inputs import option_text, read_inputs
 from forktree.cli.results import ResultFile
 from forktree.errors import ForktreeError, InvalidInput
-from forktree.model_files import digest, digests
+from forktree.model.model_files import digest, digests
 from forktree.terminal import Terminal, one_line, visible
 
 app = typer.Typer(
@@ -156,7 +156,7 @@ def generate(
             return
 
         decoder = _decoder(model, dtype, device, num_slots, max_batch_tokens, trust_remote_code)
-        from forktree.scoring import load_scorer
+        from forktree.rewards.scoring import load_scorer
 
         if scorer is not None:
             settings["scorer"] = load_scorer(
@@ -248,7 +248,7 @@ def demo(
 @app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False) -> None:
     """Show versions, how the compiled core was built, and which instruction sets and backends run here, and why."""
-    from forktree.env import describe, show
+    from forktree.cli.env import describe, show
 
     environment = describe()
     if as_json:
@@ -358,7 +358,7 @@ def _tokenised(tokenizer: Any, inputs: list[dict[str, str]]) -> Iterator[tuple[l
 
 def _reward_format(name: str | None, fed: dict[str, str | None], scorer: str | None) -> Any:
     """What a reward model is fed, or None if no option says so. fed: the texts of options."""
-    from forktree.step_format import chosen_format
+    from forktree.rewards.step_format import chosen_format
 
     format = chosen_format(
         name,
@@ -408,7 +408,7 @@ def _scorer_digests(scorer: str, *, code: bool) -> dict[str, str]:
         return digests(path, code=code)
     if path.is_file():
         return {path.name: digest(path)}
-    from forktree.scoring import import_function
+    from forktree.rewards.scoring import import_function
 
     import_function(scorer)
     source = sys.modules[scorer.partition(":")[0]].__file__
@@ -429,7 +429,7 @@ def _load(model: Path, dtype: str, device: str, trust_remote_code: bool) -> tupl
     import torch
     import transformers
 
-    from forktree.loading import load_model, load_tokenizer
+    from forktree.model.checkpoints import load_model, load_tokenizer
 
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)  # what matters is raised
     transformers.utils.logging.disable_progress_bar()

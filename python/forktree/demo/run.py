@@ -19,12 +19,12 @@ from rich.tree import Tree as RichTree
 
 from forktree.decoder import Decoder, SearchResult
 from forktree.demo import task
-from forktree.engine import Task
+from forktree.engine.engine import Task
 from forktree.kv import Tree
-from forktree.loading import load_model, load_tokenizer
-from forktree.scoring import ValueHead
+from forktree.model.checkpoints import load_model, load_tokenizer
+from forktree.rewards.scoring import ValueHead
 from forktree.search import BeamSearch, BestOfN, Greedy, ParticleFilter, Sample, Search
-from forktree.search.sample import vote
+from forktree.search.algorithms.sample import vote
 from forktree.terminal import Terminal
 
 MODEL = Path(__file__).parent / "model"
@@ -137,7 +137,7 @@ class _Stage:
 
 def sketch(decoder: Decoder, search: Task) -> RichTree:
     """The nodes that a search's branches see: text of each, and how many branches it serves."""
-    tree = decoder.lane.tree
+    tree = decoder.worker.tree
     branches = tree.owned(search.index)
     tips, _ = tree.positions_of(branches)
     nodes = tree.nodes_seen(tips)

@@ -25,8 +25,8 @@ from numpy.typing import ArrayLike, NDArray
 from forktree.checks import integer, integers
 from forktree.errors import InvalidInput
 from forktree.kv.slots import Ints, SlotAllocator, spans
-from forktree.layout import TreeLayout
-from forktree.mix import mix
+from forktree.ops.splitmix import mix
+from forktree.plan.layout import TreeLayout
 
 _ID = attrgetter("id")
 _MARKS = itertools.count()  # of all trees

@@ -9,7 +9,7 @@ from forktree.model.attach import ModelSpec, attach
 from forktree.model.attached import attached
 from forktree.model.fingerprint import Fingerprint
 from forktree.model.head import LinearHead, OwnHead
-from forktree.model.layers import LayerKind
+from forktree.model.layer_spec import LayerKind
 from forktree.model.runner import Runner
 
 __all__ = ["Fingerprint", "LayerKind", "LinearHead", "ModelSpec", "OwnHead", "Runner", "attach", "attached"]

@@ -26,12 +26,12 @@ from transformers.utils.generic import ModelOutput
 from forktree.errors import InvalidInput, UnsupportedModel
 from forktree.model.head import LinearHead, OwnHead, find_linear_head, is_scored_alike, largest
 from forktree.model.interface import PackedModel, Window, execution_devices, find_decoder
-from forktree.model.layers import LayerKind, Pool, append_and_attend
+from forktree.model.layer_spec import LayerKind, Pool, append_and_attend
 from forktree.model.positions import NO_LIMIT, PositionTables, find_max_position, trained_positions
-from forktree.model.proof_tree import ProofStep, ProofTree
 from forktree.model.replica import Replica
+from forktree.model.verify import ProofStep, ProofTree
 from forktree.ops import check_settings
-from forktree.plan import AttentionPlan
+from forktree.plan.plan import AttentionPlan
 
 # Correct models measure 1e-6 in fp32; up to 0.02 in fp16 and 0.1 in bf16, at 48 layers with peaked attention.
 # Wrong ones are near 1, or at 0.1 to 0.3 if one layer of 24 is: half precision refuses clear mismatches only.

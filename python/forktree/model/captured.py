@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forktree.device.cuda_graphs import Graphs
+from forktree.device.plan_buffers import PlanBuffers
+from forktree.device.staging import Staging
 from forktree.model.attach import ModelSpec
-from forktree.model.graphs import Graphs
-from forktree.model.layers import Pool
+from forktree.model.layer_spec import Pool
 from forktree.model.step import CapturedStep, Step
 from forktree.ops import check_fits
-from forktree.plan import AttentionPlan
-from forktree.plan_buffers import PlanBuffers
-from forktree.staging import Staging
+from forktree.plan.plan import AttentionPlan
 
 # Tokens of captured steps. Up to 16 a matrix product takes as long as for one token; beyond, each is at most half as
 # large again as the one before, as from some 180 rows on padding costs arithmetic. The last is what an engine packs.

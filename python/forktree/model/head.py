@@ -13,7 +13,7 @@ from transformers.utils.generic import ModelOutput
 
 from forktree import ops
 from forktree.model.interface import PackedModel
-from forktree.token_scores import TokenRequest, TokenScores
+from forktree.ops.token_request import TokenRequest, TokenScores
 
 
 @dataclass(frozen=True)

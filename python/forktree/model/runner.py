@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from forktree.device.cuda_graphs import CudaGraphs, Graphs
 from forktree.errors import InvalidInput, OutOfMemory
-from forktree.layout import TreeLayout
 from forktree.model.attach import ModelSpec
 from forktree.model.attached import with_packed
 from forktree.model.captured import CapturedSteps
-from forktree.model.graphs import CudaGraphs, Graphs
 from forktree.model.head import LinearHead, OwnHead
 from forktree.model.interface import autocast_dtype
-from forktree.model.layers import LayerKind
+from forktree.model.layer_spec import LayerKind
 from forktree.model.positions import NO_LIMIT
 from forktree.model.step import Step
-from forktree.ops.torch_backend.score_tokens import from_logits
-from forktree.plan import AttentionPlan
-from forktree.token_scores import TokenRequest, TokenScores
+from forktree.ops.pytorch.score_tokens import from_logits
+from forktree.ops.token_request import TokenRequest, TokenScores
+from forktree.plan.layout import TreeLayout
+from forktree.plan.plan import AttentionPlan
 
 FIRST_SLOTS = 512  # of the pools of a new runner,
 FIRST_BYTES = 512 << 20  # and where steps are captured, as many as these hold: growing costs the graphs

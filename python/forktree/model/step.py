@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from forktree.model.layers import Pool, append_and_attend, append_and_attend_captured
-from forktree.plan import AttentionPlan
+from forktree.model.layer_spec import Pool, append_and_attend, append_and_attend_captured
+from forktree.plan.plan import AttentionPlan
 
 
 class Step:

@@ -3,7 +3,7 @@
 Letters: `T` tokens, `R` query rows, `Hq`/`Hk` query and KV heads, `G = Hq / Hk` (query head h reads KV head
 h // G), `Dk`/`Dv` head dims. Every function checks its arguments and hands over to a backend: `reference`
 (dense, the specification), `torch` (any device), or `cpu`, `triton` and `cuda` (compiled; fp32, bf16 and fp16).
-`FORKTREE_BACKEND` names one; else `forktree.ops.choice` decides.
+`FORKTREE_BACKEND` names one; else `forktree.ops.dispatch` decides.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from forktree.ops.checks import (
     check_token_request,
     check_tree_attention,
 )
-from forktree.ops.choice import available, choose, launcher, load, missing
+from forktree.ops.dispatch import available, choose, launcher, load, missing
+from forktree.ops.token_request import TokenRequest, TokenScores
 from forktree.ops.vocabulary import answer
 from forktree.ops.watched import is_watched
-from forktree.plan import AttentionPlan
-from forktree.token_scores import TokenRequest, TokenScores
+from forktree.plan.plan import AttentionPlan
 
 __all__ = ["append_kv", "merge_states", "rotate_rows", "score_tokens", "tree_attention"]
 
@@ -58,7 +58,7 @@ def tree_attention(
     Args:
         q: [R, Hq, Dk], rows in the order of the layout; fp32, bf16, fp16 or fp64.
         k_slots, v_slots: [slots, Hk, Dk] and [slots, Hk, Dv], dense in the last dimension, dtype and device of q.
-        plan: made by `forktree.plan.plan` for these head counts and head_dim = Dk.
+        plan: made by `forktree.plan.plan.plan` for these head counts and head_dim = Dk.
         scale: factor on q·k, finite, default Dk ** -0.5.
         softcap: finite c > 0 makes scores c * tanh(s / c), after scale and before ALiBi and masks.
         sinks: [Hq], one more logit a head in each token's softmax, without a value; in the log-sum-exp too. -inf: none.

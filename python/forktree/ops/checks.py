@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from forktree.token_scores import Ragged, TokenRequest
+from forktree.ops.token_request import Ragged, TokenRequest
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)

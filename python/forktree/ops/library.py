@@ -21,7 +21,7 @@ from forktree.ops.checks import (
     check_scores,
     check_tree_attention,
 )
-from forktree.ops.choice import choose, launcher
+from forktree.ops.dispatch import choose, launcher
 from forktree.ops.vocabulary import Vocabulary
 
 LIBRARY = Library("forktree", "DEF")  # the operations live as long as this object

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forktree.device.transfer import upload
 from forktree.ops.reference.precision import math_dtype
-from forktree.token_scores import Ragged, TokenRequest, TokenScores
-from forktree.transfer import upload
+from forktree.ops.token_request import Ragged, TokenRequest, TokenScores
 
 GATHERED = 4 << 20  # bytes of rows of lm_head held at once, in the type of the math
 

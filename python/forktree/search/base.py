@@ -1,54 +1,15 @@
-"""What every search is given and what it returns."""
+"""What a search is and what it returns."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-
 from forktree.errors import InvalidInput, ScorerError
-from forktree.kv import Branch
 from forktree.kv.slots import Ints
-from forktree.sampling import Sampling
+from forktree.ops.sampling import Sampling
+from forktree.search.context import SearchContext
 from forktree.search.processors import Processor, check_processors
-from forktree.search.request import Stop
-
-
-@dataclass(frozen=True)
-class Job:
-    """One prompt to search.
-
-    root: branch that sees the prompt. It stays alive until the search ends.
-    max_new_tokens: most tokens a hypothesis may have, EOS included.
-    eos_token_ids: any of them ends a hypothesis.
-    pad_token_id: fills rows that logits processors look at.
-    vocab_size: V.
-    device: where logits are.
-    stops: builds a `Stop` from texts; None when the decoder has no tokenizer.
-    decode: text of tokens after the prompt; None when the decoder has no tokenizer.
-    rng: randomness of the search's own choices (resampling); token draws are keyed by branch and position.
-    """
-
-    root: Branch
-    max_new_tokens: int
-    eos_token_ids: frozenset[int]
-    pad_token_id: int
-    vocab_size: int
-    device: torch.device
-    stops: Callable[[Sequence[str]], Stop] | None
-    decode: Callable[[Ints], str | None] | None
-    rng: np.random.Generator
-
-    def stop_at(self, *texts: str) -> Stop | None:
-        """A stop behind the first token that completes one of `texts`; empty texts are passed over."""
-        wanted = [text for text in texts if text]
-        if not wanted:
-            return None
-        if self.stops is None:
-            raise InvalidInput(f"stopping at {wanted!r} needs a Decoder with a tokenizer, got tokenizer=None")
-        return self.stops(wanted)
 
 
 @dataclass(frozen=True)
@@ -77,7 +38,7 @@ class Search(ABC):
     """A search algorithm with its settings: subclasses are frozen dataclasses."""
 
     @abstractmethod
-    async def run(self, job: Job) -> list[Hypothesis]:
+    async def run(self, context: SearchContext) -> list[Hypothesis]:
         """Searches one prompt; hypotheses come best first."""
 
     @property
@@ -125,7 +86,7 @@ def several_texts(name: str, value: object) -> None:
 
 def needs_scorer(scorer: object) -> None:
     """Raises unless `scorer` is a `forktree.Scorer`."""
-    from forktree.scoring import Scorer
+    from forktree.rewards.scoring import Scorer
 
     if not isinstance(scorer, Scorer):
         raise InvalidInput(

@@ -20,9 +20,9 @@ from forktree.checks import integer, integers, shown
 from forktree.errors import InvalidInput, ScorerError
 from forktree.kv import Branch
 from forktree.kv.tree import MAX_TOKEN
-from forktree.sampling import Sampling
+from forktree.ops.sampling import Sampling
+from forktree.ops.token_request import TokenRequest, TokenScores
 from forktree.search.processors import Processor, check_processors
-from forktree.token_scores import TokenRequest, TokenScores
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from forktree import _core
 from forktree.ops.checks import check_plan_tensors, check_scores, check_tree_attention
 from forktree.ops.dtypes import dtype_number
 from forktree.ops.watched import is_watched
-from forktree.plan import AttentionPlan
+from forktree.plan.plan import AttentionPlan
 
 
 def tree_attention(

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.ops.checks import check_plan_tensors, check_scores, check_tree_attention
-from forktree.ops.choice import CUDA_DIMS, in_chunks
 from forktree.ops.cuda.stream import stream_of
+from forktree.ops.dispatch import CUDA_DIMS, in_chunks
 from forktree.ops.dtypes import dtype_number
 from forktree.ops.watched import is_watched
-from forktree.plan import AttentionPlan
+from forktree.plan.plan import AttentionPlan
 
 ALIGNMENT = 16  # bytes that are copied at a time
 

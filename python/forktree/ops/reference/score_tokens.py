@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from forktree.ops.reference.precision import math_dtype
-from forktree.sampling import TILE, noise
-from forktree.token_scores import REPETITION, Draw, Ragged, TokenRequest, TokenScores
+from forktree.ops.sampling import TILE, noise
+from forktree.ops.token_request import REPETITION, Draw, Ragged, TokenRequest, TokenScores
 
 
 def score_tokens(

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from forktree.ops.reference.precision import math_dtype
-from forktree.plan import AttentionPlan
+from forktree.plan.plan import AttentionPlan
 
 
 def tree_attention(

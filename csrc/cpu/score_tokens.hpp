@@ -1,0 +1,157 @@
+// Scores of the next token: what is asked of the logits, while lm_head streams by once and no row of logits is kept.
+#pragma once
+
+#include <cstdint>
+
+#include "common/numeric.hpp"
+
+namespace forktree {
+
+constexpr int64_t NOISE_TILE = 64;  // tokens whose mass shares one Gumbel number: TILE in forktree.sampling
+
+// All of one call.
+struct TokenScoring {
+    Dtype dtype;
+    const void* hidden;  // [T, H], rows `row_stride` elements apart
+    int64_t row_stride, rows, size;
+    const void* lm_head;  // [V, H]
+    int64_t vocab;
+    const float* bias;     // [V] or null
+    float scale, softcap;  // softcap 0 = none
+    int64_t top_k;         // at most V
+    // The draw; keys null: none.
+    const uint64_t* keys;        // [T]
+    const double* settings;      // [4, T]: temperature (0 = greedy), top_k, top_p, min_p
+    const int32_t* edit_indptr;  // [T + 1] or null
+    const int32_t* edit_ids;
+    const int32_t* edit_ops;  // 0: add, 1: repetition
+    const float* edit_values;
+    const int32_t* allowed;  // [T, ceil(V / 32)] bits or null
+    // Results; those not asked for are null.
+    float* lse;              // [T]
+    float* entropies;        // [T]
+    int64_t* top_ids;        // [T, top_k]
+    float* top_logits;       // [T, top_k]
+    int64_t* token;          // [T]
+    float* token_logit;      // [T]
+    float* shaped_log_prob;  // [T]
+};
+
+struct Candidate {
+    float value;
+    int32_t id;
+};
+
+// The `keep` largest of what was pushed, lower ids before higher ones among equals, if ids are pushed in ascending
+// order.
+struct CandidateList {
+    Candidate* items;
+    int64_t size, keep, room;  // room: of items, at least keep + 1
+    float floor;               // only larger values are wanted; NaN: all
+};
+
+// Leaves the `keep` largest and raises the floor.
+void shrink(CandidateList& list);
+
+// The lead of a draw so far.
+struct Lead {
+    float score;    // log-mass of the tile plus Gumbel noise; greedy: the highest logit
+    int32_t token;  // -1: none
+    float shaped, logit;
+};
+
+// The search of a threshold by the digits of shaped logits: how many tokens, or how much mass, share each value of one.
+constexpr int LEVELS = 3;  // digits of the 32 bits of an ordered float, highest first
+constexpr int SHIFTS[LEVELS] = {21, 10, 0};
+constexpr int64_t BINS = 2048;
+
+enum class Purpose {
+    score,  // everything
+    draw,   // the draw alone, of tokens that reach their row's threshold
+    count,  // bins of one digit, among tokens that share the digits above
+};
+
+// One pass over lm_head for a few rows. Arrays are by lane: row `row[lane]` of the call.
+struct ScoringPass {
+    const TokenScoring* call;
+    Purpose purpose;
+    int64_t rows, lanes;     // lanes: rows, rounded up to whole vectors
+    const int32_t* row;      // [rows]
+    void* packed;            // the rows of hidden, transposed
+    const float* inverse;    // [lanes] 1 / temperature; 1 where greedy. Null: no draw
+    const uint8_t* greedy;   // [lanes]
+    const uint8_t* waits;    // [lanes] whether the draw is left to a later pass
+    const float* threshold;  // [lanes], for Purpose::draw
+    // For Purpose::count:
+    int level;
+    const float* highest;     // [lanes] s
+    const uint8_t* by_count;  // [lanes] tokens are counted; else their mass is, e^(s - highest) in units of 2^-40
+    const uint32_t* prefix;   // [lanes] digits above
+    const uint32_t* lowest;   // [lanes] ordered bits; tokens below are passed over
+    uint64_t* bins;           // [rows, BINS], filled by all threads
+};
+
+// Sums of a chunk of the vocabulary, by lane.
+struct ChunkSums {
+    float *max, *sum, *weighted;     // logits as they are: sum of e^(z - max), of that times (z - max)
+    float *shaped_max, *shaped_sum;  // after edits, mask and temperature
+};
+constexpr int64_t CHUNK_SUMS = 5;
+
+// What one thread works with.
+struct ScoringWorker {
+    char* scratch;
+    CandidateList* raw;     // [rows] or null
+    CandidateList* shaped;  // [rows] or null
+    Lead* lead;             // [lanes]
+};
+
+// The part that is compiled for each instruction set.
+struct ScoringKernel {
+    int64_t lane_block;  // lanes are a multiple of this
+    int64_t (*packed_bytes)(const TokenScoring&, int64_t lanes);
+    int64_t (*scratch_bytes)(const TokenScoring&, int64_t lanes);  // of a worker
+    void (*pack)(const ScoringPass&);
+    // Tokens [begin, end), begin a multiple of NOISE_TILE.
+    void (*walk)(const ScoringPass&, int64_t begin, int64_t end, const ChunkSums&, ScoringWorker&);
+};
+
+namespace portable {
+ScoringKernel scoring_kernel(Dtype dtype);
+}
+namespace avx2 {
+ScoringKernel scoring_kernel(Dtype dtype);
+}
+namespace avx512 {
+ScoringKernel scoring_kernel(Dtype dtype);
+}
+namespace avx512bf16 {
+ScoringKernel scoring_kernel(Dtype dtype);
+}
+namespace amx {
+ScoringKernel scoring_kernel(Dtype dtype);
+}
+
+// The whole operation. Returns the bytes of scratch it took. Throws std::invalid_argument or std::bad_alloc before
+// anything is written.
+int64_t score_tokens(const TokenScoring& call, int threads);
+
+// What the draw of a row needs for a tile: see `noise` in forktree.sampling.
+FORKTREE_INLINE uint64_t mix64(uint64_t z) {
+    z += 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+}
+
+// Bits that order as the floats do; -0 counts as 0.
+FORKTREE_INLINE uint32_t ordered_bits(float x) {
+    const uint32_t bits = float_bits(x + 0.0f);
+    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+FORKTREE_INLINE float ordered_float(uint32_t bits) {
+    return bits_float(bits ^ (bits >> 31 ? 0x80000000u : 0xffffffffu));
+}
+
+}  // namespace forktree

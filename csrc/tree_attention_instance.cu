@@ -1,8 +1,0 @@
-// The kernel of one element type and head dim: compiled once for each, see setup.py.
-#include "tree_attention_kernel.cuh"
-
-namespace forktree {
-
-template void launch_attention<FORKTREE_ELEMENT, FORKTREE_HEAD_DIM>(const GpuAttention&, bool, GpuStream);
-
-}  // namespace forktree

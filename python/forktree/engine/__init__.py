@@ -1,0 +1,1 @@
+"""Runs many searches at once: one packed forward pass a step for all of them."""

@@ -1,0 +1,204 @@
+"""`ModelWorker`: one model with its tree, its KV pools and the hidden states it kept. The policy has one; so has each
+reward model."""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from forktree.device.transfer import upload
+from forktree.errors import DecoderInUse, InvalidInput
+from forktree.kv import Branch, PrefixIndex, Tree
+from forktree.kv.slots import Ints
+from forktree.kv.tree import NOBODY, UNKNOWN, Chunk
+from forktree.model import Fingerprint, ModelSpec, Runner, attach
+
+DEFAULT_SLOTS = 65536
+
+
+def _default_slots(spec: ModelSpec) -> int:
+    """As many slots as fit in a quarter of the free memory, at most 65,536."""
+    device = spec.packed.device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(DEFAULT_SLOTS, free // 4 // spec.bytes_per_slot))
+
+
+class ModelWorker:
+    """Computes the pending tokens of branches and keeps the last hidden state of every node."""
+
+    def __init__(
+        self, model: Any, *, num_slots: int | None = None, prefix_cache: bool = True, spec: ModelSpec | None = None
+    ) -> None:
+        """spec: what `attach(model)` returned, if it has been called already."""
+        self._model = model
+        spec = spec or attach(model)
+        self._proved: Fingerprint | None = Fingerprint(model)  # None: nobody knows
+        self.runner = Runner(spec, num_slots=num_slots or _default_slots(spec))
+        self.tree = Tree(self.runner.num_slots, name=spec.name)
+        self.prefixes = PrefixIndex(self.tree)
+        self.tokens_computed = 0
+        self.forwards = 0
+        self._prefix_cache = prefix_cache
+        self._hidden = torch.empty(0, self.runner.hidden_size, dtype=self.runner.dtype, device=self.runner.device)
+        self._drawn = torch.empty(0, dtype=torch.long, device=self.runner.device)  # of a node whose last is UNKNOWN
+        self._plans: Any = None
+        self._used = np.zeros(0, np.int64)  # nodes of the last layout
+        self._planned_for: tuple[int, list[int]] | None = None
+        self._planned_tokens = 0  # of the nodes used
+        self._claiming, self._thread = threading.Lock(), 0
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Within, a scorer opens branches here for a search of this thread. Raises `DecoderInUse` while branches of a
+        search of another thread are alive: calls of two engines would change the tree at the same time."""
+        with self._claiming:
+            thread = threading.get_ident()
+            if self._thread != thread and self.tree.has_owners():
+                raise DecoderInUse(
+                    f"{self.tree.name} is in use by a search in another thread: let that end first, or load the model "
+                    "a second time"
+                )
+            self._thread = thread
+            yield
+
+    def clear(self) -> None:
+        """Begins anew, with an empty tree, whatever state a call that was cut short left behind."""
+        self.tree.clear()
+        self.prefixes = PrefixIndex(self.tree)
+        self._hidden, self._drawn = self._hidden[:0], self._drawn[:0]
+        self._planned_for = None
+
+    def prove(self) -> tuple[Fingerprint, ModelSpec] | None:
+        """The model as it is now, proved; None if it is as it was, as far as that can be seen. Raises what `attach`
+        raises."""
+        now = Fingerprint(self._model)
+        return None if now == self._proved else (now, attach(self._model))
+
+    def renew(self, now: Fingerprint, spec: ModelSpec) -> None:
+        """Goes on with what `prove` gave, and drops what was computed before: all tokens are pending, none is lost."""
+        self.runner.renew(spec, in_place=self._proved is not None and now.built_like(self._proved))
+        self._proved = now
+        self.prefixes.clear()
+        self.tree.forget()
+        runner, rows = self.runner, len(self._hidden)
+        self._hidden = torch.empty(rows, runner.hidden_size, dtype=runner.dtype, device=runner.device)
+        self._drawn = self._drawn.to(runner.device)
+        self._planned_for = None
+
+    def weights_changed(self) -> None:
+        """Says that the model has changed where it cannot be seen."""
+        self._proved = None
+
+    def open(self, tokens: ArrayLike, *, key: int = 0, owner: int = NOBODY) -> Branch:
+        """A branch that sees `tokens`, on the longest prefix the tree already has."""
+        text = np.asarray(tokens)
+        branch = self.tree.match(text, key=key, owner=owner) if self._prefix_cache else None
+        if branch is None:
+            return self.tree.root(text, key=key, owner=owner)
+        branch.append(text[branch.length :])
+        return branch
+
+    def check(self, branches: Sequence[Branch]) -> None:
+        """Raises if a branch was dropped, or has pending tokens or positions that the model does not take."""
+        tokens, positions = self.tree.tokens_of(self.tree.pending(branches))
+        runner = self.runner
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < runner.vocab_size:
+            raise InvalidInput(f"token ids must lie in [0, {runner.vocab_size}), got {tokens.min()} to {tokens.max()}")
+        if positions.max(initial=0) >= runner.max_position:
+            raise InvalidInput(
+                f"the model has {runner.max_position} positions ({runner.spec.max_position_note}), got a token at "
+                f"{positions.max()}"
+            )
+
+    def keep(self, branch: Branch) -> None:
+        """Keeps what `branch` sees for later prompts, until slots are needed for something else."""
+        if self._prefix_cache:
+            self.prefixes.keep(branch)
+
+    def is_ready(self, branches: Sequence[Branch]) -> NDArray[np.bool_]:
+        """Whether the hidden state of each branch's last token is at hand, `[n]`."""
+        node, length = self.tree.positions_of(branches)
+        return self.tree.hidden_at[node] == length - 1
+
+    def hidden(self, branches: Sequence[Branch]) -> Tensor:
+        """Last hidden state of each branch, `[n, H]`; all must be ready."""
+        node, _ = self.tree.positions_of(branches)
+        return self._hidden[upload(node.astype(np.int64), self._hidden.device)]
+
+    def append_drawn(self, branches: Sequence[Branch], tokens: Tensor) -> None:
+        """One more token for each branch, int64 `[n]`, which the device knows and the host does not: it can be
+        computed, and is `UNKNOWN` to the tree until that is told (`Tree.name_newest`) or it is retracted."""
+        self.tree.append_unknown(branches)
+        node, _ = self.tree.positions_of(branches)
+        self._make_room()
+        self._drawn[upload(node.astype(np.int64), self._drawn.device)] = tokens
+
+    def retract(self, branches: Sequence[Branch], hidden: Tensor) -> None:
+        """Takes back the newest token of each branch. hidden `[n, H]`: states of the tokens before, which computing
+        the newest may have replaced."""
+        tree = self.tree
+        tree.retract(branches)
+        node, length = tree.positions_of(branches)
+        node, first = np.unique(node, return_index=True)
+        lost = tree.hidden_at[node] < 0
+        node, first = node[lost].astype(np.int64), first[lost]
+        to, row = upload(np.stack([node, first]), hidden.device)
+        self._hidden[to] = hidden[row]
+        tree.hidden_at[node] = length[first] - 1
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """One forward pass over `chunks`, whose slots are reserved and whose ancestors are computed or among them.
+        Returns the hidden states of all their tokens, `[T, H]`."""
+        tree, device = self.tree, self._hidden.device
+        self._make_room()
+        ids, positions = tree.tokens_of(chunks)
+        node = np.array([c.node for c in chunks])
+        last = np.cumsum([c.stop - c.begin for c in chunks]) - 1
+        to, end = upload(np.stack([node, last]), device)
+        tokens: Ints | Tensor = ids
+        if ids.min() == UNKNOWN:
+            tokens = upload(ids.astype(np.int64), device)
+            newest = tokens[end]
+            tokens[end] = torch.where(newest == UNKNOWN, self._drawn[to], newest)
+        hidden = self.runner.forward(tokens, positions, tree.slots_of(chunks), self._plans_for(chunks))
+        self._hidden[to] = hidden[end]
+        tree.mark_computed(chunks)
+        self.tokens_computed += len(ids)
+        self.forwards += 1
+        return hidden
+
+    def _make_room(self) -> None:
+        """Rows for every node."""
+        missing = self.tree.num_nodes - len(self._hidden)
+        if missing > 0:
+            self._hidden = torch.cat([self._hidden, self._hidden.new_empty(missing, self._hidden.shape[1])])
+            self._drawn = torch.cat([self._drawn, self._drawn.new_empty(missing)])
+
+    def _plans_for(self, chunks: Sequence[Chunk]) -> Any:
+        """Plans for the step; those of the last step, grown, if since then its tips have only grown, and not by more
+        than a quarter of all: beyond, work would no longer be spread as it should."""
+        nodes = [c.node for c in chunks]
+        tree = self.tree
+        # a token computed again, for its hidden state alone, is planned as a fixed range: that plan cannot grow
+        steady = all(c.begin == tree.computed[c.node] and c.stop == c.begin + 1 == tree.length[c.node] for c in chunks)
+        key = (tree.version, nodes) if steady else None
+        length = tree.length[self._used]
+        if key is not None and key == self._planned_for and length.sum() <= 1.25 * self._planned_tokens:
+            positions = (tree.start[nodes] + tree.length[nodes] - 1).astype(np.int32)
+            grown = {kind: plan.grow(length, positions, tree.slot_index) for kind, plan in self._plans.items()}
+            self._plans = grown
+        else:
+            self._used = tree.nodes_seen(nodes)
+            self._planned_tokens = int(tree.length[self._used].sum())
+            self._plans = self.runner.plans(tree.layout(chunks))
+        self._planned_for = key
+        return self._plans

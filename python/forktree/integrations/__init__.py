@@ -1,0 +1,1 @@
+"""forktree inside other libraries."""

@@ -1,0 +1,1 @@
+"""Who reads which slots together: layouts, plans and the cost model that chooses among them."""

@@ -1,0 +1,336 @@
+"""Beam search with exactly the semantics of transformers' `generate(num_beams=k)`.
+
+The selection rules are pure functions on tensors; letters: `B` prompts, `k` beams, `M` candidates, `V` vocabulary,
+`L` columns of the padded rows. Rows are left-padded, so that all prompts of a batch have the same length and logits
+processors written for `generate` can be called on them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from forktree.checks import integer, number
+from forktree.errors import InvalidInput, NonFinite
+from forktree.kv import Branch, append, reassign
+from forktree.ops.token_request import TokenRequest
+from forktree.search.base import Hypothesis, Search, SearchContext
+from forktree.search.processors import Processor, check_processors, process
+from forktree.search.request import next_logits, score_tokens
+
+NEVER = -1.0e9  # the score of what must not be chosen; finite, as in transformers, so that sums stay ordered
+
+_MODEL, _PROCESSORS, _NOTHING_LEFT = 1, 2, 3  # what is wrong with a row, and whose fault it is; 0: nothing
+
+Criterion = Callable[[Tensor], Tensor]  # rows [n, L] -> stopped, bool [n]
+
+
+@dataclass(frozen=True)
+class BeamRules:
+    """How beams are kept; the meaning of each setting is that of transformers' `GenerationConfig`.
+
+    num_candidates: M, continuations looked at a step: `max(2, 1 + number of EOS ids) * num_beams`.
+    max_new_tokens: used by the bound of `early_stopping="never"`.
+    do_sample: draw the candidates without replacement, by torch's global generator, instead of taking the best.
+    best_first: put drawn candidates in order, as transformers does from 5.24 on; before, they stood as drawn.
+    """
+
+    num_beams: int
+    num_candidates: int
+    length_penalty: float
+    early_stopping: bool | str
+    max_new_tokens: int
+    do_sample: bool = False
+    best_first: bool = True
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The M continuations of a step, `[B, M]` each: sum of log-probs, beam it continues, token."""
+
+    scores: Tensor
+    beam: Tensor
+    token: Tensor
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The k best finished rows of every prompt.
+
+    N: tokens generated so far. rows [B, k, L + N] int64, scores [B, k] (with length penalty), done bool [B, k],
+    beam_indices [B, k, N] int32 (-1 behind the end), open bool [B]: a running beam may still do better.
+    """
+
+    rows: Tensor
+    scores: Tensor
+    done: Tensor
+    beam_indices: Tensor
+    open: Tensor
+
+    @property
+    def found(self) -> Tensor:
+        """Done, and by no token that was banned: bool [B, k]."""
+        return self.done & (self.scores > -torch.inf)
+
+
+def propose(log_probs: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
+    """M continuations of `scores [B, k]` by `log_probs [B, k, V]`."""
+    batch, _, vocab = log_probs.shape
+    if log_probs.is_cpu and vocab >= 64 * rules.num_candidates and not rules.do_sample:
+        found = [_best(*prompt, rules.num_candidates) for prompt in zip(log_probs, scores, strict=True)]
+        best, index = (torch.stack(column) for column in zip(*found, strict=True))
+        return Candidates(best, index // vocab, index % vocab)
+    total = (log_probs + scores[:, :, None]).reshape(batch, -1)
+    if rules.do_sample:
+        index = torch.multinomial(total.softmax(dim=-1), num_samples=rules.num_candidates)
+        best = total.gather(1, index)
+        if rules.best_first:
+            best, order = best.sort(dim=1, descending=True)
+            index = index.gather(1, order)
+    else:
+        best, index = total.topk(rules.num_candidates)
+    return Candidates(best, index // vocab, index % vocab)
+
+
+def propose_among(log_probs: Tensor, tokens: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
+    """As `propose`, of the m most likely tokens of every beam, `[B, k, m]` both: m is M or V, no other can matter."""
+    batch, _, each = log_probs.shape
+    best, index = (log_probs + scores[:, :, None]).reshape(batch, -1).topk(rules.num_candidates)
+    return Candidates(best, index // each, tokens.reshape(batch, -1).gather(1, index))
+
+
+def _best(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`(log_probs + scores[:, None]).flatten().topk(count)` for `[k, V]` and `[k]`, sooner, ties ordered alike.
+
+    On a CPU, `topk` of few among many (64 times as many) goes through its input in order and passes over what does not
+    exceed the count-th best so far: what does not exceed the count-th best of the first beam is left out here.
+    """
+    vocab = log_probs.shape[1]
+    first = log_probs[0] + scores[:1]
+    floor = first.topk(count).values[-1]
+    totals, indices = [first], [torch.arange(vocab)]
+    for i in range(1, len(scores)):
+        total = log_probs[i] + scores[i : i + 1]
+        exceeds = (total <= floor).logical_not_()  # NaN is the largest to topk
+        more = torch.from_numpy(np.flatnonzero(exceeds.numpy()))  # many times sooner than torch's nonzero
+        totals.append(total[more])
+        indices.append(more + i * vocab)
+    best, at = torch.cat(totals).topk(count)
+    return best, torch.cat(indices)[at]
+
+
+def select_running(candidates: Candidates, stopped: Tensor, num_beams: int) -> tuple[Tensor, Tensor]:
+    """Columns `[B, k]` of the candidates that run on, and their scores: the best that did not stop."""
+    scores = candidates.scores + stopped.float() * NEVER
+    chosen = scores.topk(num_beams)[1]
+    return chosen, scores.gather(1, chosen)
+
+
+def update_finished(
+    finished: Finished,
+    rows: Tensor,
+    beam_indices: Tensor,
+    candidates: Candidates,
+    stopped: Tensor,
+    length: int,
+    rules: BeamRules,
+) -> Finished:
+    """Merges candidates that stopped, `rows [B, M, L + N]`, into the finished ones.
+
+    Only a candidate among the first k columns counts; its score is `sum / length ** length_penalty`, where `length`
+    are its generated tokens, EOS included. Nothing is added to a prompt that is full (early_stopping=True) or closed.
+    """
+    first = torch.arange(rules.num_candidates, device=stopped.device) < rules.num_beams
+    counts = stopped & first
+    full = finished.done.all(dim=1, keepdim=True) & (rules.early_stopping is True)
+    scores = candidates.scores / length**rules.length_penalty
+    for barred in (full, ~finished.open[:, None], ~counts):
+        scores = scores + barred.float() * NEVER
+    merged = torch.cat([finished.scores, scores], dim=1)
+    best = merged.topk(rules.num_beams)[1]
+    return Finished(
+        rows=_along(torch.cat([finished.rows, rows], dim=1), best),
+        scores=merged.gather(1, best),
+        done=torch.cat([finished.done, counts], dim=1).gather(1, best),
+        beam_indices=_along(torch.cat([finished.beam_indices, beam_indices], dim=1), best),
+        open=finished.open,
+    )
+
+
+def still_open(finished: Finished, running: Tensor, length: int, rules: BeamRules) -> Tensor:
+    """bool [B]: whether the best running score `running [B, k]` may still beat the worst finished one. Latched."""
+    reach = rules.max_new_tokens if rules.early_stopping == "never" and rules.length_penalty > 0 else length
+    best = running[:, :1] / reach**rules.length_penalty
+    worst = torch.where(finished.done, finished.scores.min(dim=1, keepdim=True)[0], NEVER)
+    return finished.open & (best > worst).any(dim=1)
+
+
+async def beam_search(
+    roots: Sequence[Branch],
+    rows: Tensor,
+    rules: BeamRules,
+    *,
+    fill: int,
+    processors: Sequence[Processor] = (),
+    stops: Criterion,
+    on_step: Callable[[Tensor], None] | None = None,
+    whole_rows: bool = False,
+) -> Finished:
+    """Searches the prompts of `roots` side by side; `rows [B, L]` are their tokens, left-padded.
+
+    fill: token behind the end of a finished row. processors: applied to the log-probs of all `[B * k]` rows. stops:
+    told every candidate row. on_step: sees the processed log-probs of every step, `[B * k, V]`. With processors,
+    on_step, do_sample or whole_rows, rows of logits are computed, rounded as the model rounds them; without, only their
+    best are.
+
+    A beam that processors leave no token goes on at a score of -inf, as in transformers: below all others. Raises
+    `InvalidInput` if they give NaN or +inf, or leave none to any beam of a prompt that has nothing finished.
+    """
+    batch, prompt = rows.shape
+    k, device = rules.num_beams, rows.device
+    beams = [branch for root in roots for branch in root.fork(k)]
+    running = rows[:, None].repeat(1, k, 1)
+    scores = torch.zeros(batch, k, device=device)
+    scores[:, 1:] = NEVER
+    indices = torch.zeros(batch, k, 0, dtype=torch.int32, device=device)
+    finished = Finished(
+        rows=running,
+        scores=torch.full((batch, k), NEVER, device=device),
+        done=torch.zeros(batch, k, dtype=torch.bool, device=device),
+        beam_indices=indices,
+        open=torch.ones(batch, dtype=torch.bool, device=device),
+    )
+    offset = torch.arange(batch, device=device)[:, None] * k
+    for step in range(rules.max_new_tokens):
+        if not (whole_rows or processors or on_step or rules.do_sample):
+            found = await score_tokens(beams, TokenRequest(top_k=rules.num_candidates), checked=False)
+            assert found.lse is not None and found.top_ids is not None and found.top_log_probs is not None
+            wrong = (~found.lse.isfinite()).long() * _MODEL
+            best, tokens = (x.reshape(batch, k, -1) for x in (found.top_log_probs, found.top_ids))
+            candidates = propose_among(best, tokens, scores, rules)
+        else:
+            logits = await next_logits(beams, checked=rules.do_sample)  # multinomial dies of NaN; all else passes it on
+            wrong = (~logits.amax(dim=-1).isfinite()).long() * _MODEL
+            log_probs = logits.log_softmax(dim=-1)
+            log_probs = process(processors, beams, running.reshape(batch * k, prompt + step), log_probs)
+            if processors:
+                highest = log_probs.amax(dim=-1)
+                senseless = ~(highest < torch.inf)  # NaN is its row's highest
+                wrong = torch.where(senseless & (wrong == 0), _PROCESSORS, wrong)
+                if rules.do_sample:  # multinomial dies of them
+                    log_probs = log_probs.masked_fill(senseless[:, None], 0)
+            if on_step is not None:
+                on_step(log_probs)
+            candidates = propose(log_probs.reshape(batch, k, -1), scores, rules)
+        candidate_rows = _wider(_along(running, candidates.beam), candidates.token)
+        candidate_indices = _wider(_along(indices, candidates.beam), (candidates.beam + offset).int())
+        stopped = stops(candidate_rows.flatten(0, 1)).reshape(batch, -1)
+        finished = replace(
+            finished,
+            rows=F.pad(finished.rows, (0, 1), value=fill),
+            beam_indices=F.pad(finished.beam_indices, (0, 1), value=-1),
+        )
+        chosen, scores = select_running(candidates, stopped, k)
+        finished = update_finished(finished, candidate_rows, candidate_indices, candidates, stopped, step + 1, rules)
+        running, indices = _along(candidate_rows, chosen), _along(candidate_indices, chosen)
+        finished = replace(finished, open=still_open(finished, scores, step + 1, rules))
+        nothing = (candidates.scores.amax(dim=1) == -torch.inf) & ~finished.found.any(dim=1)
+        wrong = torch.where(nothing.repeat_interleave(k) & (wrong == 0), _NOTHING_LEFT, wrong)
+        over = ~finished.open.any() | stopped.all()
+        if rules.early_stopping is True:
+            over = over | finished.done.all()
+        parents = candidates.beam.gather(1, chosen) + offset
+        told = torch.stack([parents.flatten(), running[:, :, -1].flatten(), wrong, over.expand(batch * k)])
+        origin, token, bad, ends = told.cpu().numpy()  # all that the host needs to know, at once
+        if bad.any():
+            first = int(np.argmax(bad > 0))
+            position = beams[first].length
+            if bad[first] == _MODEL:
+                raise NonFinite.of("logits", first, position)
+            if bad[first] == _PROCESSORS:
+                raise InvalidInput(
+                    "logits processors must give finite scores, or -inf for what is banned; got NaN or +inf for "
+                    f"branch {first} at position {position}"
+                )
+            raise InvalidInput(f"logits processors leave branch {first} no token at position {position}, nor others")
+        if ends.all():
+            break
+        beams = reassign(beams, origin)
+        append(beams, token)
+    return finished
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearch(Search):
+    """Beam search; `num_beams`, `length_penalty`, `early_stopping` and `num_return_sequences` as in transformers.
+
+    logits_processor: applied to log-probs, as in transformers; see `forktree.search.processors`.
+    """
+
+    num_beams: int = 4
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    num_return_sequences: int = 1
+    logits_processor: Sequence[Processor] = ()
+
+    def __post_init__(self) -> None:
+        check_processors("logits_processor", self.logits_processor)
+        integer("num_beams", self.num_beams, 1)
+        integer("num_return_sequences", self.num_return_sequences, 1)
+        if self.num_return_sequences > self.num_beams:
+            raise InvalidInput(
+                f"num_return_sequences must be at most num_beams = {self.num_beams}, got {self.num_return_sequences}"
+            )
+        number("length_penalty", self.length_penalty, "finite", lambda x: True)
+        if self.early_stopping not in (True, False, "never"):
+            raise InvalidInput(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
+
+    async def run(self, context: SearchContext) -> list[Hypothesis]:
+        """The best finished beams; the score is the sum of log-probs over `length ** length_penalty`. Fewer than
+        `num_return_sequences` where logits processors leave no more."""
+        rules = BeamRules(
+            num_beams=self.num_beams,
+            num_candidates=max(2, 1 + len(context.eos_token_ids)) * self.num_beams,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+            max_new_tokens=context.max_new_tokens,
+        )
+        rules = replace(rules, num_candidates=min(rules.num_candidates, context.vocab_size * self.num_beams))
+        prompt = torch.from_numpy(context.root.tokens).long()[None].to(context.device)
+        ends = torch.tensor(sorted(context.eos_token_ids), dtype=torch.long, device=context.device)
+        last = prompt.shape[1] + context.max_new_tokens
+
+        def stops(rows: Tensor) -> Tensor:
+            return torch.isin(rows[:, -1], ends) | (rows.shape[1] >= last)
+
+        found = await beam_search(
+            [context.root], prompt, rules, fill=context.pad_token_id, processors=self.logits_processor, stops=stops
+        )
+        wanted = found.found[0, : self.num_return_sequences].nonzero().flatten().tolist()
+        return [self._hypothesis(found, i, prompt.shape[1], context) for i in wanted]
+
+    def _hypothesis(self, found: Finished, i: int, prompt: int, context: SearchContext) -> Hypothesis:
+        length = int((found.beam_indices[0, i] >= 0).sum())
+        tokens = found.rows[0, i, prompt : prompt + length].int().cpu().numpy()
+        ended = length > 0 and int(tokens[-1]) in context.eos_token_ids
+        score = float(found.scores[0, i])
+        return Hypothesis(
+            token_ids=tokens[:-1] if ended else tokens,
+            score=score,
+            log_prob=score * length**self.length_penalty,
+            finish_reason="eos" if ended else "length",
+        )
+
+
+def _wider(values: Tensor, column: Tensor) -> Tensor:
+    """`values [B, n, m]` and one more column, `[B, n]` -> `[B, n, m + 1]`."""
+    return torch.cat([values, column[:, :, None]], dim=2)
+
+
+def _along(values: Tensor, columns: Tensor) -> Tensor:
+    """`values [B, n, …]` at `columns [B, m]` -> `[B, m, …]`."""
+    shape = columns.shape + (1,) * (values.dim() - 2)
+    return values.take_along_dim(columns.reshape(shape), dim=1)

@@ -1,0 +1,47 @@
+"""What every search is given: its prompt, and what the decoder knows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from forktree.errors import InvalidInput
+from forktree.kv import Branch
+from forktree.kv.slots import Ints
+from forktree.search.request import Stop
+
+
+@dataclass(frozen=True)
+class SearchContext:
+    """One prompt to search.
+
+    root: branch that sees the prompt. It stays alive until the search ends.
+    max_new_tokens: most tokens a hypothesis may have, EOS included.
+    eos_token_ids: any of them ends a hypothesis.
+    pad_token_id: fills rows that logits processors look at.
+    vocab_size: V.
+    device: where logits are.
+    stops: builds a `Stop` from texts; None when the decoder has no tokenizer.
+    decode: text of tokens after the prompt; None when the decoder has no tokenizer.
+    rng: randomness of the search's own choices (resampling); token draws are keyed by branch and position.
+    """
+
+    root: Branch
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+    pad_token_id: int
+    vocab_size: int
+    device: torch.device
+    stops: Callable[[Sequence[str]], Stop] | None
+    decode: Callable[[Ints], str | None] | None
+    rng: np.random.Generator
+
+    def stop_at(self, *texts: str) -> Stop | None:
+        """A stop behind the first token that completes one of `texts`; empty texts are passed over."""
+        wanted = [text for text in texts if text]
+        if not wanted:
+            return None
+        if self.stops is None:
+            raise InvalidInput(f"stopping at {wanted!r} needs a Decoder with a tokenizer, got tokenizer=None")
+        return self.stops(wanted)

@@ -1,0 +1,997 @@
+"""`ops.score_tokens` on every backend, against fp64 and transformers' own processors."""
+
+import math
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.library import opcheck
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from backends import off_alignment
+from distributions import chi_square, draws, shaped, spread
+from forktree import Draw, Edits, Head, InvalidInput, NonFinite, Ragged, Sampling, TokenRequest, TokenScores, ops
+from forktree.ops.pytorch.score_tokens import from_logits
+from forktree.ops.vocabulary import tensors
+
+BACKENDS = ["reference", "torch", "cpu"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+KINDS = [
+    Sampling(),
+    Sampling(0.0),
+    Sampling(0.6),
+    Sampling(0.9, top_k=5),
+    Sampling(1.1, top_p=0.8),
+    Sampling(1.2, min_p=0.05),
+    Sampling(0.9, top_k=50, top_p=0.9, min_p=0.01),
+    Sampling(1.0, top_k=1),
+    Sampling(1.0, top_p=1e-6),
+    Sampling(1.0, top_k=10**6),
+    Sampling(2.0, top_k=200),  # these leave more than 64 tokens
+    Sampling(3.0, top_p=0.9),
+    Sampling(3.0, top_k=150, top_p=0.9),
+    Sampling(3.0, min_p=0.001),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("FORKTREE_BACKEND", request.param)
+    return str(request.param)
+
+
+def problem(rows: int, vocab: int, size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
+    torch.manual_seed(seed)
+    return torch.randn(rows, size).to(dtype), (torch.randn(vocab, size) * 2 / size**0.5).to(dtype)
+
+
+def given_logits(z: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden and lm_head that give these finite logits [T, V] to the bit."""
+    return torch.eye(len(z), dtype=z.dtype), z.T.contiguous()
+
+
+def same_logits(z: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """hidden and lm_head that give every row these finite logits [V] to the bit."""
+    return z.new_ones(rows, 1), z[:, None].contiguous()
+
+
+def words(allowed: Tensor) -> Tensor:
+    """allowed: bool [T, V], as bits."""
+    bits = F.pad(allowed, (0, -allowed.shape[1] % 32)).unflatten(1, (-1, 32)).long() << torch.arange(32)
+    return bits.sum(dim=2).to(torch.int32)
+
+
+def logits(
+    hidden: Tensor, lm_head: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
+    """By PyTorch, in the type given."""
+    z = scale * F.linear(hidden, lm_head, None if bias is None else bias.to(hidden.dtype))
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def exact_logits(hidden: Tensor, lm_head: Tensor, **head: Any) -> tuple[Tensor, float]:
+    """In fp64, and what a number may be off: little more than PyTorch's own are at this type, products not rounded."""
+    z = logits(hidden.double(), lm_head.double(), **head)
+    largest = 1 + float(z[z.isfinite()].abs().max())
+    if hidden.dtype == torch.float64:
+        return z, 1e-14 * largest
+    own = logits(hidden.float(), lm_head.float(), **head).log_softmax(dim=1).double() - z.log_softmax(dim=1)
+    return z, 3 * float(own.nan_to_num().abs().max()) + 4 * torch.finfo(torch.float32).eps * largest
+
+
+def close(found: Tensor | None, expected: Tensor, off: float) -> None:
+    assert found is not None and found.shape == expected.shape
+    torch.testing.assert_close(found.double(), expected, atol=off, rtol=0)
+
+
+def agree(found: TokenScores, request: TokenRequest, z: Tensor, off: float) -> None:
+    """Everything but draws and heads, with exact logits z."""
+    lse = z.logsumexp(dim=1)
+    log_probs = z - lse[:, None]
+    close(found.lse, lse, off)
+    if request.entropy:
+        close(found.entropy, torch.special.entr(log_probs.exp()).sum(dim=1), off * (1 + math.log(z.shape[1])))
+    best, order = z.sort(dim=1, descending=True, stable=True)
+    if request.margin:
+        close(found.margin, best[:, 0] - best[:, 1] if z.shape[1] > 1 else torch.full_like(lse, torch.inf), 2 * off)
+    if request.top_k:
+        k, ids = min(request.top_k, z.shape[1]), found.top_ids
+        assert ids is not None and ids.dtype == torch.long and ids.shape == (len(z), k)
+        assert (ids.sort(dim=1).values.diff(dim=1) > 0).all()
+        torch.testing.assert_close(z.gather(1, ids), best[:, :k], atol=2 * off, rtol=0)
+        close(found.top_log_probs, log_probs.gather(1, ids), off)
+        gap = F.pad(-best.diff(dim=1), (1, 1), value=torch.inf).nan_to_num(nan=0)
+        alone = (torch.minimum(gap[:, 1:], gap[:, :-1]) > 2 * off)[:, :k]
+        assert torch.equal(ids[alone], order[:, :k][alone])
+    if request.targets is not None:
+        close(found.target_log_probs, log_probs.gather(1, request.targets.long()[:, None])[:, 0], off)
+    if isinstance(request.select, Ragged):
+        at = torch.arange(len(z)).repeat_interleave(request.select.indptr.long().diff()), request.select.ids.long()
+        close(found.selected_logits, z[at], 2 * off)
+        close(found.selected_log_probs, log_probs[at], off)
+    elif request.select is not None:
+        close(found.selected_logits, z[:, request.select.long()], 2 * off)
+        close(found.selected_log_probs, log_probs[:, request.select.long()], off)
+
+
+def is_clear(z: Tensor, draw: Draw, off: float) -> Tensor:
+    """Rows [T] of which rounding by `off` takes or gives no token to draw."""
+    rows = len(z)
+    each = [draw.sampling] * rows if isinstance(draw.sampling, Sampling) else draw.sampling
+    clear = torch.ones(rows, dtype=torch.bool)
+    left = shaped(z, draw) > 0
+    for near in (1 - off, 1 + off):
+        around = [
+            Sampling(s.temperature, s.top_k, s.top_p if s.top_p == 1 else min(s.top_p * near, 1.0), s.min_p * near)
+            for s in each
+        ]
+        other = Draw(around, draw.seed, draw.position, draw.edits, draw.allowed)
+        clear &= ((shaped(z, other) > 0) == left).all(dim=1)
+    everything = Draw(Sampling(), draw.seed, draw.position, draw.edits, draw.allowed)
+    s = shaped(z, everything).log()
+    lowest = s.where(left, torch.inf).amin(dim=1)
+    highest_lost = s.where(~left, -torch.inf).amax(dim=1)
+    return clear & (lowest - highest_lost > 2 * off)
+
+
+def draws_agree(found: TokenScores, draw: Draw, z: Tensor, off: float) -> Tensor:
+    """The draws of exact logits z, except where a number is within rounding of where they change. Returns which were
+    compared, [T]."""
+    p = shaped(z, draw)
+    tokens, distance = draws(p.numpy(), draw.keys)
+    assert found.token is not None and found.token.dtype == torch.long
+    sure = is_clear(z, draw, off) & (torch.from_numpy(distance) > 10 * off)
+    assert torch.equal(found.token[sure], torch.from_numpy(tokens)[sure])
+    at = found.token[:, None]
+    close(found.log_prob, z.log_softmax(dim=1).gather(1, at)[:, 0], off)
+    assert found.shaped_log_prob is not None
+    # 2e-7 is the resolution of fp32 near 1; temperatures below 1 enlarge what logits are off
+    coldest = min(t for t in [1.0, *draw.settings[0].tolist()] if t > 0)
+    close(found.shaped_log_prob[sure], p.log().gather(1, at)[:, 0][sure], 2 * off / coldest + 2e-7)
+    return sure
+
+
+# ---------------------------------------------------------------------- values
+
+
+HEADS: list[dict[str, Any]] = [
+    {},
+    dict(scale=0.3),
+    dict(scale=1.7, softcap=8.0),
+    dict(scale=-0.7, softcap=3.0, bias=torch.linspace(-2, 2, 777)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head", HEADS, ids=",".join)
+def test_equals_fp64(backend: str, dtype: torch.dtype, head: dict[str, Any]) -> None:
+    if backend == "cpu" and dtype == torch.float64:
+        pytest.skip("fp64 is left to the torch backend")
+    rows, vocab, size = 9, 777, 130
+    hidden, lm_head = problem(rows, vocab, size, dtype)
+    z, off = exact_logits(hidden, lm_head, **head)
+    counts = torch.tensor([0, 3, 0, 1, 700, 2, 0, 5, 0])
+    ragged = Ragged(F.pad(counts.cumsum(0), (1, 0)).int(), torch.randint(vocab, (711,)).int())
+    for top_k, select in zip(
+        (1, 5, 64, 65, 300, 777, 10_000), [torch.randint(vocab, (5,)), ragged] * 3 + [None], strict=True
+    ):
+        targets = torch.randint(vocab, (rows,))
+        request = TokenRequest(top_k=top_k, select=select, targets=targets, entropy=True, margin=True)
+        found = ops.score_tokens(hidden, lm_head, request, **head)
+        agree(found, request, z, off)
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        assert found.lse is not None and found.lse.dtype == real
+
+
+def test_nothing_is_answered_that_was_not_asked_for(backend: str) -> None:
+    hidden, lm_head = problem(3, 100, 8)
+    z, off = exact_logits(hidden, lm_head)
+    head = Head([(torch.randn(1, 8), None)])
+    draw = Draw(Sampling(), [0, 1, 2], [0, 0, 0])
+    cases: list[tuple[TokenRequest, set[str]]] = [
+        (TokenRequest(), set()),
+        (TokenRequest(lse=True), {"lse"}),
+        (TokenRequest(entropy=True), {"lse", "entropy"}),
+        (TokenRequest(margin=True), {"lse", "margin"}),
+        (TokenRequest(top_k=3), {"lse", "top_ids", "top_log_probs"}),
+        (TokenRequest(draw=draw), {"lse", "token", "log_prob", "shaped_log_prob"}),
+        (TokenRequest(targets=torch.tensor([1, 2, 3])), {"lse", "target_log_probs"}),
+        (TokenRequest(select=torch.tensor([7, 3])), {"selected_logits"}),
+        (TokenRequest(value=head), {"values"}),
+    ]
+    for request, names in cases:
+        found = ops.score_tokens(hidden, lm_head, request)
+        assert {name for name, value in vars(found).items() if value is not None} == names
+        if request.needs_vocabulary:
+            agree(found, request, z, off)
+
+
+def test_select_alone_reads_no_other_row(backend: str) -> None:
+    hidden, lm_head = problem(4, 100, 16)
+    z, off = exact_logits(hidden, lm_head)
+    some, ragged = torch.tensor([3, 90, 3]), Ragged(torch.tensor([0, 2, 2, 3, 5]), torch.tensor([90, 3, 17, 3, 90]))
+    unread = torch.ones(100, dtype=torch.bool)
+    unread[[3, 17, 90]] = False
+    if backend != "reference":
+        lm_head[unread] = torch.nan
+    close(ops.score_tokens(hidden, lm_head, TokenRequest(select=some)).selected_logits, z[:, some], 2 * off)
+    rows = torch.tensor([0, 0, 2, 3, 3])
+    close(ops.score_tokens(hidden, lm_head, TokenRequest(select=ragged)).selected_logits, z[rows, ragged.ids], 2 * off)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "identity", "two outputs"])
+def test_value_heads(backend: str, dtype: torch.dtype, activation: str) -> None:
+    if backend == "cpu" and dtype == torch.float64:
+        pytest.skip("fp64 is left to the torch backend")
+    hidden, lm_head = problem(5, 10, 12, dtype)
+    outputs = 2 if activation == "two outputs" else 1
+    first, second = torch.nn.Linear(12, 7), torch.nn.Linear(7, outputs)
+    linear = torch.nn.Linear(12, outputs, bias=False)
+    end = {
+        "sigmoid": torch.nn.Sigmoid(),
+        "tanh": torch.nn.Tanh(),
+        "identity": torch.nn.Identity(),
+        "two outputs": torch.nn.Softmax(dim=1),
+    }[activation]
+    named = "identity" if outputs == 2 else activation
+    for modules in ([linear, end], [first, torch.nn.ReLU(), second, end]):
+        layers = [
+            (m.weight.detach(), m.bias if m.bias is None else m.bias.detach()) for m in modules if hasattr(m, "weight")
+        ]
+        with torch.no_grad():
+            expected = torch.nn.Sequential(*modules).double()(hidden.double())[:, -1]
+        found = ops.score_tokens(hidden, lm_head, TokenRequest(value=Head(layers, named))).values
+        close(found, expected, 1e-6)
+        for module in modules:
+            module.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rewards_are_gathered_at_what_was_found(backend: str, dtype: torch.dtype) -> None:
+    hidden, lm_head = problem(6, 300, 20, dtype)
+    rewards = torch.randn(300, 20).to(dtype)
+    draw = Draw(Sampling(), np.arange(6), np.zeros(6, int))
+    found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=70, draw=draw, rewards=rewards))
+    exact = hidden.double() @ rewards.double().T
+    assert found.top_ids is not None and found.token is not None
+    close(found.top_rewards, exact.gather(1, found.top_ids), 1e-4)
+    close(found.token_reward, exact.gather(1, found.token[:, None])[:, 0], 1e-4)
+
+
+def test_rows_of_any_stride_and_address(backend: str) -> None:
+    hidden, lm_head = problem(20, 333, 37)
+    z, off = exact_logits(hidden, lm_head)
+    draw = Draw([KINDS[i % len(KINDS)] for i in range(20)], np.arange(20), np.arange(20))
+    request = TokenRequest(top_k=7, draw=draw, entropy=True)
+    wide = torch.full((20, 50), torch.nan)
+    wide[:, 3:40] = hidden
+    for states, head in (
+        (wide[:, 3:40], lm_head),
+        (hidden.T.contiguous().T, lm_head),
+        (off_alignment(hidden), off_alignment(lm_head)),
+    ):
+        found = ops.score_tokens(states, head, request)
+        agree(found, request, z, off)
+        assert draws_agree(found, draw, z, off).sum() > 15
+
+
+def test_no_rows(backend: str) -> None:
+    hidden, lm_head = problem(0, 70, 8)
+    request = TokenRequest(top_k=3, draw=Draw(Sampling(), [], []), entropy=True, margin=True, select=torch.tensor([1]))
+    found = ops.score_tokens(hidden, lm_head, request)
+    assert found.top_ids is not None and found.top_ids.shape == (0, 3)
+    assert found.token is not None and found.token.shape == (0,)
+    assert found.selected_log_probs is not None and found.selected_log_probs.shape == (0, 1)
+
+
+# ---------------------------------------------------------------------- any shape
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    vocab = draw(st.sampled_from([1, 2, 63, 64, 65, 1000, 1337]) | st.integers(1, 700))
+    most = 120_000 // vocab
+    rows = min(draw(st.sampled_from([1, 2, 3, 8, 17, 64, 65, 130, 1024])), max(1, most))
+    return dict(
+        rows=rows,
+        vocab=vocab,
+        size=draw(st.sampled_from([1, 2, 7, 33, 64, 129])),
+        dtype=draw(st.sampled_from(DTYPES[:3])),
+        top_k=draw(st.sampled_from([0, 1, 2, 5, 64, 65, vocab - 1, vocab, vocab + 1])),
+        seed=draw(st.integers(0, 10**6)),
+        head=draw(st.sampled_from([{}, {"scale": 2.5}, {"softcap": 4.0}])),
+        biased=draw(st.booleans()),
+        edited=draw(st.booleans()),
+        masked=draw(st.booleans()),
+        misaligned=draw(st.booleans()),
+    )
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@given(case=cases())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_shape(name: str, case: dict[str, Any]) -> None:
+    rows, vocab, rng = case["rows"], case["vocab"], np.random.default_rng(case["seed"])
+    hidden, lm_head = problem(rows, vocab, case["size"], case["dtype"], case["seed"])
+    if case["misaligned"]:
+        lm_head = off_alignment(lm_head)
+        hidden = torch.cat([hidden, torch.full_like(hidden, torch.nan)], dim=1)[:, : case["size"]]
+    head = dict(case["head"])
+    if case["biased"]:
+        head["bias"] = torch.randn(vocab)
+        head["bias"][torch.from_numpy(rng.integers(0, vocab, vocab // 3))] = -torch.inf
+        head["bias"][int(rng.integers(vocab))] = 1.0
+    edits = allowed = None
+    if case["edited"]:
+        texts = [rng.integers(0, vocab, rng.integers(0, 6)) for _ in range(rows)]
+        edits = Edits.penalties(
+            texts, repetition=1.3, frequency=0.2, presence=0.1, bias={int(rng.integers(vocab)): 2.0}
+        )
+    if case["masked"]:
+        bits = torch.from_numpy(rng.random((rows, vocab)) < 0.5)
+        bits[::3] = False  # one token
+        if "bias" in head:
+            bits[:, int(head["bias"].argmax())] = True
+        else:
+            bits[torch.arange(rows), torch.from_numpy(rng.integers(0, vocab, rows))] = True
+        allowed = words(bits)
+    kinds = [KINDS[i] for i in rng.integers(0, len(KINDS), rows)]
+    draw = Draw(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 10**6, rows), edits, allowed)
+    request = TokenRequest(
+        top_k=max(case["top_k"], 0),
+        draw=draw,
+        targets=torch.from_numpy(rng.integers(0, vocab, rows)),
+        entropy=True,
+        margin=True,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FORKTREE_BACKEND", name)
+        found = ops.score_tokens(hidden, lm_head, request, **head)
+    z, off = exact_logits(hidden, lm_head, **head)
+    agree(found, request, z, off)
+    sure = draws_agree(found, draw, z, off)
+    assert (~sure).sum() <= 1 + 0.05 * rows
+
+
+# ---------------------------------------------------------------------- rows that cannot be answered
+
+
+def test_rows_that_are_not_finite_are_named(backend: str) -> None:
+    """NaN, and an overflow to infinity; the other rows are not touched."""
+    rows = 12
+    hidden, lm_head = problem(rows, 200, 16)
+    draw = Draw([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
+    request = TokenRequest(top_k=70, draw=draw, entropy=True)
+    before = ops.score_tokens(hidden, lm_head, request)
+    for bad in (torch.nan, torch.inf):
+        for row in (0, 4, 10):
+            broken = hidden.clone()
+            broken[row, 3] = bad
+            with pytest.raises(NonFinite, match=rf"logits of row {row} must be finite.* log-sum-exp of (nan|inf)"):
+                ops.score_tokens(broken, lm_head, request)
+            found = ops.score_tokens(broken, lm_head, request, check=False)
+            others = torch.arange(rows) != row
+            for name, value in vars(found).items():
+                if value is not None:
+                    close(value[others], getattr(before, name)[others].double(), 1e-5)
+            assert found.lse is not None and not found.lse[row].isfinite()
+            assert found.token is not None and found.token[row] == 0
+            assert found.log_prob is not None and found.log_prob[row].isnan()
+    none = torch.full((200,), -torch.inf)
+    with pytest.raises(NonFinite, match=r"logits of row 0 must be finite, or -inf but not all of them.*-inf"):
+        ops.score_tokens(hidden, lm_head, request, bias=none)
+    select = TokenRequest(select=torch.tensor([5, 7]))
+    hidden[2] = torch.nan
+    with pytest.raises(NonFinite, match=r"selected logits must be numbers, got NaN at \[2, 0\]"):
+        ops.score_tokens(hidden, lm_head, select)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_row_without_a_token_is_named(backend: str, kind: Sampling) -> None:
+    rows, vocab = 5, 130
+    hidden, lm_head = problem(rows, vocab, 16)
+    seed, position = np.arange(rows), np.zeros(rows, int)
+    bits = torch.ones(rows, vocab, dtype=torch.bool)
+    bits[3] = False
+    banned = Edits([0, 0, 0, 0, vocab, vocab], np.arange(vocab), np.zeros(vocab, int), np.full(vocab, -np.inf))
+    free = ops.score_tokens(hidden, lm_head, TokenRequest(draw=Draw(kind, seed, position))).token
+    for draw in (Draw(kind, seed, position, allowed=words(bits)), Draw(kind, seed, position, banned)):
+        with pytest.raises(InvalidInput, match="row 3: no token is allowed, mask and edits leave none"):
+            ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
+        found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw), check=False)
+        assert found.token is not None and found.lse is not None and free is not None
+        assert found.lse.isfinite().all() and found.token[3] == 0
+        others = torch.arange(rows) != 3
+        assert torch.equal(found.token[others], free[others])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_one_token_allowed_is_the_one_drawn(backend: str, kind: Sampling) -> None:
+    vocab = 200
+    hidden, lm_head = problem(vocab, vocab, 8)
+    draw = Draw(kind, np.arange(vocab), np.zeros(vocab, int), allowed=words(torch.eye(vocab, dtype=torch.bool)))
+    found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
+    assert found.token is not None and torch.equal(found.token, torch.arange(vocab))
+    assert torch.equal(found.shaped_log_prob, torch.zeros(vocab))
+    z, off = exact_logits(hidden, lm_head)
+    close(found.log_prob, z.log_softmax(dim=1).diagonal(), off)
+
+
+def test_huge_and_infinite_logits(backend: str) -> None:
+    z = torch.randn(3, 150, generator=torch.Generator().manual_seed(0))
+    z[0, 17], z[0, 70] = 1e30, 0.999e30
+    z[1] *= 1e30
+    z[2, 3:] = -3e38
+    bias = torch.zeros(150)
+    bias[[0, 5, 64, 149]] = -torch.inf
+    hidden, lm_head = given_logits(z)
+    for kind in (Sampling(), Sampling(0.5, top_k=3), Sampling(1.0, top_p=0.9), Sampling(2.0, min_p=0.5), Sampling(0.0)):
+        draw = Draw(kind, [1, 2, 3], [0, 0, 0])
+        request = TokenRequest(top_k=150, draw=draw, entropy=True)
+        found = ops.score_tokens(hidden, lm_head, request, bias=bias)
+        assert found.top_ids is not None and found.top_log_probs is not None and found.token is not None
+        exact = z.double() + bias
+        assert found.top_ids[0, 0] == 17 and found.top_ids[1, 0] == exact[1].argmax()
+        assert set(found.top_ids[:, -4:].flatten().tolist()) == {0, 5, 64, 149}
+        assert (found.top_log_probs[:, -4:] == -torch.inf).all() and (found.top_log_probs[:, :-4] > -torch.inf).all()
+        assert found.token[:2].tolist() == found.top_ids[:2, 0].tolist() and found.token[2] in (1, 2)
+        close(found.lse, exact.logsumexp(dim=1).float().double(), 1e-6)
+        close(found.entropy, torch.special.entr(exact.softmax(dim=1)).sum(dim=1), 1e-6)
+
+
+# ---------------------------------------------------------------------- draws
+
+
+def flat(vocab: int, temperature: float = 1.0) -> Tensor:
+    return torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)) / temperature
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k.temperature], ids=str)
+@pytest.mark.parametrize("changes", [False, True], ids=["as they are", "edited and masked"])
+def test_draws_follow_the_distribution_of_transformers(backend: str, kind: Sampling, changes: bool) -> None:
+    rows, vocab = 1500, 70
+    z = 2 * flat(vocab)
+    edits = allowed = None
+    if changes:
+        edits = Edits.penalties([[3, 3, 50, 69, 0]] * rows, repetition=1.5, presence=0.5, frequency=0.3, bias={7: 3.0})
+        allowed = words((torch.arange(vocab) % 3 > 0).expand(rows, -1))
+    draw = Draw(kind, np.arange(rows), np.full(rows, 5), edits, allowed)
+    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(draw=draw))
+    assert found.token is not None
+    alone = Draw(
+        kind,
+        [0],
+        [0],
+        None if edits is None else Edits([0, edits.indptr[1]], *(x[: edits.indptr[1]] for x in columns(edits))),
+        None if allowed is None else allowed[:1],
+    )
+    expected = rows * shaped(z.double()[None], alone)[0].numpy()
+    assert chi_square(np.bincount(found.token.numpy(), minlength=vocab).astype(float), expected) > 1e-4
+
+
+def columns(edits: Edits) -> tuple[np.ndarray, ...]:
+    return edits.ids, edits.ops, edits.values
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Sampling(),
+        Sampling(1.0, top_p=0.9),
+        Sampling(1.0, top_k=200),
+        Sampling(1.0, top_k=2500, top_p=0.7),
+        Sampling(1.0, min_p=0.01),
+    ],
+    ids=str,
+)
+def test_draws_from_flat_distributions(backend: str, kind: Sampling) -> None:
+    """Hundreds of tokens are left: more than any list of candidates holds."""
+    rows, vocab = 1500, 3000
+    z = flat(vocab)
+    draw = Draw(kind, np.full(rows, 11), np.arange(rows))
+    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(draw=draw))
+    assert found.token is not None and found.shaped_log_prob is not None
+    p = shaped(z.double()[None], Draw(kind, [0], [0]))[0]
+    close(found.shaped_log_prob, p.log()[found.token], 1e-5)
+    assert spread(np.bincount(found.token.numpy(), minlength=vocab).astype(float), rows * p.numpy()) > 1e-4
+
+
+def test_rows_drawn_in_all_ways_at_once(backend: str) -> None:
+    """Each row as an independent computation in fp64 draws it; so all backends draw the same."""
+    for vocab, seed in ((50, 0), (777, 1), (2500, 2)):
+        rows = 4 * len(KINDS)
+        hidden, lm_head = problem(rows, vocab, 24, seed=seed)
+        rng = np.random.default_rng(seed)
+        edits = Edits.penalties(
+            [rng.integers(0, vocab, 9) for _ in range(rows)],
+            prompt_lengths=[3] * rows,
+            repetition=1.2,
+            frequency=0.4,
+            bias={0: 1.0, vocab - 1: -1.0},
+        )
+        allowed = words(torch.from_numpy(rng.random((rows, vocab)) < 0.9))
+        kinds = [KINDS[i % len(KINDS)] for i in range(rows)]
+        z, off = exact_logits(hidden, lm_head)
+        for changes in ((None, None), (edits, None), (None, allowed), (edits, allowed)):
+            draw = Draw(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 100, rows), *changes)
+            found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
+            sure = draws_agree(found, draw, z, off)
+            assert sure.double().mean() > 0.9
+
+
+def test_a_row_draws_the_same_alone_and_among_256_others(backend: str) -> None:
+    rows, vocab = 257, 500
+    hidden, lm_head = problem(rows, vocab, 16)
+    kinds = [KINDS[i % len(KINDS)] for i in range(rows)]
+    seed, position = np.arange(rows) * 7, np.arange(rows) % 13
+    among = ops.score_tokens(hidden, lm_head, TokenRequest(draw=Draw(kinds, seed, position)))
+    z, off = exact_logits(hidden, lm_head)
+    clear = draws_agree(among, Draw(kinds, seed, position), z, off)
+    checked = [*range(0, rows, 16), *range(len(KINDS))]
+    for row in checked:
+        at = slice(row, row + 1)
+        draw = Draw(kinds[row], seed[at], position[at])
+        alone = ops.score_tokens(hidden[at], lm_head, TokenRequest(draw=draw))
+        assert among.token is not None and alone.token is not None
+        assert alone.token[0] == among.token[row] or not clear[row]
+    assert clear[checked].double().mean() > 0.9
+
+
+def test_draws_are_independent_over_seeds_and_positions(backend: str) -> None:
+    """Two tokens of two tiles, equally likely; and two of one tile."""
+    n = 100
+    seeds, positions = (x.reshape(-1) for x in np.meshgrid(np.arange(n), np.arange(n), indexing="ij"))
+    for pair in ((0, 64), (3, 40)):
+        z = torch.full((65,), -1e30)
+        z[list(pair)] = 0
+        found = ops.score_tokens(*same_logits(z, n * n), TokenRequest(draw=Draw(Sampling(), seeds, positions)))
+        assert found.token is not None and set(found.token.tolist()) == set(pair)
+        first = (found.token.numpy() == pair[0]).reshape(n, n)
+        assert stats.binomtest(int(first.sum()), n * n).pvalue > 1e-4
+        for a, b in ((first[:-1], first[1:]), (first[:, :-1], first[:, 1:]), (first[:-1, 1:], first[1:, :-1])):
+            assert stats.chisquare(np.bincount((2 * a + b).reshape(-1), minlength=4)).pvalue > 1e-4
+        for table in (first, first.T):  # whole rows: the largest of 4,950 correlations
+            assert np.abs(np.corrcoef(table)[np.triu_indices(n, 1)]).max() < 6 / math.sqrt(n)
+        again = ops.score_tokens(*same_logits(z, n * n), TokenRequest(draw=Draw(Sampling(), seeds, positions)))
+        assert torch.equal(found.token, again.token)
+
+
+def test_ties_with_a_threshold_stay(backend: str) -> None:
+    """Also those that no list of candidates holds: 100 equal tokens."""
+    z = torch.cat([torch.tensor([2.0]), torch.ones(100), torch.zeros(20)])
+    rows = 1000
+    for kind in (Sampling(1.0, top_k=2), Sampling(1.0, top_k=80), Sampling(1.0, min_p=0.36), Sampling(1.0, top_p=0.5)):
+        found = ops.score_tokens(
+            *same_logits(z, rows), TokenRequest(draw=Draw(kind, np.arange(rows), np.zeros(rows, int)))
+        )
+        assert found.token is not None and found.shaped_log_prob is not None
+        expected = z[:101].double().softmax(dim=0)
+        close(found.shaped_log_prob, expected.log()[found.token], 1e-5)
+        observed = np.bincount(found.token.numpy(), minlength=101).astype(float)
+        assert len(observed) == 101 and chi_square(observed, rows * expected.numpy()) > 1e-4
+
+
+def test_equal_logits_come_in_the_order_of_their_ids(backend: str) -> None:
+    z = torch.zeros(2, 300)
+    z[0, [5, 70, 299]] = 1.0
+    z[1, 200:] = -0.0
+    found = ops.score_tokens(*given_logits(z), TokenRequest(top_k=100, margin=True))
+    assert found.top_ids is not None and found.margin is not None
+    assert found.top_ids[0].tolist() == [5, 70, 299, *[i for i in range(100) if i not in (5, 70)][:97]]
+    assert found.top_ids[1].tolist() == list(range(100))
+    assert found.margin.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-4, 1e-6, 1e-20, 0.0])
+def test_low_temperatures_come_to_the_most_likely_token(backend: str, temperature: float) -> None:
+    z = torch.tensor([[5.0, 90.0, 70.0, 0.0], [-3e4, -2e4, -4e4, -3e38]])
+    for kind in (Sampling(temperature), Sampling(temperature, top_p=0.9), Sampling(temperature, top_k=2)):
+        for seed in range(20):
+            draw = Draw(kind, [seed, seed], [0, 1])
+            found = ops.score_tokens(*given_logits(z), TokenRequest(draw=draw))
+            assert found.token is not None and found.token.tolist() == [1, 1]
+            close(found.shaped_log_prob, torch.zeros(2).double(), 0)
+
+
+def test_temperature_zero_is_the_first_of_the_most_likely_after_edits_and_mask(backend: str) -> None:
+    z = torch.zeros(3, 200)
+    z[0, [190, 100]] = 3.0
+    z[1, [150, 20]] = 5.0
+    edits = Edits([0, 0, 2, 3], [20, 20, 7], [0, 0, 0], [-1.0, -1.0, 0.5])
+    bits = torch.ones(3, 200, dtype=torch.bool)
+    bits[0, 100] = False
+    greedy, mixed = Sampling(0.0, top_k=3, top_p=0.5, min_p=0.3), [Sampling(0.0), Sampling(0.0), Sampling(1.0, top_k=1)]
+    for kind in (greedy, mixed):
+        draw = Draw(kind, [1, 2, 3], [0, 0, 0], edits, words(bits))
+        found = ops.score_tokens(*given_logits(z), TokenRequest(draw=draw))
+        assert found.token is not None and found.token.tolist() == [190, 150, 7]
+        close(found.log_prob, z.double().log_softmax(dim=1)[[0, 1, 2], found.token], 1e-5)
+        close(found.shaped_log_prob, torch.zeros(3).double(), 0)
+
+
+# ---------------------------------------------------------------------- edits
+
+
+@pytest.mark.parametrize("repetition", [1.0, 1.3, 0.7])
+@pytest.mark.parametrize("frequency", [0.0, 0.4])
+@pytest.mark.parametrize("presence", [0.0, -0.6])
+@pytest.mark.parametrize("biased", [False, True])
+def test_penalties_change_the_logits_of_every_token_as_a_loop_does(
+    backend: str, repetition: float, frequency: float, presence: float, biased: bool
+) -> None:
+    rng = np.random.default_rng(3)
+    rows, vocab = 6, 90
+    z = 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(1))
+    texts = [rng.integers(0, 20, n).tolist() for n in (0, 1, 5, 40, 12, 7)]
+    prompts = [0, 1, 2, 15, 0, 7]
+    bias = {4: 2.0, 11: -1.0, 89: -np.inf} if biased else None
+    edits = Edits.penalties(
+        texts, prompt_lengths=prompts, repetition=repetition, frequency=frequency, presence=presence, bias=bias
+    )
+    expected = z.double()
+    for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        if text:
+            penalty = RepetitionPenaltyLogitsProcessor(penalty=repetition)
+            expected[row] = penalty(torch.tensor([text]), expected[row : row + 1])[0]
+        for token in text[prompt:]:
+            expected[row, token] -= frequency
+        for token in set(text[prompt:]):
+            expected[row, token] -= presence
+        for token, value in (bias or {}).items():
+            expected[row, token] += value
+    # every token in turn is the only one allowed but for one that is not edited: their odds tell its logit
+    anchor, other = 60, torch.arange(20).repeat(rows)
+    row = torch.arange(rows).repeat_interleave(20)
+    spans = [slice(edits.indptr[r], edits.indptr[r + 1]) for r in row]
+    repeated = Edits(
+        np.cumsum([0, *(s.stop - s.start for s in spans)]),
+        *(np.concatenate([x[s] for s in spans]) for x in columns(edits)),
+    )
+    bits = torch.zeros(len(row), vocab, dtype=torch.bool)
+    bits[torch.arange(len(row)), other] = True
+    bits[:, anchor] = True
+    draw = Draw(Sampling(), np.arange(len(row)), np.zeros(len(row), int), repeated, words(bits))
+    found = ops.score_tokens(*given_logits(z[row]), TokenRequest(draw=draw))
+    assert found.token is not None
+    pair = torch.stack([expected[row, other], expected[row, anchor]], dim=1).log_softmax(dim=1)
+    close(found.shaped_log_prob, pair[torch.arange(len(row)), (found.token == anchor).long()], 1e-5)
+    greedy = Draw(Sampling(0.0), np.arange(rows), np.zeros(rows, int), edits)
+    best = ops.score_tokens(*given_logits(z), TokenRequest(draw=greedy)).token
+    assert best is not None and torch.equal(best, expected.argmax(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        (([0, 2], [3, 1], [0, 0], [1, 1]), "ids of edits must ascend within a row, those of row 0 do not"),
+        (([0, 1], [3], [2], [1]), r"ops of edits must be 0 \(add\) or 1 \(repetition\), got .*2"),
+        (([0, 1], [3], [0], [math.nan]), "values of edits must be numbers below infinity"),
+        (([0, 1], [3], [0], [math.inf]), "values of edits must be numbers below infinity"),
+        (([0, 1], [3], [1], [0]), "those of repetitions above 0"),
+        (([0, 1], [3, 4], [0], [1]), "one length, got 2, 1 and 1"),
+        (([0, 2], [3], [0], [1]), r"indptr of edits must rise from 0 to 1, got \[0, 2\]"),
+        (([1, 1], [3], [0], [1]), r"indptr of edits must rise from 0 to 1, got \[1, 1\]"),
+        (([0, 1, 0, 1], [3], [0], [1]), r"indptr of edits must rise from 0 to 1, got \[0, 1, 0, 1\]"),
+        (([0, 1], [2**32 + 3], [0], [1]), "ids of edits must be 1-D integers from 0 to 2147483647, got 4294967299"),
+        (([0, 1], [-1], [0], [1]), "ids of edits must be 1-D integers from 0"),
+        (([0, 1], [3.7], [0], [1]), "ids of edits must be 1-D integers from 0 to 2147483647, got 3.7"),
+        (([0, 1], np.array([3.0]), [0], [1]), "ids of edits must be 1-D integers"),
+        (([0, 1], [True], [0], [1]), "ids of edits must be 1-D integers"),
+        (([0, 2], [True, 3], [0, 0], [1, 1]), "ids of edits must be 1-D integers .* got True at index 0"),
+        (([0, 1], [10**5000], [0], [1]), "ids of edits must be 1-D integers .* got a value of type int"),
+        (([0, 2], [[1], [2, 3]], [0, 0], [1, 1]), "ids of edits must be 1-D integers"),
+        (([0, 2], [1, 3], [0, 0], [[1], [2, 3]]), "values of edits must be numbers, got"),
+        (([0, 2**32 + 1], [3], [0], [1]), "indptr of edits must be 1-D integers from 0"),
+        (([0, 1], [3], [0.0], [1]), "ops of edits must be 1-D integers"),
+        (([0, 1], [3], [0], ["1"]), "values of edits must be numbers, got"),
+        (([0, 1], [3], [0], [True]), "values of edits must be numbers, got"),
+    ],
+)
+def test_bad_edits_are_refused(edits: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        Edits(*edits)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(prompt_lengths=[0, -1]), "prompt length of text 1 must be an integer from 0 to 2, got -1"),
+        (dict(prompt_lengths=[4, 0]), "prompt length of text 0 must be an integer from 0 to 3, got 4"),
+        (dict(prompt_lengths=[1.0, 0]), "prompt length of text 0 must be an integer"),
+        (dict(prompt_lengths=[1]), "one for each of 2 texts, got 1"),
+        (dict(texts=[[1, 2.5], [3]]), "text 0 must be 1-D integers from 0 to 2147483647, got 2.5 at index 1"),
+        (dict(texts=[[1, 2], [2**31]]), "text 1 must be 1-D integers from 0 to 2147483647, got 2147483648"),
+        (dict(repetition=0.0), "repetition must be finite and above 0, got 0.0"),
+        (dict(frequency="1"), "frequency must be finite, got '1'"),
+        (dict(presence=math.nan), "presence must be finite, got nan"),
+        (dict(bias={2.5: 1.0}), "tokens of bias must be 1-D integers"),
+        (dict(bias={"a": 1.0}), "tokens of bias must be 1-D integers"),
+        (dict(bias={1: "0.5"}), "values of bias must be numbers"),
+        (dict(bias={1: None}), "values of bias must be numbers"),
+    ],
+)
+def test_bad_penalties_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        Edits.penalties(**{"texts": [[1, 2, 3], [4, 5]], "frequency": 0.5, **wrong})
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+def asked(**parts: Any) -> dict[str, Any]:
+    return {"request": TokenRequest(**parts)}
+
+
+def drawing(**parts: Any) -> dict[str, Any]:
+    return asked(draw=Draw(**{"sampling": Sampling(), "seed": [1, 2], "position": [0, 0], **parts}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(4)}, r"hidden must be floating-point \[T, H\] .* got torch.float32 \[4\]"),
+        ({"hidden": torch.zeros(2, 4, dtype=torch.int32)}, r"hidden must be floating-point .* got torch.int32"),
+        ({"hidden": torch.zeros(2, 0)}, r"H at least 1, got torch.float32 \[2, 0\]"),
+        ({"lm_head": torch.zeros(0, 4)}, r"lm_head must be \[V, 4\] with V at least 1, got \[0, 4\]"),
+        ({"lm_head": torch.zeros(40, 5)}, r"lm_head must be .*\[40, 4\].* got .*\[40, 5\]"),
+        ({"lm_head": torch.zeros(40, 4).half()}, r"lm_head must be torch.float32 .* got torch.float16"),
+        ({"lm_head": torch.zeros(4, 40).T}, r"lm_head must be contiguous, got strides \(1, 40\)"),
+        ({"bias": torch.zeros(41)}, r"bias must be .*\[40\].* got .*\[41\]"),
+        ({"scale": 0.0}, "scale must be finite and not 0, got 0.0"),
+        ({"scale": math.nan}, "scale must be finite and not 0, got nan"),
+        ({"softcap": 0.0}, "softcap must be finite and above 0, got 0.0"),
+        ({"softcap": math.inf}, "softcap must be finite and above 0, got inf"),
+        (asked(top_k=-1), "top_k must be an integer of at least 0, got -1"),
+        (asked(top_k=2.0), "top_k must be an integer of at least 0, got 2.0"),
+        (asked(targets=torch.zeros(3).long()), r"targets must be .*\[2\].* got .*\[3\]"),
+        (asked(targets=torch.zeros(2)), r"targets must be int32 or int64 .* got torch.float32"),
+        (asked(targets=torch.tensor([0, 40])), r"targets must be in \[0, 40\), got 0 to 40"),
+        (asked(select=torch.tensor([-1, 3])), r"select must be in \[0, 40\), got -1 to 3"),
+        (asked(select=torch.zeros(2, 2).long()), r"select must be .*\[4\].* got .*\[2, 2\]"),
+        (
+            asked(select=Ragged(torch.tensor([0, 1]), torch.tensor([3]))),
+            r"indptr of select must be .*\[3\].* got .*\[2\]",
+        ),
+        (
+            asked(select=Ragged(torch.tensor([0, 2, 1]), torch.tensor([3]))),
+            r"indptr of select must rise from 0 to 1, got \[0, 2, 1\]",
+        ),
+        (
+            asked(select=Ragged(torch.tensor([0, 0, 1]), torch.tensor([40]))),
+            r"ids of select must be in \[0, 40\), got 40 to 40",
+        ),
+        (
+            asked(value=Head([(torch.zeros(1, 5), None)])),
+            "value must be a head on hidden states of size 4, got one on 5",
+        ),
+        (asked(top_k=1, rewards=torch.zeros(40, 5)), r"rewards must be .*\[40, 4\].* got .*\[40, 5\]"),
+        (asked(rewards=torch.zeros(40, 4)), "rewards are gathered at tokens: expected top_k or draw with them"),
+        (drawing(seed=[1, 2, 3], position=[0, 0, 0]), "seed and position must be one a row, 2, got 3"),
+        (drawing(sampling=[Sampling()]), "sampling must be one, or one for each of 2 rows, got 1"),
+        (drawing(edits=Edits([0, 0], [], [], [])), r"indptr of edits must be \[3\], got \[2\]"),
+        (drawing(edits=Edits([0, 1, 1], [40], [0], [1])), r"ids of edits must be in \[0, 40\), got 40 to 40"),
+        (
+            drawing(allowed=torch.zeros(2, 1, dtype=torch.int32)),
+            r"allowed must be int32 \[2, 2\], got torch.int32 \[2, 1\]",
+        ),
+        (drawing(allowed=torch.zeros(2, 2).long()), r"allowed must be int32 \[2, 2\], got torch.int64 \[2, 2\]"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(change: dict[str, Any], message: str) -> None:
+    arguments = {
+        "hidden": torch.zeros(2, 4),
+        "lm_head": torch.zeros(40, 4),
+        "request": TokenRequest(lse=True),
+        "bias": None,
+        "scale": 1.0,
+        "softcap": None,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.score_tokens(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("layers", "activation", "message"),
+    [
+        ([], "sigmoid", "1 or 2 layers, got 0"),
+        ([(torch.zeros(1, 4), None)], "relu", "activation must be one of sigmoid, tanh, identity, got 'relu'"),
+        ([(torch.zeros(3, 4), None)], "tanh", "1 or 2 outputs, got 3"),
+        ([(torch.zeros(3, 4), None), (torch.zeros(1, 5), None)], "tanh", "second layer must take 3 inputs, got 5"),
+        ([(torch.zeros(4), None)], "tanh", r"floating-point tensor \[out, in\], got torch.float32 \[4\]"),
+        ([(torch.zeros(1, 4, dtype=torch.int64), None)], "tanh", "floating-point tensor .* got torch.int64"),
+        ([([[1.0]], None)], "tanh", "floating-point tensor .* got list"),
+        ([(torch.zeros(1, 4), torch.zeros(2))], "tanh", r"bias of a value head must be \[1\], got \[2\]"),
+        ([(torch.zeros(1, 4), 0.5)], "tanh", r"bias of a value head must be \[1\], got float"),
+    ],
+)
+def test_bad_heads_are_refused(layers: list[Any], activation: str, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        Head(layers, activation)
+
+
+# ---------------------------------------------------------------------- as torch sees it
+
+
+def registered(hidden: Tensor, lm_head: Tensor, request: TokenRequest) -> tuple[Any, ...]:
+    """Arguments of the registered operation."""
+    return hidden, lm_head, None, 1.0, 0.0, request.top_k, *tensors(request, hidden)
+
+
+def requests(rows: int, vocab: int) -> list[TokenRequest]:
+    edits = Edits.penalties([[1, 2]] * rows, repetition=1.2, presence=0.1)
+    allowed = words(torch.ones(rows, vocab, dtype=torch.bool))
+    every = Draw(Sampling(1.0, top_k=5), np.arange(rows), np.zeros(rows, int), edits, allowed)
+    return [
+        TokenRequest(lse=True),
+        TokenRequest(top_k=5, entropy=True),
+        TokenRequest(top_k=5, draw=Draw(Sampling(), np.arange(rows), np.zeros(rows, int))),
+        TokenRequest(top_k=0, draw=every, entropy=True),
+    ]
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registration_is_sound(backend: str, dtype: torch.dtype) -> None:
+    hidden, lm_head = problem(3, 50, 8, dtype)
+    for request in requests(3, 50):
+        opcheck(torch.ops.forktree.score_tokens.default, registered(hidden, lm_head, request))
+
+
+def test_shapes_are_known_without_values() -> None:
+    for request in requests(3, 50):
+        hidden, lm_head = problem(3, 50, 8)
+        expected = torch.ops.forktree.score_tokens.default(*registered(hidden, lm_head, request))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            hidden, lm_head = mode.from_tensor(hidden), mode.from_tensor(lm_head)
+            found = torch.ops.forktree.score_tokens.default(*registered(hidden, lm_head, request))
+        assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
+def test_compiles_into_one_graph(backend: str) -> None:
+    hidden, lm_head = problem(4, 300, 16)
+    request = TokenRequest(top_k=5, draw=Draw(Sampling(1.0, top_p=0.9), np.arange(4), np.zeros(4, int)), entropy=True)
+    drawn = tensors(request, hidden)
+
+    def step(states: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        found = torch.ops.forktree.score_tokens.default(states * 2, weight, None, 1.0, 0.0, 5, *drawn)
+        return found[0] + 1, *found[1:]
+
+    for found, expected in zip(
+        torch.compile(step, fullgraph=True)(hidden, lm_head), step(hidden, lm_head), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+# ---------------------------------------------------------------------- the torch backend alone
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of tensors made within that were there at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        made = func(*args, **kwargs)
+        for x in tree_leaves(made):
+            if isinstance(x, Tensor) and id(x.untyped_storage()) not in given | self.known:
+                storage = x.untyped_storage()
+                self.known.add(id(storage))
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.gone, id(storage), storage.nbytes())
+        self.most = max(self.most, self.now)
+        return made
+
+    def gone(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "kind"),
+    [
+        (16, torch.bfloat16, Sampling(1.0, top_p=0.95)),
+        (16, torch.float32, Sampling(0.8)),
+        (64, torch.bfloat16, Sampling(0.8, top_k=40)),
+    ],
+    ids=str,
+)
+def test_scratch_is_a_twentieth_of_the_logits(
+    rows: int, dtype: torch.dtype, kind: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORKTREE_BACKEND", "torch")
+    vocab = 151_936
+    hidden, lm_head = problem(rows, vocab, 4, dtype)
+    request = TokenRequest(top_k=64, draw=Draw(kind, np.arange(rows), np.arange(rows)), entropy=True)
+    with Live() as live:
+        ops.score_tokens(hidden, lm_head, request)
+    assert live.most < 0.05 * rows * vocab * 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "size", "top_k", "dtype"),
+    [
+        (1, 300_000, 4, 64, torch.float32),
+        (1024, 1500, 64, 64, torch.float64),
+        (1024, 1100, 4, 1024, torch.bfloat16),
+        (3, 120_000, 2, 120_000, torch.float32),
+        (2, 200, 9000, 5, torch.bfloat16),
+    ],
+)
+def test_scratch_stays_below_16_mb(
+    rows: int, vocab: int, size: int, top_k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the answer itself."""
+    monkeypatch.setenv("FORKTREE_BACKEND", "torch")
+    hidden, lm_head = problem(rows, vocab, size, dtype)
+    kinds = [Sampling(3.0, top_p=0.9), Sampling(1.0, top_k=30), Sampling()]
+    draw = Draw([kinds[i % 3] for i in range(rows)], np.arange(rows), np.arange(rows))
+    with Live() as live:
+        found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=top_k, draw=draw))
+    assert found.top_ids is not None and found.top_log_probs is not None
+    answer = found.top_ids.nbytes + 2 * found.top_log_probs.nbytes  # the logits before the log-probs
+    assert live.most - answer < 16e6
+
+
+def test_nothing_is_read_back() -> None:
+    """Tensors without values are answered as well: the host never looks at them."""
+    hidden, lm_head = torch.empty(5, 8, device="meta"), torch.empty(300, 8, device="meta")
+    allowed = torch.empty(5, 10, dtype=torch.int32, device="meta")
+    draw = Draw([Sampling(0.0), *[Sampling(0.7)] * 4], np.arange(5), np.arange(5), allowed=allowed)
+    request = TokenRequest(top_k=70, draw=draw, entropy=True, margin=True, targets=torch.empty(5, device="meta").long())
+    found = ops.score_tokens(hidden, lm_head, request, check=False)
+    assert found.token is not None and (found.token.shape, found.token.dtype) == ((5,), torch.long)
+    assert found.top_ids is not None and found.top_ids.shape == (5, 70)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_that_are_there_already(dtype: torch.dtype) -> None:
+    rows, vocab = 30, 700
+    hidden, lm_head = problem(rows, vocab, 16, dtype)
+    own = F.linear(hidden, lm_head)
+    rewards = torch.randn(vocab, 16).to(dtype)
+    head = Head([(torch.randn(1, 16), None)])
+    draw = Draw([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
+    ragged = Ragged(torch.arange(rows + 1), torch.arange(rows) * 3)
+    before = own.clone()
+    for select in (torch.tensor([5, 1, 600]), ragged):
+        request = TokenRequest(
+            top_k=70,
+            draw=draw,
+            select=select,
+            targets=torch.arange(rows),
+            entropy=True,
+            margin=True,
+            value=head,
+            rewards=rewards,
+        )
+        found = from_logits(own, request, hidden)
+        off = 1e-13 if dtype == torch.float64 else 1e-5
+        agree(found, request, own.double(), off)
+        draws_agree(found, draw, own.double(), off)
+        close(found.values, head(hidden).double(), 0)
+        assert found.token is not None
+        every = hidden.double() @ rewards.double().T
+        close(found.token_reward, every.gather(1, found.token[:, None])[:, 0], 1e-4)
+    assert torch.equal(own, before)
+    with pytest.raises(ValueError, match=r"logits must be floating-point \[30, V\] .* got .*\[29, 700\]"):
+        from_logits(own[1:], request, hidden)
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 20\), got 0 to 29"):
+        from_logits(own[:, :20], TokenRequest(targets=torch.arange(rows)), hidden)
