@@ -4,9 +4,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-# OpenMP threads that wait for each other sleep instead of spinning: all of it stays usable beside other work.
-export OMP_WAIT_POLICY := PASSIVE
-
 .PHONY: demo check test lint quick proof kernels bench docs sanitize clean
 
 demo: $(STAMP)
