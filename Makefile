@@ -23,7 +23,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
-QUICK := tests/plan tests/kv tests/search tests/rewards tests/device
+QUICK := tests/kv tests/plan tests/search tests/rewards
 
 quick: $(STAMP)
 	$(BIN)/pytest -q -m "not slow" $(QUICK)
