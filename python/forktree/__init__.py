@@ -20,8 +20,13 @@ from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import Draw, Edits, Head, Ragged, TokenRequest, TokenScores
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import AttentionPlan, check_plan, plan
-from forktree.rewards.scoring import RewardModel, Scorer, TextScorer, TokenLogits, ValueHead, load_scorer
+from forktree.rewards.base import Scorer
+from forktree.rewards.function import TextScorer
+from forktree.rewards.load import load_scorer
+from forktree.rewards.reward_model import RewardModel
 from forktree.rewards.step_format import StepFormat
+from forktree.rewards.token_probability import TokenLogits
+from forktree.rewards.value_head import ValueHead
 from forktree.search import BeamSearch, BestOfN, Greedy, Hypothesis, MajorityVote, ParticleFilter, Sample
 
 if TYPE_CHECKING:

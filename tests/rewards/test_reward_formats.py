@@ -19,8 +19,9 @@ from torch import nn
 
 import tiny
 from forktree import InvalidInput, RewardModel, Scorer, ScorerError, StepFormat, ValueHead, cli, load_scorer
+from forktree.rewards.base import Rewards
 from forktree.rewards.step_format import REWARD_FORMATS
-from forktree.search.request import Rewards, score
+from forktree.search.request import score
 
 QUESTION = "12+3="
 RESPONSES = ["1+2.\n\n3-4.\n\n", "1+2.\n\n3", "ab.\n- 5\n\n\nc", "a", "", "5.\n"]

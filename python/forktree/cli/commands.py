@@ -156,7 +156,7 @@ def generate(
             return
 
         decoder = _decoder(model, dtype, device, num_slots, max_batch_tokens, trust_remote_code)
-        from forktree.rewards.scoring import load_scorer
+        from forktree.rewards.load import load_scorer
 
         if scorer is not None:
             settings["scorer"] = load_scorer(
@@ -408,7 +408,7 @@ def _scorer_digests(scorer: str, *, code: bool) -> dict[str, str]:
         return digests(path, code=code)
     if path.is_file():
         return {path.name: digest(path)}
-    from forktree.rewards.scoring import import_function
+    from forktree.rewards.load import import_function
 
     import_function(scorer)
     source = sys.modules[scorer.partition(":")[0]].__file__

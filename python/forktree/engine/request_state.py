@@ -15,8 +15,8 @@ from forktree.errors import InvalidInput, NonFinite, ScorerError
 from forktree.kv import Branch, Tree
 from forktree.kv.slots import Ints
 from forktree.ops.token_request import TokenScores
-from forktree.rewards.scoring import Reading, Subject
-from forktree.search.request import Extend, NextLogits, Rewards, ScoreTokens
+from forktree.rewards.base import Reading, Rewards, Subject
+from forktree.search.request import Extend, NextLogits, ScoreTokens
 
 
 class RequestState:
