@@ -46,8 +46,12 @@ def searches() -> dict[str, type[Search]]:
     return dict(sorted(_SEARCHES.items()))
 
 
-def named(spec: str) -> type[Search]:
+def named(spec: str, *, what: str = "search") -> type[Search]:
     """The search of this name, or the class that `module:Class` names.
+
+    Args:
+        spec: the name, or where the class is.
+        what: the name of the argument, for messages.
 
     Raises:
         InvalidInput: there is no such search.
@@ -55,10 +59,10 @@ def named(spec: str) -> type[Search]:
     if spec in searches():
         return searches()[spec]
     if ":" not in spec:
-        raise InvalidInput(f"search must be one of {', '.join(searches())}, or module:Class, got {spec!r}")
-    found = import_named("search", spec)
+        raise InvalidInput(f"{what} must be one of {', '.join(searches())}, or module:Class, got {spec!r}")
+    found = import_named(what, spec)
     if not isinstance(found, type) or not issubclass(found, Search):
-        raise InvalidInput(f"search {spec!r} must be a class derived from forktree.search.Search, got {found!r:.80}")
+        raise InvalidInput(f"{what} {spec!r} must be a class derived from forktree.search.Search, got {found!r:.80}")
     return found
 
 
@@ -113,7 +117,7 @@ def read_settings(search: type[Search], given: Sequence[tuple[str, str]]) -> dic
             raise InvalidInput(_unknown(search, name))
         setting = known[name]
         if setting.read is None:
-            raise InvalidInput(f"{name} is {setting.kind}: it cannot be given as a text, got {text!r:.80}")
+            raise InvalidInput(f"{name} cannot be given as a text: it is {setting.kind}, got {text!r:.80}")
         value = setting.read(text)
         if setting.several:
             values[name] = (*values.get(name, ()), value)
