@@ -37,8 +37,8 @@ from forktree.engine.critical import CriticalSection
 from forktree.engine.request_state import NO_TOKEN, Drawn, ExtendState, RequestState, ScoreState, TokensState
 from forktree.engine.worker import ModelWorker
 from forktree.errors import Cancelled, DecoderInUse, InvalidInput, OutOfMemory
-from forktree.kv import Branch, OutOfSlots
-from forktree.kv.tree import MAX_TOKEN, Chunk
+from forktree.kv import Branch, Chunk, OutOfSlots
+from forktree.kv.tree import MAX_TOKEN
 from forktree.model import Fingerprint, ModelSpec
 from forktree.ops.pytorch.score_tokens import from_logits
 from forktree.ops.sampling import Sampling

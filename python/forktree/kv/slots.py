@@ -3,6 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from forktree.plan.layout import ranges
+
 Ints = NDArray[np.int32]
 
 
@@ -12,13 +14,6 @@ class OutOfSlots(Exception):
     def __init__(self, needed: int, free: int, total: int) -> None:
         super().__init__(f"{needed} KV slots needed, {free} free of {total}")
         self.needed, self.free, self.total = needed, free, total
-
-
-def spans(begin: NDArray[np.integer], length: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Concatenation of `begin[i], begin[i] + 1, …, begin[i] + length[i] - 1` over all i."""
-    ends = np.cumsum(length, dtype=np.int64)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(begin - (ends - length), length)
 
 
 class SlotAllocator:
@@ -34,7 +29,7 @@ class SlotAllocator:
         self.num_free = num_slots
         self._free = np.ones(0, dtype=bool)
         self._lowest = 0  # no slot below it is free
-        self._end = 0  # no slot from it on was ever taken
+        self._end = 0  # no slot from it on was ever allocated
 
     @property
     def in_use(self) -> int:
@@ -57,7 +52,7 @@ class SlotAllocator:
             taken = np.arange(first, first + count, dtype=np.int32)
         else:
             longest = np.argsort(-length, kind="stable")
-            taken = spans(begin[longest], length[longest])[:count].astype(np.int32)
+            taken = ranges(begin[longest], length[longest])[:count].astype(np.int32)
         self._free[taken] = False
         self._end = max(self._end, int(taken.max(initial=-1)) + 1)
         self.num_free -= count
