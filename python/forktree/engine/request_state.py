@@ -14,8 +14,8 @@ from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput, NonFinite, ScorerError
 from forktree.kv import Branch, Tree
 from forktree.ops.token_request import TokenScores
-from forktree.rewards.scoring import Reading, Subject
-from forktree.search.request import Extend, NextLogits, Rewards, ScoreTokens
+from forktree.rewards.base import Reading, Rewards, Subject
+from forktree.search.request import Extend, NextLogits, ScoreTokens
 from forktree.types import Int32Array
 
 

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from forktree.checks import integer, integers, shown
-from forktree.errors import InvalidInput, ScorerError
+from forktree.errors import InvalidInput
 from forktree.kv import Branch
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import TokenRequest, TokenScores
+from forktree.rewards.base import Rewards
 from forktree.search.processors import Processor, check_processors
 from forktree.types import MAX_TOKEN_ID
 
@@ -57,14 +58,6 @@ class Extension:
     reason: list[str]
     log_prob: NDArray[np.float64]
     num_tokens: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Rewards:
-    """What `score` says of each branch: `values [n]` fp64, NaN where `errors[i]` tells why it could not be had."""
-
-    values: NDArray[np.float64]
-    errors: list[ScorerError | None]
 
 
 @dataclass(frozen=True, eq=False)
