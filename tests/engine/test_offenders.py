@@ -21,7 +21,7 @@ from forktree import (
 )
 from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch, append, reassign
-from forktree.rewards.scoring import Reading, Subject
+from forktree.rewards.base import Reading, Subject
 from forktree.search import Search, SearchContext
 from forktree.search.request import Extend, Score, extend, next_logits, score, score_tokens
 from searches import Custom, Rewarding, Scripted, outcome, together, value_head

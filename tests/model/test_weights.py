@@ -21,7 +21,7 @@ from forktree import Decoder, UnsupportedModel, ValueHead, search, sequence_logp
 from forktree.model import Fingerprint, LinearHead, attach
 from forktree.model.captured import CapturedSteps
 from forktree.model.runner import Runner
-from forktree.rewards.scoring import RewardModel
+from forktree.rewards.reward_model import RewardModel
 from graph_fake import FakeGraphs
 from models import tiny as tiny_of
 

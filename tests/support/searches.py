@@ -23,9 +23,9 @@ from forktree import (
     ValueHead,
 )
 from forktree.kv import Branch
-from forktree.rewards.scoring import Reading, Subject
+from forktree.rewards.base import Reading, Rewards, Subject
 from forktree.search import Search, SearchContext
-from forktree.search.request import Rewards, extend
+from forktree.search.request import extend
 
 
 def digits(prompt: str, response: str) -> float:
