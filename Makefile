@@ -4,21 +4,40 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test proof kernels lint bench sanitize clean
+.PHONY: demo check test lint quick proof kernels bench docs sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/forktree demo
 
+# While one works: lint, types, and the tests that take no more than a few seconds each. Within a minute on two cores.
+check: $(STAMP)
+	@$(MAKE) --no-print-directory -j2 lint quick
+
+# Everything that needs no GPU and no sanitizer. One process a core, of one thread each.
 test: $(STAMP) lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -regex '.*\.\(hpp\|cpp\|cuh\|cu\)')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -regex '.*\.\(hpp\|cpp\|cuh\|cu\|h\)')
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
+
+QUICK := tests/kv tests/plan tests/search tests/rewards
+
+quick: $(STAMP)
+	$(BIN)/pytest -q -m "not slow" $(QUICK)
 
 bench: $(STAMP)
 	$(BIN)/python bench/decode.py
+
+# The site, in build/site. A broken link, anchor or reference fails it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/pip install -q -e ".[docs]"
+	touch $@
 
 # The core again under sanitizers, each build with a copy of the package, and the tests of what the core does. What a
 # sanitizer finds ends the run. ThreadSanitizer cannot see OpenMP's locks, and older ones want addresses that are not

@@ -22,9 +22,9 @@ from forktree.demo import task
 from forktree.engine.engine import Task
 from forktree.kv import Tree
 from forktree.model.checkpoints import load_model, load_tokenizer
-from forktree.rewards.scoring import ValueHead
+from forktree.rewards.value_head import ValueHead
 from forktree.search import BeamSearch, BestOfN, Greedy, ParticleFilter, Sample, Search
-from forktree.search.algorithms.sample import vote
+from forktree.search.answers import Answers, vote
 from forktree.terminal import Terminal
 
 MODEL = Path(__file__).parent / "model"
@@ -139,8 +139,8 @@ def sketch(decoder: Decoder, search: Task) -> RichTree:
     """The nodes that a search's branches see: text of each, and how many branches it serves."""
     tree = decoder.worker.tree
     branches = tree.owned(search.index)
-    tips, _ = tree.positions_of(branches)
-    nodes = tree.nodes_seen(tips)
+    tips, _ = tree.tips(branches)
+    nodes = tree.visible_nodes(tips)
     serves = dict.fromkeys(nodes.tolist(), 0)
     for tip in tips.tolist():
         while tip >= 0:
@@ -161,8 +161,8 @@ def sketch(decoder: Decoder, search: Task) -> RichTree:
 
 
 def _text_of(decoder: Decoder, tree: Tree, node: int) -> str:
-    begin, length = int(tree.begin[node]), int(tree.length[node])
-    text = decoder.tokenizer.decode(tree.token[begin : begin + length].tolist())
+    begin, length = int(tree.arena.begin[node]), int(tree.length[node])
+    text = decoder.tokenizer.decode(tree.arena.token[begin : begin + length].tolist())
     return text.replace("\n", "\u23ce") or "(new)"
 
 
@@ -171,7 +171,7 @@ def _majority_accuracy(problems: Sequence[str], results: Sequence[SearchResult])
     right = []
     for problem, result in zip(problems, results, strict=True):
         texts = [candidate.text or "" for candidate in result.candidates]
-        share = vote([task.answer(text) for text in texts])
+        share = vote(Answers.read(texts, task.answer))
         right.append(task.is_correct(problem, texts[int(np.argmax(share))]))
     return float(np.mean(right))
 
