@@ -301,7 +301,7 @@ def _common(tokens: list[int], path: list[Token]) -> int:
     return next((i for i, (a, t) in enumerate(pairs) if a != t.id), min(len(tokens), len(path)))
 
 
-TestTree = TreeMachine.TestCase
+TestTree = pytest.mark.slow(TreeMachine.TestCase)
 TestTree.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
