@@ -1,6 +1,7 @@
 """The tree against a naive model: every branch is a list of token objects, nothing is shared but identity."""
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
