@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_engine import Scripted, outcome, together, value_head
 
 import tiny
 from forktree import (
@@ -17,45 +16,19 @@ from forktree import (
     RewardModel,
     Sample,
     Sampling,
-    Scorer,
     ScorerError,
     TokenRequest,
 )
 from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch, append, reassign
-from forktree.rewards.base import Reading, Rewards, Subject
+from forktree.rewards.base import Reading, Subject
 from forktree.search import Search, SearchContext
 from forktree.search.request import Extend, Score, extend, next_logits, score, score_tokens
+from searches import Custom, Rewarding, Scripted, outcome, together, value_head
 
 OTHER = tiny.decoder(num_slots=64)
 FOREIGN = OTHER.worker.tree.root([3, 4, 5])
 SAMPLING = Sampling()
-
-
-class Rewarding(Reading):
-    """A reading whose parts may be replaced by what breaks."""
-
-    def __init__(self, count: int, read: Any = None, close: Any = None) -> None:
-        self._count, self._read, self._close, self.closed = count, read, close, 0
-
-    def read(self, hidden: Any) -> Any:
-        return self._read() if self._read is not None else Rewards(np.ones(self._count), [None] * self._count)
-
-    def close(self) -> None:
-        self.closed += 1
-        assert self.closed == 1, "closed twice"
-        if self._close is not None:
-            self._close()
-
-
-class Custom(Scorer):
-    """What a user may write: `begin(subject)` is any function."""
-
-    def __init__(self, begin: Callable[[Subject], Any]) -> None:
-        self._begin = begin
-
-    def begin(self, subject: Subject) -> Any:
-        return self._begin(subject)
 
 
 def scoring(begin: Callable[[Subject], Any]) -> Callable[[SearchContext], Any]:
