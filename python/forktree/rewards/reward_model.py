@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from forktree.errors import InvalidInput, ScorerError
+from forktree.errors import InvalidInput, RewardError
 from forktree.kv import Branch
 from forktree.prompts import encode
-from forktree.rewards.base import HiddenReading, Reading, Scorer, Subject
+from forktree.rewards.base import PendingFromHidden, PendingReward, Reward, RewardInput
 from forktree.rewards.step_format import CHAT, REWARD_FORMATS, SEPARATORS, StepFormat, expected_format, named_format
-from forktree.rewards.token_probability import TokenLogits
+from forktree.rewards.token_probability import TokenProbability
 from forktree.rewards.value_head import ValueHead
 from forktree.terminal import one_line
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from forktree.engine.worker import ModelWorker
 
 
-class RewardModel(Scorer):
+class RewardModel(Reward):
     """A second model whose tree mirrors the policy's: a score reads only tokens it has not read before.
 
     worker: the model's own. head: what reads a reward from the last hidden state: a `ValueHead`,
-    or a `TokenLogits` on the model's own logits. format: what is fed. A text that cannot be rendered, or is too long
+    or a `TokenProbability` on the model's own logits. format: what is fed. A text that cannot be rendered, or is too long
     for the model, costs its branch only. pad_token_id: left out at the end of what is fed, as sequence classifiers of
     transformers pass over it. The mirror needs no bookkeeping: the reward model's tree is asked for the longest prefix
     it knows, and what the last score read stays alive until the next one has found its prefixes.
@@ -33,13 +33,13 @@ class RewardModel(Scorer):
         self,
         worker: "ModelWorker",
         tokenizer: Any,
-        head: "ValueHead | TokenLogits",
+        head: "ValueHead | TokenProbability",
         *,
         format: StepFormat | None = None,
         pad_token_id: int | None = None,
     ) -> None:
         head.check(worker)
-        if isinstance(head, TokenLogits) and head._suffix:
+        if isinstance(head, TokenProbability) and head._suffix:
             raise InvalidInput("a question after a text belongs in the format's template: expected no suffix, got one")
         self._worker, self._tokenizer, self._head = worker, tokenizer, head
         self._format, self._pad_token_id = format or StepFormat(), pad_token_id
@@ -76,7 +76,7 @@ class RewardModel(Scorer):
                 f"{chosen if format is not None else 'no format'}: its rewards may mean nothing",
                 stacklevel=2,
             )
-        head: ValueHead | TokenLogits
+        head: ValueHead | TokenProbability
         if not chosen.answers:
             head = ValueHead.load(path, activation=activation or chosen.activation, choice=chosen.choice)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -86,7 +86,7 @@ class RewardModel(Scorer):
                 raise InvalidInput(
                     f"{path}: {chosen.answers!r} must be two tokens, got {len(answers)}: not such a model"
                 )
-            head = TokenLogits(answers)
+            head = TokenProbability(answers)
         if chosen.separator in SEPARATORS and len(_ids(tokenizer, chosen.separator)) != 1:
             raise InvalidInput(
                 f"{path}: the separator {chosen.separator!r} must be one token, its tokenizer makes "
@@ -103,28 +103,28 @@ class RewardModel(Scorer):
                 self._worker.renew(*proof)
         self._head.check(self._worker)
 
-    def begin(self, subject: Subject) -> Reading:
+    def start(self, given: RewardInput) -> PendingReward:
         with self._worker.claim():
-            return self._begin(subject)
+            return self._begin(given)
 
-    def _begin(self, subject: Subject) -> Reading:
+    def _begin(self, given: RewardInput) -> PendingReward:
         tree = self._worker.tree
         rewards = self._head.rewards_on(self._worker)
-        if not subject.branches:
-            return HiddenReading(self._worker, [], rewards)
-        owner = int(subject.worker.tree.branch_owner[subject.branches[0].id])
+        if not given.branches:
+            return PendingFromHidden(self._worker, [], rewards)
+        owner = int(given.worker.tree.branch_owner[given.branches[0].id])
         before = tree.owned(owner)
         branches: list[Branch] = []
-        errors: list[ScorerError | None] = []
-        for i, (prompt, response) in enumerate(zip(subject.prompts, subject.responses(), strict=True)):
+        errors: list[RewardError | None] = []
+        for i, (prompt, response) in enumerate(zip(given.prompts, given.responses(), strict=True)):
             try:
                 tokens = self._tokens(prompt, response)
                 branches.append(self._worker.open(tokens, owner=owner))
                 errors.append(None)
             except Exception as error:  # chat templates and tokenizers may raise anything
-                errors.append(ScorerError(f"{one_line(error)} (branch {i})"))
+                errors.append(RewardError(f"{one_line(error)} (branch {i})"))
         tree.drop(before)
-        return HiddenReading(self._worker, branches, rewards, errors=errors)
+        return PendingFromHidden(self._worker, branches, rewards, errors=errors)
 
     def _tokens(self, prompt: str, response: str) -> list[int]:
         runner = self._worker.runner

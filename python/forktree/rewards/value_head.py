@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from forktree.checks import integer
 from forktree.errors import InvalidInput
-from forktree.rewards.base import HiddenReading, Reading, Scorer, Subject
+from forktree.rewards.base import PendingFromHidden, PendingReward, Reward, RewardInput
 from forktree.terminal import one_line
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class ValueMlp:
         return ACTIVATIONS[self.activation](x[:, 0])
 
 
-class ValueHead(Scorer):
+class ValueHead(Reward):
     """A head on the last hidden state: see `Head`.
 
     weights: one or two pairs (weight `[out, in]`, bias `[out]` or None). activation: "sigmoid", "tanh" or "identity".
@@ -137,8 +137,8 @@ class ValueHead(Scorer):
         """The same, whatever the worker."""
         return self.rewards
 
-    def begin(self, subject: Subject) -> Reading:
-        return HiddenReading(subject.worker, subject.branches, self.rewards)
+    def start(self, given: RewardInput) -> PendingReward:
+        return PendingFromHidden(given.worker, given.branches, self.rewards)
 
 
 def _read_tensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
