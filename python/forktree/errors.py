@@ -25,8 +25,8 @@ class NonFinite(ForktreeError):
         )
 
 
-class ScorerError(ForktreeError):
-    """A scorer raised, returned something other than a finite number, or took too long."""
+class RewardError(ForktreeError):
+    """A text has no reward: what gives it raised, returned something other than a finite number, or took too long."""
 
 
 class Cancelled(ForktreeError):
