@@ -38,7 +38,6 @@ from forktree.engine.request_state import NO_TOKEN, Drawn, ExtendState, RequestS
 from forktree.engine.worker import ModelWorker
 from forktree.errors import Cancelled, DecoderInUse, InvalidInput, OutOfMemory
 from forktree.kv import Branch, Chunk, OutOfSlots
-from forktree.kv.tree import MAX_TOKEN
 from forktree.model import Fingerprint, ModelSpec
 from forktree.ops.pytorch.score_tokens import from_logits
 from forktree.ops.sampling import Sampling
@@ -46,6 +45,7 @@ from forktree.ops.token_request import Draw, TokenRequest
 from forktree.rewards.base import RewardInput, check_reward
 from forktree.search.processors import left_padded, process
 from forktree.search.request import Extend, Extension, NextLogits, Request, RewardBranches, ScoreTokens
+from forktree.types import MAX_TOKEN_ID
 
 T = TypeVar("T")
 _INDICES = itertools.count()  # a search's number, and the owner of its branches in every tree it uses
@@ -202,7 +202,7 @@ class Engine:
         text: the prompt as rewards see it. seed: keys the draws of its branches, together with the prompt.
         run: whose search it is, if anyone's. counters: what its costs are added to; default: new ones.
         """
-        keys = [_key(seed, integers("tokens", tokens, 0, MAX_TOKEN)) for tokens in prompts]
+        keys = [_key(seed, integers("tokens", tokens, 0, MAX_TOKEN_ID)) for tokens in prompts]
         if not all(map(len, prompts)) or not len(prompts):
             raise InvalidInput(f"prompts must be of at least one token each, got {shown(prompts)}")
         return self._alone(partial(self._submit, search, prompts, keys, text, run, counters or Counters()))

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from forktree.errors import RewardError
-from forktree.kv.slots import Ints
 from forktree.ops.sampling import Sampling
 from forktree.rewards.base import Reward
 from forktree.search.context import SearchContext
 from forktree.search.processors import Processor, check_processors
 from forktree.search.validation import check_texts
+from forktree.types import Int32Array
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Hypothesis:
         error: why there is no reward.
     """
 
-    token_ids: Ints
+    token_ids: Int32Array
     score: float
     log_prob: float
     finish_reason: str

@@ -9,9 +9,9 @@ import torch
 from forktree.engine.counters import Counters
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
-from forktree.kv.slots import Ints
 from forktree.search.request import Stop
 from forktree.search.trace import SearchTrace
+from forktree.types import Int32Array
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SearchContext:
     vocab_size: int
     device: torch.device
     stops: Callable[[Sequence[str]], Stop] | None
-    decode: Callable[[Ints], str | None] | None
+    decode: Callable[[Int32Array], str | None] | None
     rng: np.random.Generator
     counters: Counters = field(default_factory=Counters)
     trace: SearchTrace = field(default_factory=SearchTrace)
