@@ -22,14 +22,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 DEVICE = "cuda"
 EXPERTS = ("gpt_oss", "qwen2_moe", "qwen3_moe")  # where their routing waits for the device, steps run eagerly
-SCORER = forktree.TokenLogits([1, 2])
+REWARD = forktree.TokenProbability([1, 2])
 SEARCHES: list[forktree.search.Search] = [
     forktree.Greedy(),
     forktree.Sample(num_return_sequences=4),
-    forktree.BestOfN(num_samples=4, scorer=SCORER),
+    forktree.BestOfN(num_samples=4, reward=REWARD),
     forktree.MajorityVote(num_samples=4, answer=lambda text: text[:1]),
     forktree.BeamSearch(num_beams=4, num_return_sequences=2),
-    forktree.ParticleFilter(num_particles=4, max_step_tokens=3, scorer=SCORER),
+    forktree.ParticleFilter(num_particles=4, max_step_tokens=3, reward=REWARD),
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny as models
-from forktree import TokenLogits, search
+from forktree import TokenProbability, search
 from forktree.device import plan_buffers
 from forktree.device.cuda_graphs import CudaGraphs, NoHostReads
 from forktree.engine import worker
@@ -207,7 +207,7 @@ def test_plans_of_another_step_are_refused():
     [
         search.Greedy(),
         search.BeamSearch(num_beams=4),
-        search.ParticleFilter(num_particles=4, max_step_tokens=3, scorer=TokenLogits([1, 2])),
+        search.ParticleFilter(num_particles=4, max_step_tokens=3, reward=TokenProbability([1, 2])),
     ],
     ids=lambda s: type(s).__name__,
 )

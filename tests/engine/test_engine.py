@@ -12,6 +12,7 @@ from forktree import (
     BestOfN,
     Cancelled,
     Decoder,
+    FunctionReward,
     Greedy,
     InvalidInput,
     NonFinite,
@@ -20,14 +21,13 @@ from forktree import (
     RewardModel,
     Sample,
     Sampling,
-    TextScorer,
-    TokenLogits,
+    TokenProbability,
     ValueHead,
 )
 from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch
 from forktree.search import Search, SearchContext
-from forktree.search.request import extend, next_logits, score
+from forktree.search.request import extend, next_logits, reward_branches
 from searches import POISON, Scripted, alone, digits, endless, mixed, need, outcome, together, value_head
 
 # ---------------------------------------------------------------- same text, whatever else runs
@@ -38,7 +38,9 @@ from searches import POISON, Scripted, alone, digits, endless, mixed, need, outc
     "search",
     [
         Sample(num_return_sequences=4),
-        ParticleFilter(scorer=TextScorer(digits), num_particles=6, step_delimiter="5", max_step_tokens=5, max_steps=4),
+        ParticleFilter(
+            reward=FunctionReward(digits), num_particles=6, step_delimiter="5", max_step_tokens=5, max_steps=4
+        ),
     ],
     ids=["sample", "particles"],
 )
@@ -184,10 +186,10 @@ def test_a_prompt_is_computed_once_whatever_the_number_of_branches(count: int) -
 def test_scores_on_the_models_own_state_cost_the_last_token_only() -> None:
     decoder = tiny.decoder()
     prompt = tiny.prompts(1)[0]
-    result = decoder.search([prompt], BestOfN(scorer=value_head(), num_samples=6), max_new_tokens=9)[0]
+    result = decoder.search([prompt], BestOfN(reward=value_head(), num_samples=6), max_new_tokens=9)[0]
     drawn = sum(len(c.token_ids) for c in result.candidates)
     assert decoder.worker.tokens_computed == len(prompt) + drawn
-    assert result.counters.scorer_calls == 6 and result.counters.scorer_tokens == 0
+    assert result.counters.reward_calls == 6 and result.counters.reward_tokens == 0
 
 
 def test_kept_prefixes_are_reused_and_give_way_under_pressure() -> None:
@@ -322,8 +324,8 @@ def test_a_reward_models_pool_may_be_scarce_too() -> None:
 
     def search(slots: int) -> tuple[ParticleFilter, ModelWorker]:
         worker = ModelWorker(tiny.new_model("qwen3", seed=3), num_slots=slots)
-        scorer = RewardModel(worker, tiny.tokenizer(), value_head(2))
-        return ParticleFilter(scorer=scorer, num_particles=6, step_delimiter="", max_step_tokens=3, max_steps=4), worker
+        reward = RewardModel(worker, tiny.tokenizer(), value_head(2))
+        return ParticleFilter(reward=reward, num_particles=6, step_delimiter="", max_step_tokens=3, max_steps=4), worker
 
     prompts = tiny.prompts(6, seed=11)
     plenty, _ = search(2048)
@@ -346,7 +348,7 @@ async def fails_at_once(context: SearchContext) -> list[Branch]:
 async def fails_late(context: SearchContext) -> list[Branch]:
     branches = context.root.fork(3)
     await extend(branches, Sampling(), max_tokens=4)
-    await score(branches, value_head())
+    await reward_branches(branches, value_head())
     raise RuntimeError("broken late")
 
 
@@ -553,8 +555,8 @@ def test_slots_that_held_nan_do_not_leak_into_others(poisoned: Decoder) -> None:
             assert isinstance(result.error, NonFinite) or outcome(result) == outcome(clean)
 
 
-@pytest.mark.parametrize("scorer", [value_head(), TokenLogits([1, 2], suffix=[POISON])], ids=["head", "judge"])
-def test_nan_rewards_and_logits_name_branch_and_position(poisoned: Decoder, scorer: Any) -> None:
+@pytest.mark.parametrize("reward", [value_head(), TokenProbability([1, 2], suffix=[POISON])], ids=["head", "judge"])
+def test_nan_rewards_and_logits_name_branch_and_position(poisoned: Decoder, reward: Any) -> None:
     async def asks_logits(context: SearchContext) -> list[Branch]:
         clean, bad = context.root.fork(2)
         bad.append([POISON])
@@ -562,15 +564,15 @@ def test_nan_rewards_and_logits_name_branch_and_position(poisoned: Decoder, scor
 
     async def asks_score(context: SearchContext) -> list[Branch]:
         clean, bad = context.root.fork(2)
-        if isinstance(scorer, ValueHead):
+        if isinstance(reward, ValueHead):
             bad.append([POISON])
-        await score([clean, bad], scorer)
+        await reward_branches([clean, bad], reward)
 
     results = together(
         poisoned, ["12", "12=", "12=3"], [Scripted(asks_logits), Scripted(asks_score), Greedy()], max_new_tokens=1
     )
     assert isinstance(results[0].error, NonFinite) and isinstance(results[1].error, NonFinite)
     assert "logits of branch 1 at position 3" in str(results[0].error)
-    assert f"reward of branch {int(isinstance(scorer, ValueHead))} at position 4" in str(results[1].error)
+    assert f"reward of branch {int(isinstance(reward, ValueHead))} at position 4" in str(results[1].error)
     assert results[2].error is None
     tiny.assert_all_returned(poisoned.worker)

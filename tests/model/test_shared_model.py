@@ -15,7 +15,7 @@ from torch import nn
 
 import tiny
 from decoding import decoded, drop_in, plain
-from forktree import Decoder, TextScorer, search
+from forktree import Decoder, FunctionReward, search
 from forktree.errors import UnsupportedModel
 from forktree.model import OwnHead
 from models import tiny as tiny_of
@@ -202,7 +202,7 @@ def test_two_threads(name: str) -> None:
     assert not failures
 
 
-def test_a_scorer_that_runs_the_same_model() -> None:
+def test_a_reward_that_runs_the_same_model() -> None:
     model, tokenizer = tiny.new_model(), tiny.tokenizer()
 
     def reward(prompt: str, response: str) -> float:
@@ -210,7 +210,7 @@ def test_a_scorer_that_runs_the_same_model() -> None:
         return plain(model, ids, 1)[0] / tiny.VOCAB
 
     decoder = Decoder(model, tokenizer, num_slots=512)
-    particles = search.ParticleFilter(num_particles=4, max_step_tokens=2, scorer=TextScorer(reward))
+    particles = search.ParticleFilter(num_particles=4, max_step_tokens=2, reward=FunctionReward(reward))
     for result in decoder.search(tiny.prompts(6), particles, max_new_tokens=8):
         assert result.error is None
         for candidate in result.candidates:

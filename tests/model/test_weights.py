@@ -210,8 +210,8 @@ def assert_as_transformers(model: Any, decoder: Decoder, tolerance: float = 1e-4
     torch.testing.assert_close(got_scores, scores, atol=tolerance, rtol=tolerance)
     exact = log_probs(model, [*PROMPT, *want])
     near = dict(atol=tolerance * 10, rtol=tolerance)
-    for scorer in (decoder, model):
-        (found,) = sequence_logprobs(scorer, [[*PROMPT, *want]])
+    for reward in (decoder, model):
+        (found,) = sequence_logprobs(reward, [[*PROMPT, *want]])
         np.testing.assert_allclose(found, exact, **near)
     (result,) = decoder.search(PROMPT, search.Greedy(), max_new_tokens=NEW)
     assert result.best.token_ids == want
@@ -380,7 +380,7 @@ def test_a_reward_model_that_changes() -> None:
 
     judge = RewardModel(ModelWorker(model, num_slots=512), tiny.tokenizer(), head)
     decoder = Decoder(policy, tiny.tokenizer(), num_slots=512)
-    particles = search.ParticleFilter(num_particles=4, max_step_tokens=3, scorer=judge)
+    particles = search.ParticleFilter(num_particles=4, max_step_tokens=3, reward=judge)
     for change in (lambda: None, lambda: scaled(model)):
         change()
         (result,) = decoder.search("12+3=", particles, max_new_tokens=6)

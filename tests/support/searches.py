@@ -11,19 +11,19 @@ import tiny
 from forktree import (
     BestOfN,
     Decoder,
+    FunctionReward,
     Greedy,
     Hypothesis,
     ParticleFilter,
+    Reward,
     Sample,
     Sampling,
-    Scorer,
     SearchResult,
-    TextScorer,
-    TokenLogits,
+    TokenProbability,
     ValueHead,
 )
 from forktree.kv import Branch
-from forktree.rewards.base import Reading, Rewards, Subject
+from forktree.rewards.base import PendingReward, RewardInput, Rewards
 from forktree.search import Search, SearchContext
 from forktree.search.request import extend
 
@@ -42,12 +42,14 @@ def mixed() -> list[Search]:
     """One search of every kind, all with randomness of their own."""
     return [
         Sample(num_return_sequences=4),
-        ParticleFilter(scorer=TextScorer(digits), num_particles=6, step_delimiter="5", max_step_tokens=4, max_steps=5),
-        Greedy(),
-        ParticleFilter(scorer=value_head(), num_particles=5, step_delimiter="\n", max_step_tokens=3, max_steps=6),
-        BestOfN(scorer=TokenLogits([4, 7], suffix=[2, 9, 2]), num_samples=5, top_k=8),
         ParticleFilter(
-            scorer=TokenLogits([4, 7], suffix=[3]),
+            reward=FunctionReward(digits), num_particles=6, step_delimiter="5", max_step_tokens=4, max_steps=5
+        ),
+        Greedy(),
+        ParticleFilter(reward=value_head(), num_particles=5, step_delimiter="\n", max_step_tokens=3, max_steps=6),
+        BestOfN(reward=TokenProbability([4, 7], suffix=[2, 9, 2]), num_samples=5, top_k=8),
+        ParticleFilter(
+            reward=TokenProbability([4, 7], suffix=[3]),
             num_particles=7,
             step_delimiter="",
             max_step_tokens=2,
@@ -60,7 +62,7 @@ def mixed() -> list[Search]:
 
 def outcome(result: SearchResult) -> list[tuple[str | None, str, int]]:
     """Everything about a result's candidates that does not depend on rounding."""
-    return [(c.text, c.hypothesis.finish_reason, len(c.hypothesis.step_scores)) for c in result.candidates]
+    return [(c.text, c.hypothesis.finish_reason, len(c.hypothesis.step_rewards)) for c in result.candidates]
 
 
 def alone(prompts: Sequence[str], searches: Sequence[Search], **options: Any) -> list[Any]:
@@ -93,7 +95,7 @@ def need(prompt: str, search: Search, max_new_tokens: int) -> int:
     """Slots that a search is sure to manage with: its branches' own tokens and probes beside the prompt."""
     names = ("num_particles", "num_samples", "num_return_sequences")
     branches = next((getattr(search, name) for name in names if hasattr(search, name)), 1)
-    probe = 3 if isinstance(getattr(search, "scorer", None), TokenLogits) else 0
+    probe = 3 if isinstance(getattr(search, "reward", None), TokenProbability) else 0
     return len(prompt) + branches * (max_new_tokens + probe)
 
 
@@ -102,10 +104,11 @@ async def endless(context: SearchContext) -> list[Branch]:
         branches = context.root.fork(3)
         await extend(branches, Sampling(), max_tokens=5)
 
+
 POISON = 11
 
 
-class Rewarding(Reading):
+class Rewarding(PendingReward):
     """A reading whose parts may be replaced by what breaks."""
 
     def __init__(self, count: int, read: Any = None, close: Any = None) -> None:
@@ -121,11 +124,11 @@ class Rewarding(Reading):
             self._close()
 
 
-class Custom(Scorer):
-    """What a user may write: `begin(subject)` is any function."""
+class Custom(Reward):
+    """What a user may write: `begin(given)` is any function."""
 
-    def __init__(self, begin: Callable[[Subject], Any]) -> None:
+    def __init__(self, begin: Callable[[RewardInput], Any]) -> None:
         self._begin = begin
 
-    def begin(self, subject: Subject) -> Any:
-        return self._begin(subject)
+    def start(self, given: RewardInput) -> Any:
+        return self._begin(given)
