@@ -7,10 +7,14 @@ from functools import cached_property, lru_cache
 
 import torch
 
+from forktree.device import properties
+
 
 @dataclass(frozen=True)
 class CostModel:
-    """What work costs, in picoseconds. A segment of r rows and t tokens costs, for each KV head,
+    """What work costs, in picoseconds.
+
+    A segment of r rows and t tokens costs, for each KV head,
 
         max(bytes of K and V, multiply-adds and exponentials) + rescaled sums, once every 64 tokens,
 
@@ -66,8 +70,10 @@ SMS = 132  # streaming multiprocessors, where there is no device to ask
 
 
 def memory_bound_gpu(sms: int = SMS) -> CostModel:
-    """For steps bound by memory, on `mma.sync`: two blocks of 64 packed rows a multiprocessor, all together about
-    350 TFLOP/s."""
+    """For steps bound by memory, on `mma.sync`.
+
+    Two blocks of 64 packed rows run on each multiprocessor, all together at about 350 TFLOP/s.
+    """
     return CostModel(
         units=2 * sms,
         heads_per_item=1,
@@ -85,8 +91,10 @@ def memory_bound_gpu(sms: int = SMS) -> CostModel:
 
 
 def compute_bound_gpu(sms: int = SMS) -> CostModel:
-    """For steps bound by arithmetic, on `wgmma`: one block of 128 packed rows a multiprocessor, all together about
-    450 TFLOP/s."""
+    """For steps bound by arithmetic, on `wgmma`.
+
+    One block of 128 packed rows runs on each multiprocessor, all together at about 450 TFLOP/s.
+    """
     return CostModel(
         units=sms,
         heads_per_item=1,
@@ -119,6 +127,4 @@ def cost_model_for(device: torch.device, packed_rows: int) -> CostModel:
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Of the device, or of an H200 where there is none."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return SMS
+    return properties.multiprocessors(device) or SMS

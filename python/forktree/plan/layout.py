@@ -50,18 +50,22 @@ class TreeLayout:
 
     @property
     def num_rows(self) -> int:
+        """R, query rows."""
         return self.row_token.size
 
     @property
     def num_contexts(self) -> int:
+        """C, groups of query rows that see the same path."""
         return self.causal.size
 
     @property
     def num_nodes(self) -> int:
+        """N, nodes."""
         return self.node_len.size
 
     @cached_property
     def num_tokens(self) -> int:
+        """T, output tokens."""
         return int(self.row_token.max(initial=-1)) + 1
 
     @cached_property
@@ -365,7 +369,7 @@ class TreeLayout:
 
 
 def ranges(begin: Array, length: Array) -> Array:
-    """begin[0], begin[0]+1, … (length[0] of them), begin[1], …"""
+    """The numbers begin[0], begin[0]+1, … (length[0] of them), begin[1], and so on."""
     end = np.cumsum(length)
     indices: Array = np.arange(end[-1] if end.size else 0) + np.repeat(begin - (end - length), length)
     return indices

@@ -64,6 +64,8 @@ class PlanStats:
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
+    """Who reads which tokens together in one step, for all layers of one head shape and window; made by `plan`."""
+
     layout: TreeLayout
     num_qo_heads: int
     num_kv_heads: int
@@ -88,6 +90,7 @@ class AttentionPlan:
 
     @property
     def num_partials(self) -> int:
+        """P, partial attention states that are merged."""
         return self.merge_partial.size
 
     @cached_property
@@ -181,7 +184,12 @@ def plan(
     """Decides who reads which tokens together, for all layers of one head shape and window.
 
     Args:
+        layout: who sees what.
+        num_qo_heads: Hq, query heads.
+        num_kv_heads: Hk, KV heads; divides Hq.
+        head_dim: D, of queries and keys.
         device: where it will be executed.
+        window: a row at position p sees keys at positions (p - window, p]; None: all.
         cost_model: what work costs; default: that of the device.
         max_partials: rows of partials there may be; tokens with several rows need one for each.
         invariant: plan each root tree as if it were alone in the step, so that a row's bits do not depend on
