@@ -10,10 +10,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_models import CONFIGS, NUM_SLOTS, Forest, tiny
 
 import tiny as models
-from forktree import TokenLogits, search
+from forktree import TokenProbability, search
 from forktree.device import plan_buffers
 from forktree.device.cuda_graphs import CudaGraphs, NoHostReads
 from forktree.engine import worker
@@ -22,6 +21,7 @@ from forktree.model import Runner, attach, captured
 from forktree.plan.cost_model import CPU
 from forktree.plan.plan import plan
 from graph_fake import FakeGraphs
+from models import CONFIGS, NUM_SLOTS, Forest, tiny
 
 
 class Pair:
@@ -207,7 +207,7 @@ def test_plans_of_another_step_are_refused():
     [
         search.Greedy(),
         search.BeamSearch(num_beams=4),
-        search.ParticleFilter(num_particles=4, max_step_tokens=3, scorer=TokenLogits([1, 2])),
+        search.ParticleFilter(num_particles=4, max_step_tokens=3, reward=TokenProbability([1, 2])),
     ],
     ids=lambda s: type(s).__name__,
 )

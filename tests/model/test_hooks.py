@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from test_models import CONFIGS, NUM_SLOTS, Forest, tiny
 from torch import Tensor, nn
 
 import tiny as support
 from forktree.errors import InvalidInput, UnsupportedModel
 from forktree.model import LayerHook, ModelSpec, Rows, Runner, attach
 from graph_fake import FakeGraphs
+from models import CONFIGS, NUM_SLOTS, Forest, tiny
 
 HIDDEN = 32
 # layers of one kind and of two; hidden states by tuple arguments, experts, parallel blocks, keys shared by layers

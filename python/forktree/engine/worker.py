@@ -53,7 +53,7 @@ class ModelWorker:
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Within, a scorer opens branches here for a search of this thread. Raises `DecoderInUse` while branches of a
+        """Within, a reward opens branches here for a search of this thread. Raises `DecoderInUse` while branches of a
         search of another thread are alive: calls of two engines would change the tree at the same time."""
         with self._claiming:
             thread = threading.get_ident()
