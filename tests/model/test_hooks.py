@@ -384,6 +384,16 @@ def test_what_hooks_may_not(options: dict[str, Any], message: str) -> None:
         steps.step({steps.forest.root(): 2}, **options)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_by_cuda() -> None:
+    want = Steps(llama()).random_steps(hooks=[Scale()])
+    steps = Steps(attach(tiny("llama").to("cuda")))
+    got = [x.cpu() for x in steps.random_steps(hooks=[Scale()])]
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+    assert steps.runner._captured is not None and steps.runner._captured._hooked.by_bucket
+
+
 # ---- models whose layers cannot be seen ----
 
 
