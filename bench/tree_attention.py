@@ -194,7 +194,7 @@ def measured(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[dict
             calls = sides(case, dtype, made)
             check(case, dtype, calls)
             times = measure(calls, args.repeat)
-            stats = made.stats(dtype.itemsize)
+            stats = made.stats()  # at 2 bytes an element
             name = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
             seconds = median(times["forktree"]) / 1e3
             yield dict(
@@ -205,7 +205,7 @@ def measured(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[dict
                 p90_ms={side: float(np.percentile(ms, 90)) for side, ms in times.items()},
                 rounds={side: len(ms) for side, ms in times.items()},
                 plan_us=plan_us,
-                gb_per_s=stats.distinct_bytes / seconds / 1e9,
+                gb_per_s=stats.distinct_bytes * dtype.itemsize / 2 / seconds / 1e9,
                 gflop_per_s=4 * case.heads[0] * case.heads[2] * stats.attended / seconds / 1e9,
                 read_gb_per_s=rates["read"],
                 matmul_gflop_per_s=rates[name],
