@@ -318,7 +318,7 @@ def _compute(worker: ModelWorker, rows: dict[Branch, int], first: int, count: in
     chunks = tree.pending(branches)
     _reserve(worker, chunks, branches)
     hidden = worker.forward(chunks)
-    nodes, _ = tree.positions_of(branches)
+    nodes, _ = tree.tips(branches)
     row_of = dict(zip(nodes.tolist(), rows.values(), strict=True))
     row = spans(np.array([row_of[c.node] for c in chunks]), np.array([c.stop - c.begin for c in chunks]))
     assert len(row) == count, "more than the walk's next tokens was pending"

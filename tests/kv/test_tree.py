@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from forktree.kv import Branch, OutOfSlots, PrefixIndex, Tree, reassign
-from forktree.kv.tree import MAX_RESERVATION, UNKNOWN, Chunk
+from forktree.kv.tree import MAX_RESERVATION, PENDING_TOKEN, Chunk
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import check_plan, plan
 
@@ -85,18 +85,18 @@ class TreeMachine(RuleBasedStateMachine):
             return
         some = data.draw(st.lists(st.sampled_from(list(self.naive)), min_size=1, unique=True))
         keys = [b.key for b in some]
-        self.tree.append_unknown(some)
-        newest = [Token(UNKNOWN, self.naive[b][-1].position + 1) for b in some]
+        self.tree.append_pending(some)
+        newest = [Token(PENDING_TOKEN, self.naive[b][-1].position + 1) for b in some]
         for branch, token in zip(some, newest, strict=True):
             self.naive[branch].append(token)
         self.compute(data)
         if wanted:
             self.evict(data, wanted)
-        self.tree.name_newest(some, [i % 4 for i in range(len(some))])
+        self.tree.resolve_last_tokens(some, [i % 4 for i in range(len(some))])
         for i, token in enumerate(newest):
             token.id = i % 4
         gone = data.draw(st.lists(st.sampled_from(some), unique=True))
-        self.tree.retract(gone)
+        self.tree.undo_append(gone)
         for branch in gone:
             self.naive[branch].pop()
         assert [b.key for b in some] == keys, "draws are what they would have been"
@@ -213,8 +213,8 @@ class TreeMachine(RuleBasedStateMachine):
             self._check_layout(layout, chunks)
             self.tree.mark_computed(chunks)
             self.tree.check()
-            node, length = self.tree.positions_of(some)
-            ready = self.tree.hidden_at[node] == length - 1
+            node, length = self.tree.tips(some)
+            ready = self.tree.hidden_position[node] == length - 1
             assert ready.any(), "a pass served nobody"
             some = [b for b, r in zip(some, ready, strict=True) if not r]
 
@@ -251,7 +251,7 @@ class TreeMachine(RuleBasedStateMachine):
     def _is_computed(self, place: int) -> bool:
         """Whether the token at this place of the arena has its KV."""
         node = int(np.flatnonzero((self.tree.begin <= place) & (place < self.tree.begin + self.tree.length))[0])
-        return place - int(self.tree.begin[node]) < int(self.tree.computed[node])
+        return place - int(self.tree.begin[node]) < int(self.tree.num_computed[node])
 
     @invariant()
     def bookkeeping_holds(self) -> None:

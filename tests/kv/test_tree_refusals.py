@@ -59,14 +59,14 @@ def of_branches(tree: Tree, mine: list[Branch]) -> dict[str, Call]:
         "append": lambda given: tree.append(given, [1] * len(given)),
         "kv.append": lambda given: append([mine[0], *given], [1] * (1 + len(given))),
         "kv.reassign": lambda given: reassign([mine[0], *given], [0]),
-        "append_unknown": tree.append_unknown,
-        "retract": tree.retract,
-        "name_newest": lambda given: tree.name_newest(given, [1] * len(given)),
+        "append_pending": tree.append_pending,
+        "undo_append": tree.undo_append,
+        "resolve_last_tokens": lambda given: tree.resolve_last_tokens(given, [1] * len(given)),
         "reassign": lambda given: tree.reassign(given, [0]),
         "join": lambda given: tree.join(given, [1]),
         "mark": tree.mark,
         "marks_of": tree.marks_of,
-        "positions_of": tree.positions_of,
+        "tips": tree.tips,
         "pending": tree.pending,
         "view": tree.view,
         "drop": tree.drop,
@@ -102,7 +102,7 @@ def test_branches_that_are_not_the_trees_own(seed: int) -> None:
                 call([*mine[:2], branch])
             assert message in str(error.value), (name, kind)
             assert same(before, snapshot(tree)) and same(others, snapshot(other)), (name, kind)
-    for call in (tree.append_unknown, tree.retract, tree.mark, tree.view, tree.drop, tree.positions_of):
+    for call in (tree.append_pending, tree.undo_append, tree.mark, tree.view, tree.drop, tree.tips):
         for sequence in (None, 3, mine[0]):
             with pytest.raises(InvalidInput, match="sequence of branches"):
                 call(sequence)
@@ -115,11 +115,11 @@ def test_a_branch_named_twice_is_refused_with_its_place_or_harmless() -> None:
     tree, mine = grown(1)
     twice, before = [mine[0], mine[1], mine[0]], snapshot(tree)
     for name, call in of_branches(tree, mine).items():
-        if name in ("append", "append_unknown", "retract", "name_newest", "reassign", "mark"):
+        if name in ("append", "append_pending", "undo_append", "resolve_last_tokens", "reassign", "mark"):
             with pytest.raises(InvalidInput, match="branch 2 of 3 a second time"):
                 call(twice)
             assert same(before, snapshot(tree)), name
-    nodes, lengths = tree.positions_of(twice)
+    nodes, lengths = tree.tips(twice)
     assert nodes[0] == nodes[2] and lengths[0] == lengths[2]
     assert tree.pending(twice) == tree.pending(twice[:2]) and (tree.view(twice) == tree.view(twice[:2])).all()
     joined = tree.join([mine[0], mine[0]], [1])
@@ -144,7 +144,7 @@ def test_values_that_are_no_such_integers(seed: int) -> None:
             lambda bad=bad: tree.join(mine, bad),
             lambda bad=bad: tree.append([branch], bad),
             lambda bad=bad: append([branch], bad),
-            lambda bad=bad: tree.name_newest([branch], bad),
+            lambda bad=bad: tree.resolve_last_tokens([branch], bad),
             lambda bad=bad: reassign(mine[:1], bad),
         ]
     for bad in NO_INTEGER:
@@ -170,7 +170,7 @@ def test_values_that_are_no_such_integers(seed: int) -> None:
         lambda: branch.fork(2**40),
         lambda: branch.rewind(root),
         lambda: branch.rewind(branch.length + 1),
-        lambda: tree.retract([tree_of_one]),
+        lambda: tree.undo_append([tree_of_one]),
     ]
     tree_of_one = tree.root([3])
     before = snapshot(tree)

@@ -468,8 +468,8 @@ class Engine:
                 counters.scorer_tokens += chunk.stop - chunk.begin
         if worker is self.worker:
             first = running[0].index
-            node = np.flatnonzero((tree.held > 0) & (tree.owner >= first))
-            held = np.bincount(tree.owner[node] - first, weights=tree.held[node], minlength=1)
+            node = np.flatnonzero((tree.num_slots > 0) & (tree.owner >= first))
+            held = np.bincount(tree.owner[node] - first, weights=tree.num_slots[node], minlength=1)
             for task in running:
                 if task.index - first < len(held):
                     now = int(held[task.index - first])
@@ -515,7 +515,7 @@ class Engine:
         columns = zip(*(part[2:] for part in parts), strict=True)
         hidden, tokens, log_probs = (torch.cat(c) if len(c) > 1 else c[0] for c in columns)
         branches = [state.branches[i] for state, at in zip(states, rows, strict=True) for i in at]
-        _, length = self.worker.tree.positions_of(branches)
+        _, length = self.worker.tree.tips(branches)
         for state, at in zip(states, rows, strict=True):
             state.count(at)
         outcome = Download(torch.stack([tokens, log_probs.double()]))
@@ -567,7 +567,7 @@ class Engine:
         tree = self.worker.tree
         there = drawn.unchanged(tree, ahead)
         if ahead:
-            tree.name_newest(drawn.some(there), tokens[there])
+            tree.resolve_last_tokens(drawn.some(there), tokens[there])
         stays = np.zeros(len(tokens), bool)
         failed: dict[ExtendState, Exception] = {}
         for state, rows, part in drawn.parts():

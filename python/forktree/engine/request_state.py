@@ -116,7 +116,7 @@ class ExtendState(RequestState):
         super().__init__(worker, request.branches)
         n = len(request.branches)
         self.request = request
-        _, self.begin = worker.tree.positions_of(request.branches)  # their lengths
+        _, self.begin = worker.tree.tips(request.branches)  # their lengths
         beyond = self.begin + request.max_tokens - 1 > worker.runner.max_position  # the last token is not computed
         if beyond.any():
             bad = int(np.argmax(beyond))

@@ -22,7 +22,7 @@ def spans(begin: NDArray[np.integer], length: NDArray[np.integer]) -> NDArray[np
 
 
 class SlotAllocator:
-    """`num_slots` slots, low ones first. `take` obtains all it is asked for or raises `OutOfSlots`.
+    """`num_slots` slots, low ones first. `allocate` obtains all it is asked for or raises `OutOfSlots`.
 
     A bitmap says which are free, as far as slots were ever looked at; beyond it all are.
     """
@@ -40,7 +40,7 @@ class SlotAllocator:
     def in_use(self) -> int:
         return self.num_slots - self.num_free
 
-    def take(self, count: int, extent: int = 0) -> Ints:
+    def allocate(self, count: int, extent: int = 0) -> Ints:
         """`count` slots: the lowest contiguous run that holds them all, else the longest runs first.
 
         extent: the longest piece that the caller wants contiguous, at most and by default `count`. The search of
@@ -74,8 +74,8 @@ class SlotAllocator:
         edges = np.flatnonzero(np.diff(self._free[begin:stop].astype(np.int8), prepend=0, append=0)) + begin
         return edges[::2], edges[1::2] - edges[::2]
 
-    def give(self, slots: Ints) -> None:
-        """Takes back slots that were handed out by `take`."""
+    def free(self, slots: Ints) -> None:
+        """Takes back slots that were handed out by `allocate`."""
         assert not self._free[slots].any(), "a slot was given back twice"
         self._free[slots] = True
         self._lowest = min(self._lowest, int(slots.min(initial=self.num_slots)))

@@ -32,8 +32,8 @@ _ID = attrgetter("id")
 _MARKS = itertools.count()  # of all trees
 _NUMBERS = itertools.count()  # a tree's, which tells it from others of its name
 MAX_RESERVATION = 16
-NOBODY = -1
-UNKNOWN = -1  # stands for the newest token of a branch while only the device knows it; equal to no id
+NO_OWNER = -1
+PENDING_TOKEN = -1  # stands for the newest token of a branch while only the device knows it; equal to no id
 _FIRST_CAPACITY = 16
 MAX_TOKEN = 2**31 - 1  # ids are int32
 MAX_POSITION = 2**30  # so that no length overflows: a root begins below, and no tree holds as many tokens again
@@ -51,10 +51,10 @@ class Chunk(NamedTuple):
 class Branch:
     """A live hypothesis: a handle to the tokens it sees. Equal handles are the same object."""
 
-    __slots__ = ("_tree", "id")
+    __slots__ = ("id", "tree")
 
     def __init__(self, tree: "Tree", id: int) -> None:
-        self._tree = tree
+        self.tree = tree
         self.id = id
 
     @property
@@ -65,34 +65,34 @@ class Branch:
     @property
     def length(self) -> int:
         """Position after its last token; for a text that starts at 0, the number of its tokens."""
-        return int(self._tree.branch_length[self._checked()])
+        return int(self.tree.branch_length[self._checked()])
 
     @property
     def tokens(self) -> Ints:
         """Token ids from the root on, int32 `[length - position of the root]`; a copy."""
-        return self._tree.tokens(self)
+        return self.tree.tokens(self)
 
     @property
     def key(self) -> int:
         """What its random draws are keyed by, together with the position."""
-        return int(self._tree.branch_key[self._checked()])
+        return int(self.tree.branch_key[self._checked()])
 
     def fork(self, n: int) -> list["Branch"]:
         """`n` more branches that see the same tokens. Takes no slots and copies no tokens."""
-        return self._tree.fork(self, n)
+        return self.tree.fork(self, n)
 
     def append(self, tokens: ArrayLike) -> None:
         """Adds tokens behind its last one; they are pending until a forward pass computes them."""
-        self._tree.append_text(self, tokens)
+        self.tree.append_text(self, tokens)
 
     def rewind(self, length: int) -> None:
         """Forgets the tokens from position `length` on."""
-        self._tree.rewind(self, length)
+        self.tree.rewind(self, length)
 
     def drop(self) -> None:
         """Ends the branch; what nobody else sees returns its slots. Dropping twice is harmless."""
         if self.alive:
-            self._tree.drop([self])
+            self.tree.drop([self])
 
     def _checked(self) -> int:
         if self.id < 0:
@@ -119,14 +119,14 @@ class Tree:
         self.parent = np.zeros(0, np.int32)  # -1 = root
         self.start = np.zeros(0, np.int32)  # position of the first token
         self.length = np.zeros(0, np.int32)  # tokens
-        self.computed = np.zeros(0, np.int32)  # of these, with KV
-        self.held = np.zeros(0, np.int32)  # slots
+        self.num_computed = np.zeros(0, np.int32)  # of these, with KV
+        self.num_slots = np.zeros(0, np.int32)  # slots
         self.begin = np.zeros(0, np.int64)  # its run in the arena
         self.capacity = np.zeros(0, np.int32)  # room of the run; 0 = the node is free
         self.children = np.zeros(0, np.int32)  # nodes that name it as parent
         self.readers = np.zeros(0, np.int32)  # branches whose last token (or fork point) is here
         self.owner = np.zeros(0, np.int32)  # of the branch that wrote it
-        self.hidden_at = np.zeros(0, np.int32)  # position whose hidden state the model kept for this node, -1 = none
+        self.hidden_position = np.zeros(0, np.int32)  # position whose hidden state the model kept, -1 = none
         self._free_nodes: list[int] = []
         self._sources: dict[int, list[Branch]] = {}  # join node -> what it joins
         self._unmerged: set[int] = set()  # nodes that may have one child and no reader; `pending` merges them
@@ -154,7 +154,7 @@ class Tree:
 
     # ---------------------------------------------------------------- branches
 
-    def root(self, tokens: ArrayLike, *, position: int = 0, key: int = 0, owner: int = NOBODY) -> Branch:
+    def root(self, tokens: ArrayLike, *, position: int = 0, key: int = 0, owner: int = NO_OWNER) -> Branch:
         """A new text. `tokens` is not empty; the first stands at `position`; `key`, 64 bits, seeds its draws.
 
         `owner` is a number of the caller's; forks inherit it, and `drop_owned` drops all that carry it.
@@ -197,7 +197,7 @@ class Tree:
         self.readers[old] -= 1
         self.readers[node] += 1
         self.branch_node[id], self.branch_length[id] = node, length
-        self._settle(np.array([old, node]))
+        self._collect_garbage(np.array([old, node]))
 
     def drop(self, branches: Iterable[Branch]) -> None:
         """Ends many branches at once; those already dropped, or named before, are passed over."""
@@ -212,7 +212,7 @@ class Tree:
         np.subtract.at(self.readers, nodes, 1)
         self.branch_node[ids] = -1
         self._free_branches.extend(ids.tolist())
-        self._settle(nodes)
+        self._collect_garbage(nodes)
 
     def owned(self, owner: int) -> list[Branch]:
         """The live branches of `owner`."""
@@ -221,7 +221,7 @@ class Tree:
 
     def has_owners(self) -> bool:
         """Whether any live branch has an owner."""
-        return bool(((self.branch_node >= 0) & (self.branch_owner != NOBODY)).any())
+        return bool(((self.branch_node >= 0) & (self.branch_owner != NO_OWNER)).any())
 
     def drop_owned(self, owner: int) -> None:
         """Ends every branch of `owner`."""
@@ -250,7 +250,7 @@ class Tree:
         moved = kept[ancestors[: len(kept)] != np.arange(len(kept))]
         self.branch_key[moved] = mix(self.branch_key[moved])  # it may stand where it has drawn before
         self.drop(branches[len(ancestors) :])
-        self._settle(old)
+        self._collect_garbage(old)
         return [*branches[: len(ancestors)], *extra]
 
     def join(self, branches: Sequence[Branch], tokens: ArrayLike) -> Branch:
@@ -263,7 +263,7 @@ class Tree:
         if not len(ids):
             raise InvalidInput("join needs at least one branch, got none")
         position = integer("position", self.branch_length[ids].max(), 0, MAX_POSITION)
-        sources = [self.fork(b, 1, owner=NOBODY)[0] for b in joined]
+        sources = [self.fork(b, 1, owner=NO_OWNER)[0] for b in joined]
         first = ids[0]
         key, owner = int(self.branch_key[first]), int(self.branch_owner[first])
         branch = self.root(text, position=position, key=key, owner=owner)
@@ -283,7 +283,7 @@ class Tree:
         ids = self._ids(branches)
         return self.branch_mark[ids], self.branch_marked_at[ids]
 
-    def match(self, tokens: ArrayLike, *, key: int = 0, owner: int = NOBODY) -> Branch | None:
+    def match(self, tokens: ArrayLike, *, key: int = 0, owner: int = NO_OWNER) -> Branch | None:
         """A branch on the longest prefix of `tokens` that the tree already has, or None. Copies nothing."""
         text = _text(tokens)
         key, owner = _key_and_owner(key, owner)
@@ -314,9 +314,9 @@ class Tree:
         ids = self._ids(branches, distinct=True)
         self._append_each(ids, integers("tokens", tokens, 0, MAX_TOKEN, count=len(ids)))
 
-    def append_unknown(self, branches: Sequence[Branch]) -> None:
-        """One more token for each branch, `UNKNOWN` until `name_newest` or `retract`."""
-        self._append_each(self._ids(branches, distinct=True), UNKNOWN)
+    def append_pending(self, branches: Sequence[Branch]) -> None:
+        """One more token for each branch, `PENDING_TOKEN` until `resolve_last_tokens` or `undo_append`."""
+        self._append_each(self._ids(branches, distinct=True), PENDING_TOKEN)
 
     def _append_each(self, ids: NDArray[np.int64], tokens: NDArray[np.integer] | int) -> None:
         node = self._own_nodes(ids)
@@ -341,36 +341,36 @@ class Tree:
         self.length[node] += len(tokens)
         self.branch_length[id] += len(tokens)
 
-    def name_newest(self, branches: Sequence[Branch], tokens: ArrayLike) -> None:
-        """The ids of tokens that were appended as `UNKNOWN`. `tokens` int `[len(branches)]`."""
+    def resolve_last_tokens(self, branches: Sequence[Branch], tokens: ArrayLike) -> None:
+        """The ids of tokens that were appended as `PENDING_TOKEN`. `tokens` int `[len(branches)]`."""
         ids = self._ids(branches, distinct=True)
         tokens = integers("tokens", tokens, 0, MAX_TOKEN, count=len(ids))
         node, length = self.branch_node[ids], self.branch_length[ids]
         at = self.begin[node] + length - self.start[node] - 1
-        assert (self.token[at] == UNKNOWN).all(), "the newest token of a branch is known already"
+        assert (self.token[at] == PENDING_TOKEN).all(), "the newest token of a branch is known already"
         self.token[at] = tokens
 
-    def retract(self, branches: Sequence[Branch]) -> None:
+    def undo_append(self, branches: Sequence[Branch]) -> None:
         """Takes back the token that `append` gave each of the branches last. Unlike after a rewind, their draws are
         what they would have been without it."""
         ids = self._ids(branches, distinct=True)
         old = self.branch_node[ids]
         if ((self.parent[old] < 0) & (self.branch_length[ids] == self.start[old] + 1)).any():
-            raise InvalidInput("retract needs branches of more than one token (the root keeps a token)")
+            raise InvalidInput("undo_append needs branches of more than one token (the root keeps a token)")
         self.branch_length[ids] -= 1
         node = np.where(self.branch_length[ids] > self.start[old], old, self.parent[old])
         np.subtract.at(self.readers, old, 1)
         np.add.at(self.readers, node, 1)
         self.branch_node[ids] = node
-        self._settle(np.concatenate([old, node]))
+        self._collect_garbage(np.concatenate([old, node]))
 
     def tokens(self, branch: Branch) -> Ints:
         """See `Branch.tokens`."""
         pieces = [self.token[self.begin[n] : self.begin[n] + stop] for n, stop in self._path(self._id(branch))]
         return np.concatenate(pieces[::-1])
 
-    def positions_of(self, branches: Sequence[Branch]) -> tuple[Ints, Ints]:
-        """Node of each branch and its length, int32 `[len(branches)]`: what `hidden_at` is compared with."""
+    def tips(self, branches: Sequence[Branch]) -> tuple[Ints, Ints]:
+        """Node of each branch and its length, int32 `[len(branches)]`: what `hidden_position` is compared with."""
         ids = self._ids(branches)
         return self.branch_node[ids], self.branch_length[ids]
 
@@ -386,22 +386,22 @@ class Tree:
         if self._unmerged:
             self._merge()
         node, stop = self.branch_node[ids], self.branch_length[ids]
-        unseen = self.hidden_at[node] != stop - 1
+        unseen = self.hidden_position[node] != stop - 1
         node, upto = node[unseen], (stop - self.start[node])[unseen]
-        again = node[upto <= self.computed[node]]
+        again = node[upto <= self.num_computed[node]]
         needs = self._view(node, upto)
-        late = np.flatnonzero(needs > self.computed)
+        late = np.flatnonzero(needs > self.num_computed)
         late = late[np.argsort(self.start[late], kind="stable")]
-        chunks = list(map(Chunk, late.tolist(), self.computed[late].tolist(), needs[late].tolist()))
+        chunks = list(map(Chunk, late.tolist(), self.num_computed[late].tolist(), needs[late].tolist()))
         if len(again):
             again = np.unique(again)
-            again = again[needs[again] <= self.computed[again]]
+            again = again[needs[again] <= self.num_computed[again]]
             chunks += map(Chunk, again.tolist(), (needs[again] - 1).tolist(), needs[again].tolist())
         return chunks
 
     def view(self, branches: Sequence[Branch]) -> Ints:
         """How many tokens of each node the branches see together, int32 `[num_nodes]`."""
-        node, stop = self.positions_of(branches)
+        node, stop = self.tips(branches)
         return self._view(node, stop - self.start[node])
 
     def _view(self, node: NDArray[np.integer], upto: NDArray[np.integer]) -> Ints:
@@ -412,7 +412,7 @@ class Tree:
         while len(frontier):
             at, stop = self.parent[frontier], self.start[frontier]
             if self._sources:
-                joined, ends = self.positions_of([s for n in frontier.tolist() for s in self._sources.get(n, ())])
+                joined, ends = self.tips([s for n in frontier.tolist() for s in self._sources.get(n, ())])
                 at, stop = np.concatenate([at, joined]), np.concatenate([stop, ends])
             at, stop = at[at >= 0], stop[at >= 0]
             np.maximum.at(seen, at, stop - self.start[at])
@@ -428,42 +428,42 @@ class Tree:
         the pool runs short, all reservations are reclaimed first.
         """
         node, _, stop = _columns(chunks)
-        short = self.held[node] < stop
+        short = self.num_slots[node] < stop
         node, stop = node[short], stop[short]
         if not len(node):
             return
         tip = (self.children[node] == 0) & (stop == self.length[node])
-        room = np.where(tip & (self.computed[node] > 0), np.clip(self.held[node], 1, MAX_RESERVATION) - 1, 0)
-        if (stop - self.held[node] + room).sum() > self.slots.num_free:
+        room = np.where(tip & (self.num_computed[node] > 0), np.clip(self.num_slots[node], 1, MAX_RESERVATION) - 1, 0)
+        if (stop - self.num_slots[node] + room).sum() > self.slots.num_free:
             self.reclaim()
             room[:] = 0
-        count = stop + room - self.held[node]
-        taken = self.slots.take(int(count.sum()), int(count.max()))
-        grown = self.held[node] + count
+        count = stop + room - self.num_slots[node]
+        taken = self.slots.allocate(int(count.sum()), int(count.max()))
+        grown = self.num_slots[node] + count
         self._ensure_capacity(node, np.maximum(grown - self.length[node], 0))
-        self.slot_index[spans(self.begin[node] + self.held[node], count)] = taken
-        self.held[node] = grown
+        self.slot_index[spans(self.begin[node] + self.num_slots[node], count)] = taken
+        self.num_slots[node] = grown
 
     def reclaim(self) -> None:
         """Takes back every tip's unused reservation."""
-        self._release(np.flatnonzero(self.held > self.length), self.length)
+        self._release(np.flatnonzero(self.num_slots > self.length), self.length)
 
     def mark_computed(self, chunks: Sequence[Chunk]) -> None:
         """Records that a forward pass computed `chunks` and kept the hidden state of each one's last token."""
         node, _, stop = _columns(chunks)
-        self.computed[node] = np.maximum(self.computed[node], stop)
-        self.hidden_at[node] = self.start[node] + stop - 1
+        self.num_computed[node] = np.maximum(self.num_computed[node], stop)
+        self.hidden_position[node] = self.start[node] + stop - 1
 
     def forget(self) -> None:
         """Makes all tokens pending again, as the KV and hidden states of all are worthless from now on."""
-        self.computed[:], self.hidden_at[:] = 0, -1
+        self.num_computed[:], self.hidden_position[:] = 0, -1
         self.version += 1
 
     def slots_of(self, chunks: Sequence[Chunk]) -> Ints:
         """Slot that each token of the chunks is written to, -1 where its KV is already there. int32 `[T]`."""
         node, first, stop = _columns(chunks)
         slots = self.slot_index[spans(self.begin[node] + first, stop - first)].copy()
-        again = np.repeat(stop <= self.computed[node], stop - first)
+        again = np.repeat(stop <= self.num_computed[node], stop - first)
         slots[again] = -1
         return slots
 
@@ -473,7 +473,7 @@ class Tree:
         ids = self.token[spans(self.begin[node] + first, stop - first)]
         return ids, spans(self.start[node] + first, stop - first).astype(np.int32)
 
-    def nodes_seen(self, nodes: ArrayLike) -> NDArray[np.int64]:
+    def visible_nodes(self, nodes: ArrayLike) -> NDArray[np.int64]:
         """The given nodes and everything they see: ancestors and joined texts. Sorted."""
         seen = np.zeros(self.num_nodes, bool)
         frontier = np.asarray(nodes, dtype=np.int64)
@@ -482,7 +482,7 @@ class Tree:
             up = self.parent[frontier]
             if self._sources:
                 joined = [s for n in frontier.tolist() for s in self._sources.get(n, ())]
-                up = np.concatenate([up, self.positions_of(joined)[0]])
+                up = np.concatenate([up, self.tips(joined)[0]])
             up = up[up >= 0]
             reached = np.zeros(self.num_nodes, bool)
             reached[up] = True
@@ -492,7 +492,7 @@ class Tree:
     def sees_any(self, nodes: Sequence[int], others: set[int]) -> NDArray[np.bool_]:
         """Whether each of `nodes` sees, besides itself, any of `others`. `[len(nodes)]`."""
         if self._sources:
-            return np.array([not others.isdisjoint({*self.nodes_seen([n]).tolist()} - {n}) for n in nodes])
+            return np.array([not others.isdisjoint({*self.visible_nodes([n]).tolist()} - {n}) for n in nodes])
         wanted = np.zeros(self.num_nodes + 1, bool)  # the last entry stands for what is above the roots
         wanted[list(others)] = True
         above = np.append(self.parent, -1)
@@ -508,9 +508,9 @@ class Tree:
 
         The tokens stay, pending again. Returns the number of slots freed, 0 if all that is held is in view.
         """
-        node = np.flatnonzero(self.held > view)
+        node = np.flatnonzero(self.num_slots > view)
         node = node[np.argsort(-self.start[node], kind="stable")]
-        freed = np.cumsum(self.held[node] - view[node])
+        freed = np.cumsum(self.num_slots[node] - view[node])
         node = node[: int(np.searchsorted(freed, wanted)) + 1]
         before = self.slots.num_free
         self._release(node, view)
@@ -521,12 +521,12 @@ class Tree:
     def layout(self, chunks: Sequence[Chunk]) -> TreeLayout:
         """One context a chunk, its rows the chunk's tokens, causal. `slot_index` is the arena itself."""
         node, first, stop = _columns(chunks)
-        used = self.nodes_seen(node)
+        used = self.visible_nodes(node)
         compact = np.full(self.num_nodes + 1, -1, np.int32)  # the last entry maps parent -1 to -1
         compact[used] = np.arange(len(used))
         rows = stop - first
         row_indptr = np.concatenate(([0], np.cumsum(rows)))
-        live = np.where((stop == self.length[node]) & (stop > self.computed[node]), TreeLayout.ALL, stop)
+        live = np.where((stop == self.length[node]) & (stop > self.num_computed[node]), TreeLayout.ALL, stop)
         path_indptr = np.arange(len(chunks) + 1)
         path_node, path_stop, path_top = compact[node], live, np.full(len(chunks), -1)
         if self._sources:
@@ -615,8 +615,8 @@ class Tree:
                 raise InvalidInput(f"{which} must be a Branch, got {type(branch).__name__}")
             if not branch.alive:
                 raise InvalidInput(f"{which} was dropped: it can no longer be used")
-            if branch._tree is not self:
-                raise InvalidInput(f"{which} belongs to {branch._tree.name}, expected one of {self.name}")
+            if branch.tree is not self:
+                raise InvalidInput(f"{which} belongs to {branch.tree.name}, expected one of {self.name}")
         raise InvalidInput(f"branches must be those that {self.name} gave, got other handles")
 
     def _path(self, id: int) -> list[tuple[int, int]]:
@@ -667,10 +667,10 @@ class Tree:
             self.num_nodes = size + more
         ids = np.array([self._free_nodes.pop() for _ in range(count)])
         self.parent[ids], self.start[ids], self.begin[ids], self.capacity[ids] = parent, start, begin, capacity
-        for field in (self.length, self.computed, self.held, self.children, self.readers):
+        for field in (self.length, self.num_computed, self.num_slots, self.children, self.readers):
             field[ids] = 0
         self.owner[ids] = owner
-        self.hidden_at[ids] = -1
+        self.hidden_position[ids] = -1
         np.add.at(self.children, parent[parent >= 0], 1)
         self.version += 1
         return ids
@@ -686,7 +686,7 @@ class Tree:
             self.readers[new] = 1
             self.branch_node[away] = new
             forked = np.unique(parent)
-            self._release(forked[self.held[forked] > self.length[forked]], self.length)
+            self._release(forked[self.num_slots[forked] > self.length[forked]], self.length)
         return self.branch_node[ids].astype(np.int64)
 
     def _ensure_capacity(self, node: NDArray[np.int64], extra: ArrayLike) -> None:
@@ -698,7 +698,7 @@ class Tree:
 
     def _move_runs(self, node: NDArray[np.int64], capacity: NDArray[np.integer]) -> None:
         begin = self._new_runs(capacity)
-        length = np.maximum(self.length[node], self.held[node])
+        length = np.maximum(self.length[node], self.num_slots[node])
         to, at = spans(begin, length), spans(self.begin[node], length)
         self.token[to], self.slot_index[to] = self.token[at], self.slot_index[at]
         self.begin[node], self.capacity[node] = begin, capacity
@@ -726,11 +726,11 @@ class Tree:
         if not len(node):
             return
         kept = keep[node]
-        self.slots.give(self.slot_index[spans(self.begin[node] + kept, self.held[node] - kept)])
-        self.held[node] = kept
-        self.computed[node] = np.minimum(self.computed[node], kept)
+        self.slots.free(self.slot_index[spans(self.begin[node] + kept, self.num_slots[node] - kept)])
+        self.num_slots[node] = kept
+        self.num_computed[node] = np.minimum(self.num_computed[node], kept)
 
-    def _settle(self, nodes: NDArray[np.integer]) -> None:
+    def _collect_garbage(self, nodes: NDArray[np.integer]) -> None:
         """After readers left `nodes`: frees dead nodes, trims unread tails, remembers what may be merged."""
         touched = np.zeros(self.num_nodes, bool)
         touched[nodes] = True
@@ -758,14 +758,14 @@ class Tree:
         unread = near[furthest[near] < self.start[near] + self.length[near]]
         if len(unread):
             self.length[unread] = furthest[unread] - self.start[unread]
-            self._release(unread[self.held[unread] > self.length[unread]], self.length)
-            lost = unread[self.hidden_at[unread] >= furthest[unread]]
-            self.hidden_at[lost] = -1
+            self._release(unread[self.num_slots[unread] > self.length[unread]], self.length)
+            lost = unread[self.hidden_position[unread] >= furthest[unread]]
+            self.hidden_position[lost] = -1
             self.version += 1
         self._unmerged.update(near.tolist())
 
     def _free(self, dead: NDArray[np.int64]) -> None:
-        self._release(dead[self.held[dead] > 0], np.zeros(self.num_nodes, np.int32))
+        self._release(dead[self.num_slots[dead] > 0], np.zeros(self.num_nodes, np.int32))
         self.capacity[dead], self.length[dead], self.parent[dead] = 0, 0, -1
         self._free_nodes.extend(dead.tolist())
         self.version += 1
@@ -781,7 +781,7 @@ class Tree:
         low = child[lone[self.parent[child]]]
         # a hole in the middle of a run would lose KV: an evicted node stays apart until it is recomputed
         high = self.parent[low]
-        whole = (self.computed[high] == self.length[high]) | (self.held[low] == 0)
+        whole = (self.num_computed[high] == self.length[high]) | (self.num_slots[low] == 0)
         self._unmerged = set(high[~whole].tolist())
         low = low[whole]
         while len(low):
@@ -791,17 +791,17 @@ class Tree:
 
     def _take_over(self, high: NDArray[np.int32], low: NDArray[np.int64]) -> None:
         """Nodes `low` become one with their parents `high`, tokens and slots behind theirs."""
-        head, tail, held = self.length[high], self.length[low], self.held[low]
+        head, tail, held = self.length[high], self.length[low], self.num_slots[low]
         self._ensure_capacity(high.astype(np.int64), np.maximum(tail, held))
         self.token[spans(self.begin[high] + head, tail)] = self.token[spans(self.begin[low], tail)]
         self.slot_index[spans(self.begin[high] + head, held)] = self.slot_index[spans(self.begin[low], held)]
-        whole = self.computed[high] == head
-        self.computed[low] = np.where(whole, head + self.computed[low], self.computed[high])
-        self.held[low] = np.where(held > 0, head + held, self.held[high])
+        whole = self.num_computed[high] == head
+        self.num_computed[low] = np.where(whole, head + self.num_computed[low], self.num_computed[high])
+        self.num_slots[low] = np.where(held > 0, head + held, self.num_slots[high])
         self.length[low] = head + tail
         for field in (self.start, self.parent, self.begin, self.capacity):
             field[low] = field[high]
-        for field in (self.capacity, self.length, self.held, self.computed, self.children):
+        for field in (self.capacity, self.length, self.num_slots, self.num_computed, self.children):
             field[high] = 0
         self.parent[high] = -1
         self._free_nodes.extend(high.tolist())
@@ -837,13 +837,13 @@ class Tree:
         assert (furthest[live] == end).all(), "a node has tokens that nobody sees"
         chain = above[(readers[above] == 0) & (children[above] == 1)]
         assert self._unmerged.issuperset(chain.tolist()), "a node with one child and no reader will not be merged"
-        assert (self.computed[live] <= self.held[live]).all(), "KV without a slot"
-        assert (self.computed[live] <= self.length[live]).all(), "KV of tokens that are gone"
-        assert (np.maximum(self.length, self.held)[live] <= self.capacity[live]).all(), "a run overflows"
-        reserved = self.held[live] - self.length[live]
+        assert (self.num_computed[live] <= self.num_slots[live]).all(), "KV without a slot"
+        assert (self.num_computed[live] <= self.length[live]).all(), "KV of tokens that are gone"
+        assert (np.maximum(self.length, self.num_slots)[live] <= self.capacity[live]).all(), "a run overflows"
+        reserved = self.num_slots[live] - self.length[live]
         assert (reserved < MAX_RESERVATION).all(), "a reservation is too large"
         assert not (reserved[self.children[live] > 0] > 0).any(), "a forked node keeps a reservation"
-        owned = self.slot_index[spans(self.begin[live], self.held[live])]
+        owned = self.slot_index[spans(self.begin[live], self.num_slots[live])]
         free = self.slots.is_free()
         assert len(np.unique(owned)) == len(owned), "a slot has two owners"
         assert not free[owned].any(), "an owned slot is free"
@@ -872,14 +872,14 @@ _NODE_FIELDS = (
     "parent",
     "start",
     "length",
-    "computed",
-    "held",
+    "num_computed",
+    "num_slots",
     "begin",
     "capacity",
     "children",
     "readers",
     "owner",
-    "hidden_at",
+    "hidden_position",
 )
 
 
@@ -897,7 +897,7 @@ def _listed(branches: Any) -> list[Any]:
 
 def _tree_of(branches: Sequence[Branch]) -> Tree:
     """A tree that knows whether all of them are its own."""
-    return next((b._tree for b in _listed(branches) if isinstance(b, Branch)), None) or Tree(1)
+    return next((b.tree for b in _listed(branches) if isinstance(b, Branch)), None) or Tree(1)
 
 
 def _text(tokens: ArrayLike) -> NDArray[np.integer]:
@@ -908,7 +908,7 @@ def _text(tokens: ArrayLike) -> NDArray[np.integer]:
 
 
 def _owner(owner: int) -> int:
-    return integer("owner", owner, NOBODY, MAX_TOKEN)
+    return integer("owner", owner, NO_OWNER, MAX_TOKEN)
 
 
 def _key_and_owner(key: int, owner: int) -> tuple[int, int]:

@@ -77,7 +77,7 @@ def check_processors(name: str, value: object) -> None:
 
 def _tell(processors: Sequence[Any], branches: Sequence[Branch]) -> None:
     """Calls `fork` of each. A state is known by the mark that its branch got when it was last asked."""
-    tree = branches[0]._tree
+    tree = branches[0].tree
     marks, lengths = tree.marks_of(branches)
     added = np.array([branch.length for branch in branches]) - lengths
     fresh = tree.mark(branches)
