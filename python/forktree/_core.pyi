@@ -232,7 +232,7 @@ def cuda_tree_attention(
 ) -> None: ...
 def plan(
     layout: TreeLayout,
-    heads: tuple[int, int, int, int, int],  # query heads, KV heads, head_dim, value_dim, bytes_per_token
+    heads: tuple[int, ...],  # query heads, KV heads, head_dim, value_dim, bytes_per_token
     window: int,
     cost_model: tuple[int, ...],
     max_partials: int,
