@@ -19,11 +19,10 @@ from forktree.decoder import Decoder
 from forktree.device.transfer import Download, upload
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput, NonFinite, OutOfMemory
-from forktree.kv import Branch, OutOfSlots, Tree
-from forktree.kv.slots import spans
-from forktree.kv.tree import Chunk
+from forktree.kv import Branch, Chunk, OutOfSlots, Tree
 from forktree.model import ModelSpec, Runner, attached
 from forktree.ops.token_request import Ragged, TokenRequest
+from forktree.plan.layout import ranges
 from forktree.prompts import unpadded
 
 Ints = NDArray[np.int64]
@@ -320,7 +319,7 @@ def _compute(worker: ModelWorker, rows: dict[Branch, int], first: int, count: in
     hidden = worker.forward(chunks)
     nodes, _ = tree.tips(branches)
     row_of = dict(zip(nodes.tolist(), rows.values(), strict=True))
-    row = spans(np.array([row_of[c.node] for c in chunks]), np.array([c.stop - c.begin for c in chunks]))
+    row = ranges(np.array([row_of[c.node] for c in chunks]), np.array([c.stop - c.begin for c in chunks]))
     assert len(row) == count, "more than the walk's next tokens was pending"
     return hidden, np.argsort(row - first)
 

@@ -32,7 +32,8 @@ def grown(seed: int) -> tuple[Tree, list[Branch]]:
             tree.reserve(chunks := tree.pending([branch]))
             tree.mark_computed(chunks)
         elif action == 4:
-            tree.mark(branches[: int(rng.integers(len(branches)))])
+            ids = tree.ids(branches[: int(rng.integers(len(branches)))])
+            tree.tags.renew(ids, tree.branch_length[ids])
         elif len(branches) > 4:
             branches.pop(int(rng.integers(len(branches)))).drop()
     branches.append(tree.join(branches[:2], [5]))
@@ -42,7 +43,8 @@ def grown(seed: int) -> tuple[Tree, list[Branch]]:
 
 
 def snapshot(tree: Tree) -> dict[str, Any]:
-    state = {k: v.copy() if isinstance(v, np.ndarray | list | set | dict) else v for k, v in vars(tree).items()}
+    parts = {**vars(tree), **vars(tree.arena), **{f"tags.{k}": v for k, v in vars(tree.tags).items()}}
+    state = {k: v.copy() if isinstance(v, np.ndarray | list | set | dict) else v for k, v in parts.items()}
     return {**state, "slots": tree.slots.is_free(), "free": tree.slots.num_free}
 
 
@@ -64,8 +66,8 @@ def of_branches(tree: Tree, mine: list[Branch]) -> dict[str, Call]:
         "resolve_last_tokens": lambda given: tree.resolve_last_tokens(given, [1] * len(given)),
         "reassign": lambda given: tree.reassign(given, [0]),
         "join": lambda given: tree.join(given, [1]),
-        "mark": tree.mark,
-        "marks_of": tree.marks_of,
+        "ids": tree.ids,
+        "distinct ids": lambda given: tree.ids(given, distinct=True),
         "tips": tree.tips,
         "pending": tree.pending,
         "view": tree.view,
@@ -102,7 +104,7 @@ def test_branches_that_are_not_the_trees_own(seed: int) -> None:
                 call([*mine[:2], branch])
             assert message in str(error.value), (name, kind)
             assert same(before, snapshot(tree)) and same(others, snapshot(other)), (name, kind)
-    for call in (tree.append_pending, tree.undo_append, tree.mark, tree.view, tree.drop, tree.tips):
+    for call in (tree.append_pending, tree.undo_append, tree.ids, tree.view, tree.drop, tree.tips):
         for sequence in (None, 3, mine[0]):
             with pytest.raises(InvalidInput, match="sequence of branches"):
                 call(sequence)
@@ -115,7 +117,7 @@ def test_a_branch_named_twice_is_refused_with_its_place_or_harmless() -> None:
     tree, mine = grown(1)
     twice, before = [mine[0], mine[1], mine[0]], snapshot(tree)
     for name, call in of_branches(tree, mine).items():
-        if name in ("append", "append_pending", "undo_append", "resolve_last_tokens", "reassign", "mark"):
+        if name in ("append", "append_pending", "undo_append", "resolve_last_tokens", "reassign", "distinct ids"):
             with pytest.raises(InvalidInput, match="branch 2 of 3 a second time"):
                 call(twice)
             assert same(before, snapshot(tree)), name

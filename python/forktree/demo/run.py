@@ -161,8 +161,8 @@ def sketch(decoder: Decoder, search: Task) -> RichTree:
 
 
 def _text_of(decoder: Decoder, tree: Tree, node: int) -> str:
-    begin, length = int(tree.begin[node]), int(tree.length[node])
-    text = decoder.tokenizer.decode(tree.token[begin : begin + length].tolist())
+    begin, length = int(tree.arena.begin[node]), int(tree.length[node])
+    text = decoder.tokenizer.decode(tree.arena.token[begin : begin + length].tolist())
     return text.replace("\n", "\u23ce") or "(new)"
 
 

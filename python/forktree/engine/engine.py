@@ -36,8 +36,7 @@ from forktree.engine.critical import CriticalSection
 from forktree.engine.request_state import NO_TOKEN, Drawn, ExtendState, RequestState, ScoreState, TokensState
 from forktree.engine.worker import ModelWorker
 from forktree.errors import Cancelled, DecoderInUse, InvalidInput, OutOfMemory
-from forktree.kv import Branch, OutOfSlots
-from forktree.kv.tree import MAX_TOKEN, Chunk
+from forktree.kv import Branch, Chunk, OutOfSlots
 from forktree.model import Fingerprint, ModelSpec
 from forktree.ops.pytorch.score_tokens import from_logits
 from forktree.ops.sampling import Sampling
@@ -46,6 +45,7 @@ from forktree.rewards.scoring import Subject
 from forktree.search.base import needs_scorer
 from forktree.search.processors import left_padded, process
 from forktree.search.request import Extend, Extension, NextLogits, Request, Score, ScoreTokens
+from forktree.types import MAX_TOKEN_ID
 
 T = TypeVar("T")
 _INDICES = itertools.count()  # a search's number, and the owner of its branches in every tree it uses
@@ -212,7 +212,7 @@ class Engine:
         text: the prompt as scorers see it. seed: keys the draws of its branches, together with the prompt.
         run: whose search it is, if anyone's.
         """
-        keys = [_key(seed, integers("tokens", tokens, 0, MAX_TOKEN)) for tokens in prompts]
+        keys = [_key(seed, integers("tokens", tokens, 0, MAX_TOKEN_ID)) for tokens in prompts]
         if not all(map(len, prompts)) or not len(prompts):
             raise InvalidInput(f"prompts must be of at least one token each, got {shown(prompts)}")
         return self._alone(partial(self._submit, search, prompts, keys, text, run))

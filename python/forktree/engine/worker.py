@@ -14,10 +14,10 @@ from torch import Tensor
 
 from forktree.device.transfer import upload
 from forktree.errors import DecoderInUse, InvalidInput
-from forktree.kv import Branch, PrefixIndex, Tree
-from forktree.kv.slots import Ints
-from forktree.kv.tree import NO_OWNER, PENDING_TOKEN, Chunk
+from forktree.kv import Branch, Chunk, PrefixIndex, Tree, tree_layout
+from forktree.kv.tree import NO_OWNER, PENDING_TOKEN
 from forktree.model import Fingerprint, ModelSpec, Runner, attach
+from forktree.types import Int32Array
 
 DEFAULT_SLOTS = 65536
 
@@ -164,7 +164,7 @@ class ModelWorker:
         node = np.array([c.node for c in chunks])
         last = np.cumsum([c.stop - c.begin for c in chunks]) - 1
         to, end = upload(np.stack([node, last]), device)
-        tokens: Ints | Tensor = ids
+        tokens: Int32Array | Tensor = ids
         if ids.min() == PENDING_TOKEN:
             tokens = upload(ids.astype(np.int64), device)
             newest = tokens[end]
@@ -195,11 +195,11 @@ class ModelWorker:
         length = tree.length[self._used]
         if key is not None and key == self._planned_for and length.sum() <= 1.25 * self._planned_tokens:
             positions = (tree.start[nodes] + tree.length[nodes] - 1).astype(np.int32)
-            grown = {kind: plan.grow(length, positions, tree.slot_index) for kind, plan in self._plans.items()}
+            grown = {kind: plan.grow(length, positions, tree.arena.slot_index) for kind, plan in self._plans.items()}
             self._plans = grown
         else:
             self._used = tree.visible_nodes(nodes)
             self._planned_tokens = int(tree.length[self._used].sum())
-            self._plans = self.runner.plans(tree.layout(chunks))
+            self._plans = self.runner.plans(tree_layout(tree, chunks))
         self._planned_for = key
         return self._plans

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from forktree.errors import InvalidInput, ScorerError
-from forktree.kv.slots import Ints
 from forktree.ops.sampling import Sampling
 from forktree.search.context import SearchContext
 from forktree.search.processors import Processor, check_processors
+from forktree.types import Int32Array
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Hypothesis:
     error: why the scorer could not judge it.
     """
 
-    token_ids: Ints
+    token_ids: Int32Array
     score: float
     log_prob: float
     finish_reason: str

@@ -8,8 +8,8 @@ import torch
 
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
-from forktree.kv.slots import Ints
 from forktree.search.request import Stop
+from forktree.types import Int32Array
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SearchContext:
     vocab_size: int
     device: torch.device
     stops: Callable[[Sequence[str]], Stop] | None
-    decode: Callable[[Ints], str | None] | None
+    decode: Callable[[Int32Array], str | None] | None
     rng: np.random.Generator
 
     def stop_at(self, *texts: str) -> Stop | None:
