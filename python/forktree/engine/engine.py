@@ -342,7 +342,8 @@ class Engine:
     def _begin(self, task: Task, request: Request[Any]) -> RequestState:
         if not isinstance(request, Request):
             raise TypeError(
-                f"a search awaits extend, reward_branches, score_tokens or next_logits, got {type(request).__name__}"
+                "a search awaits extend, reward_branches, score_tokens or next_logits, got "
+                f"{type(request).__name__}"
             )
         self.worker.check(request.branches)
         if isinstance(request, Extend):

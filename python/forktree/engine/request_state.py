@@ -53,9 +53,8 @@ class RewardState(RequestState):
     def __init__(self, pending_reward: PendingReward, given: RewardInput) -> None:
         if not isinstance(pending_reward, PendingReward):
             raise RewardError(f"a reward's start must return a PendingReward, got {type(pending_reward).__name__}")
-        super().__init__(
-            pending_reward.worker or given.worker, pending_reward.branches if pending_reward.worker else ()
-        )
+        own = pending_reward.worker
+        super().__init__(own or given.worker, pending_reward.branches if own else ())
         self.pending_reward, self.scored = pending_reward, given.branches
 
     def answer(self) -> Rewards | None:
