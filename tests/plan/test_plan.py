@@ -21,6 +21,7 @@ def plan(layout, **options):
     return planning.plan(layout, **HEADS, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost_model", [None, FREE, replace(FREE, units=99, lanes=2, max_lanes=4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_plans_of_random_layouts(kind, cost_model):
@@ -48,6 +49,7 @@ COST_MODELS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -166,6 +168,7 @@ def story(made, row, origin=0):
     return [(when < 0, segs) for when, segs in sorted(items, key=lambda item: item[0])]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
