@@ -5,7 +5,8 @@ Values that are wrong raise a ValueError that names them.
 
 from typing import TypedDict
 
-from forktree.plan.layout import IntArray, TreeLayout
+from forktree.plan.layout import TreeLayout
+from forktree.types import IntArray
 
 class Build(TypedDict):
     compiler: str

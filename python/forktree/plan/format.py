@@ -19,7 +19,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Self
 
-from forktree.plan.layout import IntArray, TreeLayout
+from forktree.plan.layout import TreeLayout
+from forktree.types import IntArray
 
 LIVE = TreeLayout.ALL  # stop of a segment that ends where its node does, also after growing
 MAGIC = 0x464B5432  # "FKT2": first entry of every plan
@@ -31,6 +32,7 @@ class Field(IntEnum):
     note: str
 
     def __new__(cls, note: str) -> Self:
+        """The next place of the record."""
         field = int.__new__(cls, len(cls.__members__))
         field._value_ = len(cls.__members__)
         field.note = note
