@@ -20,7 +20,7 @@ from forktree import (
     Sample,
     SearchResult,
 )
-from forktree.model.layer_spec import LayerKind
+from forktree.model.layer_spec import LayerSpec
 
 PROMPTS = ["12+3=", "a", "\n\n-- 7.", "0123456789abcd+-=. " * 4]
 
@@ -253,7 +253,7 @@ def test_no_memory_for_larger_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.pools_of_nan(monkeypatch, first=64)
     decoder = tiny.decoder()
     (want,) = decoder.search(["12+3="], Greedy(), max_new_tokens=20)
-    pool, calls = LayerKind.pool, []
+    pool, calls = LayerSpec.pool, []
 
     def scarce(*args: Any) -> Any:
         calls.append(args)
@@ -261,13 +261,13 @@ def test_no_memory_for_larger_pools(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return pool(*args)
 
-    monkeypatch.setattr(LayerKind, "pool", scarce)
+    monkeypatch.setattr(LayerSpec, "pool", scarce)
     for _ in range(2):
         with pytest.raises(
             OutOfMemory, match=r"no memory for the KV of \d+ tokens \(\d+ bytes each\), up from 64: CUDA"
         ):
             decoder.search(prompts, search, max_new_tokens=20)
-    monkeypatch.setattr(LayerKind, "pool", pool)
+    monkeypatch.setattr(LayerSpec, "pool", pool)
     (got,) = decoder.search(["12+3="], Greedy(), max_new_tokens=20)
     assert (got.best.token_ids, got.best.score) == (want.best.token_ids, pytest.approx(want.best.score, abs=1e-4))
     assert all(result.error is None for result in decoder.search(prompts, search, max_new_tokens=20))

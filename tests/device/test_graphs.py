@@ -118,8 +118,8 @@ def test_what_is_returned_is_the_callers():
 
 
 def test_plans_that_outgrow_their_memory(monkeypatch):
-    monkeypatch.setattr(plan_buffers, "PLAN_ROOM", 32)
-    monkeypatch.setattr(plan_buffers, "SLOT_ROOM", 4)
+    monkeypatch.setattr(plan_buffers, "PLAN_CAPACITY", 32)
+    monkeypatch.setattr(plan_buffers, "SLOT_CAPACITY", 4)
     pair = Pair("qwen2")
     pair.random_steps(12)
     assert 4 <= pair.graphs.captures < 12
@@ -138,7 +138,7 @@ def test_more_partials_than_there_is_room_for(monkeypatch):
     """The runner's own plans keep to it; with others it runs eagerly."""
     monkeypatch.setattr(captured, "SCRATCH", 4 * 4 * (8 + 2) * 3)
     pair = Pair()
-    (kind,) = pair.captured.kinds
+    (kind,) = pair.captured.layer_specs
     assert pair.captured._captured.max_partials == [3]
     forest = pair.forest
     trunk = forest.root()
