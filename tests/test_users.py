@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import Scripted, alone, endless, mixed, outcome, together
-from test_offenders import Custom, Rewarding
 
 import tiny
 from forktree import (
@@ -30,6 +28,7 @@ from forktree.kv import Branch
 from forktree.search import SearchContext
 from forktree.search.request import extend, reward_branches
 from forktree.sequences import scored_sequences
+from searches import Custom, Rewarding, Scripted, alone, endless, mixed, outcome, together
 
 PROMPTS = tiny.prompts(3, seed=21)
 SEARCHES = [

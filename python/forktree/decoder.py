@@ -198,9 +198,7 @@ class Decoder:
                         start = partial(self._start, searches[i], max_new_tokens, counters=counters, trace=trace)
                         prompt = prompts[i]
                         text = prompt if isinstance(prompt, str) else self._decode(tokens[i]) or ""
-                        task = self.engine.submit(
-                            start, [tokens[i]], text=text, seed=seed, run=run, counters=counters
-                        )
+                        task = self.engine.submit(start, [tokens[i]], text=text, seed=seed, run=run, counters=counters)
                         running[task] = i, trace
                     self.engine.step()
                     if on_step is not None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import forktree
 import tiny
+from command_line import complaint, records
 from forktree import cli
 from forktree.search.registry import searches, settings_of
 
@@ -96,20 +97,6 @@ def run(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         return int(stop.value.code or 0), capsys.readouterr().err
 
     return call
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """Results, without the header line; a line ends with a line feed only."""
-    _, *lines = (path / "out.jsonl").read_bytes().removesuffix(b"\n").split(b"\n")
-    return sorted(map(json.loads, lines), key=lambda r: r["index"])
-
-
-def complaint(error: str) -> str:
-    """The only complaint on standard error."""
-    lines = [line for line in error.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, error
-    assert "Traceback" not in error
-    return lines[0]
 
 
 SEARCHES: list[tuple[list[str], Callable[[Path], forktree.search.Search]]] = [

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from test_cli import complaint, records
-from test_sequences import reference
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 import tiny
+from command_line import complaint, records
 from forktree import cli
 from forktree.model.verification_tree import VerificationTree
+from log_probs import reference
 
 TEXTS = ["12+3=15", "a-b", "0.5", "12+3=16\n", "7"]
 PAIRS = [("12+3=", "15"), ("12+3=", "4"), ("a", "dcba"), ("12+", "3=15")]

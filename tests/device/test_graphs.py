@@ -10,7 +10,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_models import CONFIGS, NUM_SLOTS, Forest, tiny
 
 import tiny as models
 from forktree import TokenProbability, search
@@ -22,6 +21,7 @@ from forktree.model import Runner, attach, captured
 from forktree.plan.cost_model import CPU
 from forktree.plan.plan import plan
 from graph_fake import FakeGraphs
+from models import CONFIGS, NUM_SLOTS, Forest, tiny
 
 
 class Pair:

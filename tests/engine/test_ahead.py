@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import POISON, Scripted, endless, mixed, need, outcome, poisoned, together, value_head  # noqa: F401
 
 import tiny
 from forktree import BestOfN, Cancelled, Decoder, Greedy, NonFinite, OutOfMemory, Sample, Sampling, SearchResult
@@ -16,6 +15,7 @@ from forktree.kv import Branch
 from forktree.kv.tree import PENDING_TOKEN
 from forktree.search import Search, SearchContext
 from forktree.search.request import Extension, extend, next_logits
+from searches import POISON, Scripted, mixed, need, outcome, together, value_head
 
 
 def decoder(ahead: bool, **options: Any) -> Decoder:
@@ -211,7 +211,7 @@ def test_prompts_that_come_while_tokens_are_unknown() -> None:
 # ---------------------------------------------------------------- failures
 
 
-def test_nan_names_the_same_branch_and_leaves_the_same_texts(poisoned: Decoder) -> None:  # noqa: F811
+def test_nan_names_the_same_branch_and_leaves_the_same_texts(poisoned: Decoder) -> None:
     found: list[Any] = []
 
     async def script(context: SearchContext) -> list[Branch]:

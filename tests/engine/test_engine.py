@@ -1,7 +1,6 @@
 """The engine: many searches at once give what each gives alone, whatever is scarce and whatever fails."""
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from forktree import (
     Decoder,
     FunctionReward,
     Greedy,
-    Hypothesis,
     InvalidInput,
     NonFinite,
     OutOfMemory,
@@ -23,7 +21,6 @@ from forktree import (
     RewardModel,
     Sample,
     Sampling,
-    SearchResult,
     TokenProbability,
     ValueHead,
 )
@@ -31,70 +28,7 @@ from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch
 from forktree.search import Search, SearchContext
 from forktree.search.request import extend, next_logits, reward_branches
-
-
-def digits(prompt: str, response: str) -> float:
-    """A reward in (0, 1) that depends on the whole response."""
-    return (1 + sum(ord(c) * (i + 3) for i, c in enumerate(response)) % 17) / 19
-
-
-def value_head(seed: int = 0) -> ValueHead:
-    torch.manual_seed(seed)
-    return ValueHead([(torch.randn(1, 32), torch.zeros(1))])
-
-
-def mixed() -> list[Search]:
-    """One search of every kind, all with randomness of their own."""
-    return [
-        Sample(num_return_sequences=4),
-        ParticleFilter(
-            reward=FunctionReward(digits), num_particles=6, step_delimiter="5", max_step_tokens=4, max_steps=5
-        ),
-        Greedy(),
-        ParticleFilter(reward=value_head(), num_particles=5, step_delimiter="\n", max_step_tokens=3, max_steps=6),
-        BestOfN(reward=TokenProbability([4, 7], suffix=[2, 9, 2]), num_samples=5, top_k=8),
-        ParticleFilter(
-            reward=TokenProbability([4, 7], suffix=[3]),
-            num_particles=7,
-            step_delimiter="",
-            max_step_tokens=2,
-            resampling="multinomial",
-            max_steps=7,
-        ),
-        Sample(num_return_sequences=2, temperature=0.6, top_p=0.9, stop=("-", "c1")),
-    ]
-
-
-def outcome(result: SearchResult) -> list[tuple[str | None, str, int]]:
-    """Everything about a result's candidates that does not depend on rounding."""
-    return [(c.text, c.hypothesis.finish_reason, len(c.hypothesis.step_rewards)) for c in result.candidates]
-
-
-def alone(prompts: Sequence[str], searches: Sequence[Search], **options: Any) -> list[Any]:
-    """The outcome of each search on a decoder of its own with plenty of everything."""
-    found = []
-    for prompt, search in zip(prompts, searches, strict=True):
-        found.append(outcome(tiny.decoder(prefix_cache=False).search([prompt], search, **options)[0]))
-    assert all(found)
-    return found
-
-
-def together(
-    decoder: Decoder, prompts: Sequence[str], searches: Sequence[Search], **options: Any
-) -> list[SearchResult]:
-    return sorted(decoder.search_iter(prompts, searches, **options), key=lambda r: r.index)
-
-
-@dataclass(frozen=True)
-class Scripted(Search):
-    """A search written in a test."""
-
-    script: Callable[[SearchContext], Awaitable[Any]]
-
-    async def run(self, context: SearchContext) -> list[Hypothesis]:
-        found = await self.script(context)
-        return [Hypothesis(b.tokens[context.root.length :], 0.0, 0.0, "length") for b in found or []]
-
+from searches import POISON, Scripted, alone, digits, endless, mixed, need, outcome, together, value_head
 
 # ---------------------------------------------------------------- same text, whatever else runs
 
@@ -290,14 +224,6 @@ def _common(a: str, b: str) -> int:
 # ---------------------------------------------------------------- out of slots
 
 
-def need(prompt: str, search: Search, max_new_tokens: int) -> int:
-    """Slots that a search is sure to manage with: its branches' own tokens and probes beside the prompt."""
-    names = ("num_particles", "num_samples", "num_return_sequences")
-    branches = next((getattr(search, name) for name in names if hasattr(search, name)), 1)
-    probe = 3 if isinstance(getattr(search, "reward", None), TokenProbability) else 0
-    return len(prompt) + branches * (max_new_tokens + probe)
-
-
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_with_room_for_about_one_search_all_finish_with_the_same_text(prefix_cache: bool) -> None:
     searches = mixed() * 2
@@ -413,12 +339,6 @@ def test_a_reward_models_pool_may_be_scarce_too() -> None:
 
 
 # ---------------------------------------------------------------- failures, cancelling, interruption
-
-
-async def endless(context: SearchContext) -> list[Branch]:
-    while True:
-        branches = context.root.fork(3)
-        await extend(branches, Sampling(), max_tokens=5)
 
 
 async def fails_at_once(context: SearchContext) -> list[Branch]:
@@ -592,19 +512,6 @@ def test_a_search_that_is_no_coroutine_leaks_nothing() -> None:
 
 
 # ---------------------------------------------------------------- NaN
-
-
-POISON = 11
-
-
-@pytest.fixture
-def poisoned() -> Decoder:
-    """A decoder whose model gives NaN for every text with the token POISON in it."""
-    model = tiny.new_model()
-    decoder = Decoder(model, tiny.tokenizer(), num_slots=400)
-    # `attach` would refuse it, rightly, and again if this were seen
-    model.get_input_embeddings().weight.data[POISON] = torch.nan
-    return decoder
 
 
 def test_nan_ends_only_the_searches_that_meet_it(poisoned: Decoder) -> None:

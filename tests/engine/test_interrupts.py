@@ -10,8 +10,6 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from test_engine import Scripted, endless, outcome, together, value_head
-from test_offenders import Custom
 
 import forktree
 import tiny
@@ -20,6 +18,7 @@ from forktree.engine.interrupts import DeferredInterrupts
 from forktree.kv import Branch
 from forktree.search import Search, SearchContext
 from forktree.search.request import extend, reward_branches, score_tokens
+from searches import Custom, Scripted, endless, outcome, together, value_head
 
 PACKAGE = str(Path(forktree.__file__).parent)
 THIN = ("decoder.py", "critical.py", "interrupts.py")  # what stands outside critical sections, or makes them

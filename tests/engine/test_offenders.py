@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_engine import Scripted, outcome, together, value_head
 
 import tiny
 from forktree import (
@@ -14,7 +13,6 @@ from forktree import (
     Hypothesis,
     InvalidInput,
     ParticleFilter,
-    Reward,
     RewardError,
     RewardModel,
     Sample,
@@ -23,39 +21,14 @@ from forktree import (
 )
 from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch, append, reassign
-from forktree.rewards.base import PendingReward, RewardInput, Rewards
+from forktree.rewards.base import PendingReward, RewardInput
 from forktree.search import Search, SearchContext
 from forktree.search.request import Extend, RewardBranches, extend, next_logits, reward_branches, score_tokens
+from searches import Custom, Rewarding, Scripted, outcome, together, value_head
 
 OTHER = tiny.decoder(num_slots=64)
 FOREIGN = OTHER.worker.tree.root([3, 4, 5])
 SAMPLING = Sampling()
-
-
-class Rewarding(PendingReward):
-    """A reading whose parts may be replaced by what breaks."""
-
-    def __init__(self, count: int, read: Any = None, close: Any = None) -> None:
-        self._count, self._read, self._close, self.closed = count, read, close, 0
-
-    def read(self, hidden: Any) -> Any:
-        return self._read() if self._read is not None else Rewards(np.ones(self._count), [None] * self._count)
-
-    def close(self) -> None:
-        self.closed += 1
-        assert self.closed == 1, "closed twice"
-        if self._close is not None:
-            self._close()
-
-
-class Custom(Reward):
-    """What a user may write: `begin(given)` is any function."""
-
-    def __init__(self, begin: Callable[[RewardInput], Any]) -> None:
-        self._begin = begin
-
-    def start(self, given: RewardInput) -> Any:
-        return self._begin(given)
 
 
 def scoring(begin: Callable[[RewardInput], Any]) -> Callable[[SearchContext], Any]:
@@ -194,7 +167,7 @@ SCRIPTS: dict[str, tuple[Callable[[SearchContext], Any], type[Exception] | tuple
         InvalidInput,
         "branch 0 of 3 was dropped",
     ),
-    "begin wants foreign": (scoring(lambda s: on_own_worker(s, [FOREIGN] * 3)), InvalidInput, "belongs to tree"),
+    "start wants foreign": (scoring(lambda s: on_own_worker(s, [FOREIGN] * 3)), InvalidInput, "belongs to tree"),
     "begin lengthens": (
         scoring(lambda s: (lengthen(s.branches), on_own_worker(s, s.branches))[1]),
         InvalidInput,

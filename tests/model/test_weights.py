@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_models import tiny as tiny_of
-from test_shared_model import decoded, drop_in, plain
 from torch import nn
 
 import forktree
 import tiny
+from decoding import decoded, drop_in, plain
 from forktree import Decoder, UnsupportedModel, ValueHead, search, sequence_logprobs
 from forktree.model import Fingerprint, LinearHead, attach
 from forktree.model.captured import CapturedSteps
 from forktree.model.runner import Runner
 from forktree.rewards.reward_model import RewardModel
 from graph_fake import FakeGraphs
+from models import tiny as tiny_of
 
 PROMPT = [3, 7, 2, 9, 4, 4, 1, 8, 3, 5, 6, 2]
 

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import Scripted, digits, outcome
-from test_sampling import chi_square
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 import forktree
 import tiny
+from distributions import chi_square
 from forktree import (
     BeamSearch,
     BestOfN,
@@ -28,6 +27,7 @@ from forktree import (
 from forktree.kv import Branch
 from forktree.search import Search, SearchContext
 from forktree.search.request import extend
+from searches import Scripted, digits, outcome
 
 EOS, OPEN, CLOSE = 0, *tiny.tokenizer()("ab").input_ids  # "a" opens a bracket, "b" closes it
 DEEPEST = 3

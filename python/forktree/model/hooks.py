@@ -75,9 +75,7 @@ def overrides(hook: LayerHook, method: str) -> bool:
     return getattr(type(hook), method) is not getattr(LayerHook, method)
 
 
-def check_hooks(
-    hooks: Sequence[LayerHook], parameters: RowParameters, name: str, residual_note: str | None
-) -> None:
+def check_hooks(hooks: Sequence[LayerHook], parameters: RowParameters, name: str, residual_note: str | None) -> None:
     """Raises if hooks cannot run on the model of this name; see `ModelSpec.residual_note`."""
     if parameters and not hooks:
         raise InvalidInput(f"row_parameters are read by hooks, of which there are none: got {[*parameters]}")

@@ -95,8 +95,7 @@ class Runner:
         """One plan for each distinct layer spec. They stay valid while nodes only grow."""
         limits = [None] * len(self.layer_specs) if self._captured is None else self._captured.max_partials
         return {
-            layer: layer.plan(layout, self.device, limit)
-            for layer, limit in zip(self.layer_specs, limits, strict=True)
+            layer: layer.plan(layout, self.device, limit) for layer, limit in zip(self.layer_specs, limits, strict=True)
         }
 
     def forward(
