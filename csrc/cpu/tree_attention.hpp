@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/numeric.hpp"
-#include "plan/plan_view.hpp"
+#include "plan/format.h"
 
 namespace forktree {
 
@@ -67,6 +67,7 @@ AttentionKernel attention_kernel(const Attention& call);
 struct AttentionSizes {
     const int32_t* plan;
     int64_t plan_size, rows, tokens, max_partials, num_slots, slot_index_size;  // all but num_slots: at least
+    bool plan_trusted;  // the plan was validated when it was made, and its slots when it met this pool
 };
 
 // The whole operation; `group`, `plan` and the partials are filled in here. Throws std::invalid_argument, naming what

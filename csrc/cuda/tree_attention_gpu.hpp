@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/numeric.hpp"
-#include "plan/plan_view.hpp"
+#include "plan/format.h"
 
 namespace forktree {
 

@@ -1,5 +1,7 @@
 """`forktree.ops.tree_attention` by `csrc/tree_attention.cpp`."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def tree_attention(
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    call = torch.ops.forktree.tree_attention.default if is_watched(q) else launch
+    call = torch.ops.forktree.tree_attention.default if is_watched(q) else partial(launch, plan_trusted=True)
     state: tuple[Tensor, Tensor] = call(
         q,
         k_slots,
@@ -49,7 +51,9 @@ def launch(
     softcap: float,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
+    plan_trusted: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """plan_trusted: the plan and its slots were checked before, for this pool; else they are checked here."""
     check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
     check_scores(scale, softcap or None)
     check_plan_tensors(plan, slot_index, q.device)
@@ -95,6 +99,7 @@ def launch(
         lse.data_ptr(),
         num_tokens,
         max_partials,
+        plan_trusted,
         torch.get_num_threads(),
     )
     return out, lse
