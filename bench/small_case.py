@@ -11,7 +11,7 @@ from workloads import layout, levels, slots
 
 from forktree import ops
 from forktree.ops.dispatch import launcher
-from forktree.ops.plan_tensors import plan_tensors
+from forktree.ops.plan_tensors import PlanTensors
 from forktree.plan.cost_model import memory_bound_gpu
 from forktree.plan.plan import plan
 
@@ -42,7 +42,7 @@ def main() -> None:
 
     expected = launcher("reference", "rotate_rows")(q, shift, inv_freq, False, DIM)
     attend = launcher("reference", "tree_attention")
-    expected, _ = attend(expected, ops.KVPool(*new), plan_tensors(made, q.device), ops.AttentionOptions())
+    expected, _ = attend(expected, ops.KVPool(*new), PlanTensors.of(made, q.device), ops.AttentionOptions())
     torch.testing.assert_close(merged.cpu(), expected, atol=2e-2, rtol=2e-2)
     print(f"{rows} rows, {made.num_partials} partials: as it should be")
 

@@ -5,6 +5,10 @@
 #include <pybind11/stl.h>
 
 #include <cstddef>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 #include <tuple>
 
 #include "common/isa.hpp"
@@ -20,24 +24,26 @@ namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
+template <class Params>
+Params unpacked(std::string_view bytes) {
+    if (bytes.size() != sizeof(Params))
+        throw std::invalid_argument("the struct must have " + std::to_string(sizeof(Params)) + " bytes, got " +
+                                    std::to_string(bytes.size()));
+    Params params;
+    std::memcpy(&params, bytes.data(), sizeof(Params));
+    return params;
 }
 
-// Calls an operation with a struct of params.h, of which Python has the address; the second argument is the number of
-// threads, or a stream.
+// Calls an operation with a struct of params.h, and the number of threads or a stream.
 template <auto OPERATION, class Params>
-auto on_cpu(Address params, int threads) {
-    return OPERATION(*at<const Params>(params), threads);
+auto on_cpu(std::string_view params, int threads) {
+    return OPERATION(unpacked<Params>(params), threads);
 }
 
 #if defined(FORKTREE_CUDA)
 template <auto OPERATION, class Params>
-void on_gpu(Address params, Address stream) {
-    OPERATION(*at<const Params>(params), at<void>(stream));
+void on_gpu(std::string_view params, uintptr_t stream) {
+    OPERATION(unpacked<Params>(params), reinterpret_cast<void*>(stream));
 }
 #endif
 

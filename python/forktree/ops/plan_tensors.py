@@ -27,7 +27,7 @@ class PlanTensors(NamedTuple):
     max_partials: int
     host: AttentionPlan | None = None
 
-
-def plan_tensors(plan: AttentionPlan, device: torch.device) -> PlanTensors:
-    """A plan made on the host, uploaded once."""
-    return PlanTensors(*plan.on(device), plan.layout.num_tokens, plan.num_partials, plan)
+    @classmethod
+    def of(cls, plan: AttentionPlan, device: torch.device) -> PlanTensors:
+        """A plan made on the host; uploaded once."""
+        return cls(*plan.on(device), plan.layout.num_tokens, plan.num_partials, plan)
