@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 import tiny
 from forktree import BestOfN, Decoder, Greedy, InvalidInput, MajorityVote, ParticleFilter, Sample, TextScorer
+from forktree.detokenise import response_text
 from forktree.prompts import read_prompts, tokenise
-from forktree.search.stopping import response_text
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"

@@ -25,8 +25,13 @@ if TYPE_CHECKING:
     from forktree import rewards, search
     from forktree.decoder import Candidate, Decoder, SearchResult
     from forktree.integrations.generate import generate
-    from forktree.rewards.scoring import RewardModel, Scorer, TextScorer, TokenLogits, ValueHead, load_scorer
+    from forktree.rewards.base import Scorer
+    from forktree.rewards.function import TextScorer
+    from forktree.rewards.load import load_scorer
+    from forktree.rewards.reward_model import RewardModel
     from forktree.rewards.step_format import StepFormat
+    from forktree.rewards.token_probability import TokenLogits
+    from forktree.rewards.value_head import ValueHead
     from forktree.search import BeamSearch, BestOfN, Greedy, Hypothesis, MajorityVote, ParticleFilter, Sample
     from forktree.sequences import sequence_logprobs
 
@@ -85,16 +90,16 @@ _LAZY = {
     "Hypothesis": "search",
     "MajorityVote": "search",
     "ParticleFilter": "search",
-    "RewardModel": "rewards.scoring",
+    "RewardModel": "rewards.reward_model",
     "Sample": "search",
-    "Scorer": "rewards.scoring",
+    "Scorer": "rewards.base",
     "SearchResult": "decoder",
     "StepFormat": "rewards.step_format",
-    "TextScorer": "rewards.scoring",
-    "TokenLogits": "rewards.scoring",
-    "ValueHead": "rewards.scoring",
+    "TextScorer": "rewards.function",
+    "TokenLogits": "rewards.token_probability",
+    "ValueHead": "rewards.value_head",
     "generate": "integrations.generate",
-    "load_scorer": "rewards.scoring",
+    "load_scorer": "rewards.load",
     "sequence_logprobs": "sequences",
 }
 _LAZY_PACKAGES = ("rewards", "search")

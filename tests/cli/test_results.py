@@ -16,7 +16,7 @@ import forktree
 from forktree.cli.inputs import option_text, read_inputs
 from forktree.cli.results import ResultFile
 from forktree.errors import ForktreeError, InvalidInput
-from forktree.rewards.scoring import import_function
+from forktree.rewards.load import import_function
 
 INPUTS = [{"prompt": "a"}, {"prompt": "b\u2028\x85c"}, {"prompt": "d\n\x0c"}]
 MADE_WITH = {"settings": {"seed": 0, "stop": ["\n"]}, "model": {"config.json": "1234"}}

@@ -23,9 +23,9 @@ from forktree import (
 )
 from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch, append, reassign
-from forktree.rewards.scoring import Reading, Subject
+from forktree.rewards.base import Reading, Rewards, Subject
 from forktree.search import Search, SearchContext
-from forktree.search.request import Extend, Rewards, Score, extend, next_logits, score, score_tokens
+from forktree.search.request import Extend, Score, extend, next_logits, score, score_tokens
 
 OTHER = tiny.decoder(num_slots=64)
 FOREIGN = OTHER.worker.tree.root([3, 4, 5])

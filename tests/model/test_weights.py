@@ -22,7 +22,7 @@ from forktree import Decoder, UnsupportedModel, ValueHead, search, sequence_logp
 from forktree.model import Fingerprint, LinearHead, attach
 from forktree.model.captured import CapturedSteps
 from forktree.model.runner import Runner
-from forktree.rewards.scoring import RewardModel
+from forktree.rewards.reward_model import RewardModel
 from graph_fake import FakeGraphs
 
 PROMPT = [3, 7, 2, 9, 4, 4, 1, 8, 3, 5, 6, 2]

@@ -19,8 +19,9 @@ from torch import nn
 
 import tiny
 from forktree import InvalidInput, RewardModel, Scorer, ScorerError, StepFormat, ValueHead, cli, load_scorer
+from forktree.rewards.base import Rewards
 from forktree.rewards.step_format import REWARD_FORMATS
-from forktree.search.request import Rewards, score
+from forktree.search.request import score
 
 QUESTION = "12+3="
 RESPONSES = ["1+2.\n\n3-4.\n\n", "1+2.\n\n3", "ab.\n- 5\n\n\nc", "a", "", "5.\n"]
@@ -277,7 +278,8 @@ def test_one_of_several_classes_is_part_of_the_format(tmp_path: Path) -> None:
 def test_formats_on_the_command_line(qwen: Any, tmp_path: Path, generate: Callable[..., tuple[int, str]]) -> None:
     """A name, its parts changed, or the parts alone; a run under another format is not gone on with."""
     path, *_ = qwen
-    asked = ["--search", "best-of-n", "--num-samples", "6", "--scorer", str(path), "--out", str(tmp_path / "out.jsonl")]
+    asked = ["--search", "best-of-n", "--set", "num_samples=6", "--scorer", str(path)]
+    asked += ["--out", str(tmp_path / "out.jsonl")]
     parts = ["--reward-step-delimiter", r"\n", "--escape", "--separator", "<extra_0>", "--template", "chat"]
     cases: list[tuple[list[str], StepFormat]] = [
         (["--reward-format", "qwen-prm"], REWARD_FORMATS["qwen-prm"]),

@@ -33,8 +33,8 @@ from forktree import (
 )
 from forktree.engine.engine import Engine
 from forktree.engine.worker import ModelWorker
-from forktree.rewards.scoring import Reading, Subject
-from forktree.search.request import Rewards, score
+from forktree.rewards.base import Reading, Rewards, Subject
+from forktree.search.request import score
 
 HIDDEN = 32
 
@@ -327,7 +327,7 @@ def test_over_the_steps_of_a_search_only_new_tokens_are_read(trunk: Any, templat
 
     class Recording(RewardModel):
         def begin(self, subject: Subject) -> Reading:
-            rendered.extend(template.render(subject.prompt, r) for r in subject.responses())
+            rendered.extend(map(template.render, subject.prompts, subject.responses()))
             return super().begin(subject)
 
     scorer = Recording(worker, tiny.tokenizer(), HEADS["linear"][0], format=template)

@@ -26,10 +26,8 @@ from forktree import (
     TokenScores,
 )
 from forktree.model import Runner
-from forktree.rewards.scoring import Reading, Subject
-from forktree.search.algorithms.particle import CLIP, log_weights
-from forktree.search.request import Rewards
-from forktree.search.selection import RESAMPLERS, softmax
+from forktree.rewards.base import Reading, Rewards, Subject
+from forktree.search.selection import CLIP, RESAMPLERS, log_weights, softmax
 
 VOCAB, PROMPT = 4, (1, 3, 2)
 
@@ -41,7 +39,8 @@ class Table(Scorer):
         self.reward, self.asked = reward, []
 
     def begin(self, subject: Subject) -> Reading:
-        responses = [tuple(b.tokens[subject.prompt_length :].tolist()) for b in subject.branches]
+        asked = zip(subject.branches, subject.prompt_lengths, strict=True)
+        responses = [tuple(branch.tokens[length:].tolist()) for branch, length in asked]
         self.asked.append(responses)
         table = self
 

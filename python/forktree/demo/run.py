@@ -22,9 +22,9 @@ from forktree.demo import task
 from forktree.engine.engine import Task
 from forktree.kv import Tree
 from forktree.model.checkpoints import load_model, load_tokenizer
-from forktree.rewards.scoring import ValueHead
+from forktree.rewards.value_head import ValueHead
 from forktree.search import BeamSearch, BestOfN, Greedy, ParticleFilter, Sample, Search
-from forktree.search.algorithms.sample import vote
+from forktree.search.answers import Answers, vote
 from forktree.terminal import Terminal
 
 MODEL = Path(__file__).parent / "model"
@@ -171,7 +171,7 @@ def _majority_accuracy(problems: Sequence[str], results: Sequence[SearchResult])
     right = []
     for problem, result in zip(problems, results, strict=True):
         texts = [candidate.text or "" for candidate in result.candidates]
-        share = vote([task.answer(text) for text in texts])
+        share = vote(Answers.read(texts, task.answer))
         right.append(task.is_correct(problem, texts[int(np.argmax(share))]))
     return float(np.mean(right))
 

@@ -32,34 +32,23 @@ from torch import Tensor
 
 from forktree.checks import integers, shown
 from forktree.device.transfer import Download, upload
+from forktree.engine.counters import Counters
 from forktree.engine.critical import CriticalSection
 from forktree.engine.request_state import NO_TOKEN, Drawn, ExtendState, RequestState, ScoreState, TokensState
 from forktree.engine.worker import ModelWorker
 from forktree.errors import Cancelled, DecoderInUse, InvalidInput, OutOfMemory
 from forktree.kv import Branch, Chunk, OutOfSlots
-from forktree.kv.tree import MAX_TOKEN
 from forktree.model import Fingerprint, ModelSpec
 from forktree.ops import score_logits
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import Draw, TokenRequest
-from forktree.rewards.scoring import Subject
-from forktree.search.base import needs_scorer
+from forktree.rewards.base import Subject, check_scorer
 from forktree.search.processors import left_padded, process
 from forktree.search.request import Extend, Extension, NextLogits, Request, Score, ScoreTokens
+from forktree.types import MAX_TOKEN_ID
 
 T = TypeVar("T")
 _INDICES = itertools.count()  # a search's number, and the owner of its branches in every tree it uses
-
-
-@dataclass
-class Counters:
-    """What one search cost. A prefix shared by several searches counts for the one that wrote it."""
-
-    model_tokens: int = 0  # tokens run through the policy
-    scorer_tokens: int = 0  # tokens run through a reward model
-    scorer_calls: int = 0  # branches scored
-    peak_slots: int = 0  # most KV slots that the tokens it wrote took at once
-    seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -205,17 +194,18 @@ class Engine:
         text: str = "",
         seed: int = 0,
         run: Run | None = None,
+        counters: Counters | None = None,
     ) -> Task:
         """Starts a search; it runs as `step` is called.
 
         search: its coroutine is `search(*roots)`, with one root for each of `prompts` (most searches have one).
         text: the prompt as scorers see it. seed: keys the draws of its branches, together with the prompt.
-        run: whose search it is, if anyone's.
+        run: whose search it is, if anyone's. counters: what its costs are added to; default: new ones.
         """
-        keys = [_key(seed, integers("tokens", tokens, 0, MAX_TOKEN)) for tokens in prompts]
+        keys = [_key(seed, integers("tokens", tokens, 0, MAX_TOKEN_ID)) for tokens in prompts]
         if not all(map(len, prompts)) or not len(prompts):
             raise InvalidInput(f"prompts must be of at least one token each, got {shown(prompts)}")
-        return self._alone(partial(self._submit, search, prompts, keys, text, run))
+        return self._alone(partial(self._submit, search, prompts, keys, text, run, counters or Counters()))
 
     def _submit(
         self,
@@ -224,10 +214,11 @@ class Engine:
         keys: list[int],
         text: str,
         run: Run | None,
+        counters: Counters,
     ) -> Task:
         index = next(_INDICES)
         roots = [self.worker.open(tokens, key=key, owner=index) for tokens, key in zip(prompts, keys, strict=True)]
-        task = Task(index, _called(search, roots), roots, text, len(prompts[0]), time.perf_counter(), run)
+        task = Task(index, _called(search, roots), roots, text, len(prompts[0]), time.perf_counter(), run, counters)
         self._tasks.append(task)
         self._resume(task, None)
         return task
@@ -357,9 +348,15 @@ class Engine:
         if isinstance(request, ScoreTokens | NextLogits):
             return TokensState(request, self.worker)
         assert isinstance(request, Score)
-        needs_scorer(request.scorer)
+        check_scorer(request.scorer)
         task.counters.scorer_calls += len(request.branches)
-        subject = Subject(self.worker, request.branches, task.prompt, task.prompt_length, self.tokenizer)
+        subject = Subject(
+            self.worker,
+            request.branches,
+            [task.prompt] * len(request.branches),
+            [task.prompt_length] * len(request.branches),
+            self.tokenizer,
+        )
         task.state = state = ScoreState(request.scorer.begin(subject), subject)
         if not any(state.worker is worker for worker in self._workers):
             self._workers.append(state.worker)

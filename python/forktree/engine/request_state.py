@@ -13,10 +13,10 @@ from forktree.device.transfer import Download
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput, NonFinite, ScorerError
 from forktree.kv import Branch, Tree
-from forktree.kv.slots import Ints
 from forktree.ops.token_request import TokenScores
-from forktree.rewards.scoring import Reading, Subject
-from forktree.search.request import Extend, NextLogits, Rewards, ScoreTokens
+from forktree.rewards.base import Reading, Rewards, Subject
+from forktree.search.request import Extend, NextLogits, ScoreTokens
+from forktree.types import Int32Array
 
 
 class RequestState:
@@ -185,7 +185,7 @@ class Drawn:
     states: list[ExtendState]
     rows: list[NDArray[np.int64]]  # of each state, in the order of the tokens
     branches: list[Branch]  # whose tokens they are, [n]
-    length: Ints  # of these before, [n]
+    length: Int32Array  # of these before, [n]
     hidden: Tensor  # [n, H], what they were drawn from
     tokens: Tensor  # int64 [n]
     outcome: Download  # fp64 [2, n]: tokens, log-probs (NaN where the logits are not finite, NO_TOKEN)

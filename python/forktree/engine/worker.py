@@ -15,9 +15,9 @@ from torch import Tensor
 from forktree.device.transfer import upload
 from forktree.errors import DecoderInUse, InvalidInput
 from forktree.kv import Branch, Chunk, PrefixIndex, Tree, tree_layout
-from forktree.kv.slots import Ints
 from forktree.kv.tree import NO_OWNER, PENDING_TOKEN
 from forktree.model import Fingerprint, ModelSpec, Runner, attach
+from forktree.types import Int32Array
 
 DEFAULT_SLOTS = 65536
 
@@ -164,7 +164,7 @@ class ModelWorker:
         node = np.array([c.node for c in chunks])
         last = np.cumsum([c.stop - c.begin for c in chunks]) - 1
         to, end = upload(np.stack([node, last]), device)
-        tokens: Ints | Tensor = ids
+        tokens: Int32Array | Tensor = ids
         if ids.min() == PENDING_TOKEN:
             tokens = upload(ids.astype(np.int64), device)
             newest = tokens[end]

@@ -10,22 +10,21 @@ from operator import attrgetter, is_
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from forktree.checks import integer, integers
 from forktree.errors import InvalidInput
 from forktree.kv.check import check_nodes
 from forktree.kv.nodes import Chunk, Nodes
-from forktree.kv.slots import Ints
 from forktree.kv.tags import Tags
 from forktree.ops.splitmix import mix
+from forktree.types import MAX_TOKEN_ID, Int32Array, Int64Array, IntArray, UInt64Array
 
 _ID = attrgetter("id")
 _NUMBERS = itertools.count()  # shared by all trees of the process: tells trees of one name apart in messages
 NO_OWNER = -1
 PENDING_TOKEN = -1  # stands for the last token of a branch while only the device knows it; equal to no id
 _FIRST_CAPACITY = 16
-MAX_TOKEN = 2**31 - 1  # ids are int32
 MAX_POSITION = 2**30  # so that no length overflows: a root begins below, and no tree holds as many tokens again
 MAX_FORKS = 2**20  # in one call
 
@@ -55,7 +54,7 @@ class Branch:
         return int(self.tree.branch_length[self._checked()])
 
     @property
-    def tokens(self) -> Ints:
+    def tokens(self) -> Int32Array:
         """Token ids from the root on, int32 `[length - position of the root]`; a copy."""
         return self.tree.tokens(self)
 
@@ -258,7 +257,7 @@ class Tree(Nodes):
     def append(self, branches: Sequence[Branch], tokens: ArrayLike) -> None:
         """One more token for each of many branches. `tokens` int `[len(branches)]`."""
         ids = self.ids(branches, distinct=True)
-        self._append_each(ids, integers("tokens", tokens, 0, MAX_TOKEN, count=len(ids)))
+        self._append_each(ids, integers("tokens", tokens, 0, MAX_TOKEN_ID, count=len(ids)))
 
     def append_pending(self, branches: Sequence[Branch]) -> None:
         """One more token for each branch, `PENDING_TOKEN` until `resolve_last_tokens` or `undo_append`."""
@@ -267,7 +266,7 @@ class Tree(Nodes):
     def resolve_last_tokens(self, branches: Sequence[Branch], tokens: ArrayLike) -> None:
         """Fills in the ids of tokens that were appended as `PENDING_TOKEN`. `tokens` int `[len(branches)]`."""
         ids = self.ids(branches, distinct=True)
-        tokens = integers("tokens", tokens, 0, MAX_TOKEN, count=len(ids))
+        tokens = integers("tokens", tokens, 0, MAX_TOKEN_ID, count=len(ids))
         node, length = self.branch_node[ids], self.branch_length[ids]
         at = self.arena.begin[node] + length - self.start[node] - 1
         assert (self.arena.token[at] == PENDING_TOKEN).all(), "the last token of a branch is known already"
@@ -290,25 +289,25 @@ class Tree(Nodes):
     def append_text(self, branch: Branch, tokens: ArrayLike) -> None:
         """See `Branch.append`."""
         self._id(branch)
-        text = integers("tokens", tokens, 0, MAX_TOKEN)
+        text = integers("tokens", tokens, 0, MAX_TOKEN_ID)
         if len(text):
             self._append(branch, text)
 
-    def tokens(self, branch: Branch) -> Ints:
+    def tokens(self, branch: Branch) -> Int32Array:
         """See `Branch.tokens`."""
         id = self._id(branch)
         begin, token = self.arena.begin, self.arena.token
         path = self.path(int(self.branch_node[id]), int(self.branch_length[id]))
         return np.concatenate([token[begin[node] : begin[node] + count] for node, count in path[::-1]])
 
-    def _append_each(self, ids: NDArray[np.int64], tokens: NDArray[np.integer] | int) -> None:
+    def _append_each(self, ids: Int64Array, tokens: IntArray | int) -> None:
         node = self._own_nodes(ids)
         self._ensure_capacity(node, 1)
         self.arena.token[self.arena.begin[node] + self.length[node]] = tokens
         self.length[node] += 1
         self.branch_length[ids] += 1
 
-    def _append(self, branch: Branch, tokens: NDArray[np.integer]) -> None:
+    def _append(self, branch: Branch, tokens: IntArray) -> None:
         id = np.array([branch.id])
         node = self._own_nodes(id)
         self._ensure_capacity(node, len(tokens))
@@ -319,7 +318,7 @@ class Tree(Nodes):
 
     # ---------------------------------------------------------------- what is to be computed
 
-    def ids(self, branches: Iterable[Branch], *, distinct: bool = False) -> NDArray[np.int64]:
+    def ids(self, branches: Iterable[Branch], *, distinct: bool = False) -> Int64Array:
         """Indices of the branch arrays, `[len(branches)]`. Raises `InvalidInput` unless all are live branches of this
         tree and, if asked, no two are the same."""
         given = _listed(branches)
@@ -335,12 +334,12 @@ class Tree(Nodes):
             raise InvalidInput(f"branches must be distinct, got branch {again} of {len(ids)} a second time")
         return np.array(ids, np.int64)
 
-    def tips(self, branches: Sequence[Branch]) -> tuple[Ints, Ints]:
+    def tips(self, branches: Sequence[Branch]) -> tuple[Int32Array, Int32Array]:
         """Node of each branch and its length, int32 `[len(branches)]`."""
         ids = self.ids(branches)
         return self.branch_node[ids], self.branch_length[ids]
 
-    def view(self, branches: Sequence[Branch]) -> Ints:
+    def view(self, branches: Sequence[Branch]) -> Int32Array:
         """How many tokens of each node the branches see together, int32 `[num_nodes]`."""
         return self.visible_lengths(*self.tips(branches))
 
@@ -390,7 +389,7 @@ class Tree(Nodes):
         raise InvalidInput(f"branches must be those that {self.name} gave, got other handles")
 
     def _new_branches(
-        self, node: NDArray[np.integer], length: NDArray[np.integer], key: NDArray[np.uint64], owner: int
+        self, node: IntArray, length: IntArray, key: UInt64Array, owner: int
     ) -> list[Branch]:
         count = len(node)
         if len(self._free_branches) < count:
@@ -413,7 +412,7 @@ class Tree(Nodes):
             self._handles[handle.id] = handle
         return handles
 
-    def _own_nodes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _own_nodes(self, ids: Int64Array) -> Int64Array:
         """The node each branch appends to: its own if nobody else looks at it, else a new child."""
         node, end = self.branch_node[ids], self.branch_length[ids]
         own = (self.readers[node] == 1) & (self.children[node] == 0) & (end == self.start[node] + self.length[node])
@@ -427,12 +426,12 @@ class Tree(Nodes):
             self._release(forked[self.num_slots[forked] > self.length[forked]], self.length)
         return self.branch_node[ids].astype(np.int64)
 
-    def _collect_garbage(self, nodes: NDArray[np.integer]) -> None:
+    def _collect_garbage(self, nodes: IntArray) -> None:
         """After readers left `nodes`: frees dead nodes, trims unread tails, remembers what may be merged."""
         touched = np.zeros(self.num_nodes, bool)
         touched[nodes] = True
         near = np.flatnonzero(touched & (self.arena.capacity > 0))
-        dead: list[NDArray[np.int64]] = []
+        dead: list[Int64Array] = []
         while len(near := near[(self.readers[near] | self.children[near]) == 0]):
             dead.append(near)
             up = self.parent[near]
@@ -484,15 +483,15 @@ def _tree_of(branches: Sequence[Branch]) -> Tree:
     return next((b.tree for b in _listed(branches) if isinstance(b, Branch)), None) or Tree(1)
 
 
-def _text(tokens: ArrayLike) -> NDArray[np.integer]:
-    text = integers("tokens", tokens, 0, MAX_TOKEN)
+def _text(tokens: ArrayLike) -> IntArray:
+    text = integers("tokens", tokens, 0, MAX_TOKEN_ID)
     if not len(text):
         raise InvalidInput("tokens must be at least one id, got none")
     return text
 
 
 def _owner(owner: int) -> int:
-    return integer("owner", owner, NO_OWNER, MAX_TOKEN)
+    return integer("owner", owner, NO_OWNER, MAX_TOKEN_ID)
 
 
 def _key_and_owner(key: int, owner: int) -> tuple[int, int]:

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from forktree.checks import integer, integers, shown
-from forktree.errors import InvalidInput, ScorerError
+from forktree.errors import InvalidInput
 from forktree.kv import Branch
-from forktree.kv.tree import MAX_TOKEN
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import TokenRequest, TokenScores
+from forktree.rewards.base import Rewards
 from forktree.search.processors import Processor, check_processors
+from forktree.types import MAX_TOKEN_ID
 
 T = TypeVar("T")
 
@@ -59,14 +60,6 @@ class Extension:
     num_tokens: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Rewards:
-    """What `score` says of each branch: `values [n]` fp64, NaN where `errors[i]` tells why it could not be had."""
-
-    values: NDArray[np.float64]
-    errors: list[ScorerError | None]
-
-
 @dataclass(frozen=True, eq=False)
 class Extend(Request[Extension]):
     """See `extend`."""
@@ -83,9 +76,9 @@ class Extend(Request[Extension]):
     def __post_init__(self) -> None:
         if not isinstance(self.sampling, Sampling):
             raise InvalidInput(f"sampling must be a Sampling, got {shown(self.sampling)}")
-        integers("max_tokens", self.max_tokens, 1, MAX_TOKEN, count=len(self.branches))
-        integers("eos_token_ids", list(self.eos_token_ids), 0, MAX_TOKEN)
-        integer("pad_token_id", self.pad_token_id, -MAX_TOKEN, MAX_TOKEN)
+        integers("max_tokens", self.max_tokens, 1, MAX_TOKEN_ID, count=len(self.branches))
+        integers("eos_token_ids", list(self.eos_token_ids), 0, MAX_TOKEN_ID)
+        integer("pad_token_id", self.pad_token_id, -MAX_TOKEN_ID, MAX_TOKEN_ID)
         if self.stop is not None and not callable(self.stop):
             raise InvalidInput(f"stop must be a function of the newest token and all, or None, got {shown(self.stop)}")
         check_processors("processors", self.processors)
@@ -142,8 +135,8 @@ def extend(
     """
     some = tuple(branches)
     one = np.ndim(max_tokens) == 0
-    limit = [integer("max_tokens", max_tokens, 1, MAX_TOKEN)] * len(some) if one else max_tokens
-    each = integers("max_tokens", limit, 1, MAX_TOKEN, count=len(some))
+    limit = [integer("max_tokens", max_tokens, 1, MAX_TOKEN_ID)] * len(some) if one else max_tokens
+    each = integers("max_tokens", limit, 1, MAX_TOKEN_ID, count=len(some))
     return Extend(some, sampling, each, frozenset(eos_token_ids), stop, tuple(processors), pad_token_id, unfinished)
 
 
