@@ -18,8 +18,9 @@ from forktree.errors import (
 )
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import Draw, Edits, Head, Ragged, TokenRequest, TokenScores
+from forktree.plan.check import check_plan
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import AttentionPlan, check_plan, plan
+from forktree.plan.plan import AttentionPlan, plan
 
 if TYPE_CHECKING:
     from forktree import rewards, search

@@ -2,7 +2,7 @@
 
 from typing import TypedDict
 
-from forktree.plan.layout import IntArray
+from forktree.plan.layout import IntArray, TreeLayout
 
 class Build(TypedDict):
     compiler: str
@@ -34,31 +34,14 @@ def cuda_rotate_rows(params: bytes, stream: int, /) -> None: ...
 def cuda_merge_states(params: bytes, stream: int, /) -> None: ...
 def cuda_tree_attention(params: bytes, stream: int, /) -> None: ...
 def plan(
-    slot_index: IntArray,
-    node_begin: IntArray,
-    node_len: IntArray,
-    node_parent: IntArray,
-    node_fork: IntArray,
-    node_pos: IntArray,
-    row_indptr: IntArray,
-    path_indptr: IntArray,
-    path_node: IntArray,
-    path_stop: IntArray,
-    path_top: IntArray,
-    causal: IntArray,
-    row_token: IntArray,
-    row_pos: IntArray,
-    mask_indptr: IntArray | None,
-    mask_bits: IntArray | None,
-    num_tokens: int,
-    num_qo_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
+    layout: TreeLayout,
+    heads: tuple[int, ...],  # query heads, KV heads, head_dim, value_dim, bytes_per_token
     window: int,
     cost_model: tuple[int, ...],
     max_partials: int,
     invariant: bool,
     /,
 ) -> IntArray: ...
-def plan_count(buffer: IntArray, cost_model: tuple[int, ...]) -> tuple[int, int, int, int, int, int, int, int]: ...
+def plan_stats(buffer: IntArray, cost_model: tuple[int, ...]) -> tuple[int, int, int, int, int, int, int, int]: ...
+def check_plan_header(buffer: IntArray) -> None: ...
 def check_plan_buffer(buffer: IntArray) -> None: ...

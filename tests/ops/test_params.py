@@ -104,6 +104,7 @@ def test_members_of_tree_attention(pool):
         partials=partials.data_ptr(),
         counters=counters.data_ptr(),
         device=0,
+        plan_trusted=0,
     )
 
 

@@ -74,6 +74,7 @@ class TreeAttentionParams(Structure):
         ("partials", c_void_p),
         ("counters", c_void_p),
         ("device", c_int64),
+        ("plan_trusted", c_bool),
     ]
 
 
@@ -193,7 +194,7 @@ def tree_attention(
     if q.stride(2) != 1:
         q = q.contiguous()
     (row_stride, head_stride, _), (rows, heads, k_dim) = q.stride(), q.shape
-    buffer, slot_index, num_tokens, max_partials, _ = plan
+    buffer, slot_index, num_tokens, max_partials, host = plan
     buffer, slot_index = buffer.contiguous(), slot_index.contiguous()
     sinks, alibi_slopes = _fp32(options.sinks), _fp32(options.alibi_slopes)
     out = q.new_empty(num_tokens, heads, pool.format.v_dim)
@@ -221,6 +222,7 @@ def tree_attention(
         _address(partials),
         _address(counters),
         q.device.index or 0,
+        host is not None,
     )
     core(params, how)
     return out, lse

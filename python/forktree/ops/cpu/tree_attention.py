@@ -1,4 +1,4 @@
-"""`forktree.ops.tree_attention` by `csrc/cpu/tree_attention.cpp`, which validates the plan and its slots."""
+"""`forktree.ops.tree_attention` by `csrc/cpu/tree_attention.cpp`."""
 
 import torch
 from torch import Tensor
