@@ -760,10 +760,6 @@ def drawing(**parts: Any) -> dict[str, Any]:
             asked(select=Ragged(torch.tensor([0, 0, 1]), torch.tensor([40]))),
             r"ids of select must be in \[0, 40\), got 40 to 40",
         ),
-        (
-            asked(value=Head([(torch.zeros(1, 5), None)])),
-            "value must be a head on hidden states of size 4, got one on 5",
-        ),
         (asked(top_k=1, rewards=torch.zeros(40, 5)), r"rewards must be .*\[40, 4\].* got .*\[40, 5\]"),
         (asked(rewards=torch.zeros(40, 4)), "rewards are gathered at tokens: expected top_k or draw with them"),
         (drawing(seed=[1, 2, 3], position=[0, 0, 0]), "seed and position must be one a row, 2, got 3"),
