@@ -16,7 +16,7 @@ from forktree import (
     Greedy,
     InvalidInput,
     NonFinite,
-    Ragged,
+    RaggedIds,
     Sample,
     Sampling,
     TextScorer,
@@ -37,7 +37,7 @@ def everything(texts: Sequence[Sequence[int]], seed: int) -> TokenRequest:
     return TokenRequest(
         top_k=4,
         draw=greedy(n),
-        select=Ragged(torch.arange(0, 2 * n + 1, 2), torch.from_numpy(rng.integers(tiny.VOCAB, size=2 * n))),
+        select=RaggedIds(torch.arange(0, 2 * n + 1, 2), torch.from_numpy(rng.integers(tiny.VOCAB, size=2 * n))),
         targets=torch.from_numpy(rng.integers(tiny.VOCAB, size=n)),
         entropy=True,
     )
@@ -47,7 +47,7 @@ def assert_exact(found: TokenScores, request: TokenRequest, texts: Sequence[Sequ
     """Against fp64 log-probs of transformers' logits."""
     exact = torch.stack([tiny.next_log_probs(tiny.model(), text) for text in texts])
     every, near = torch.arange(len(texts)), dict(rtol=0, atol=1e-4)
-    assert isinstance(request.select, Ragged) and request.targets is not None and found.lse is not None
+    assert isinstance(request.select, RaggedIds) and request.targets is not None and found.lse is not None
     best = exact.topk(4)
     wanted = {
         "top_log_probs": best.values,

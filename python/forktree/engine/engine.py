@@ -525,7 +525,6 @@ class Engine:
         sampling = [state.request.sampling for state, at in pairs for _ in at]
         draw = self._keyed(sampling, np.concatenate([state.ids[at] for state, at in pairs]))
         scores = self.worker.runner.score(hidden, TokenRequest(draw=draw))
-        assert scores.token is not None and scores.log_prob is not None
         return hidden, scores.token, scores.log_prob
 
     def _draw_processed(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forktree.ops.pool import KVPool
-from forktree.ops.token_request import Ragged, TokenRequest
+from forktree.ops.token_request import RaggedIds, TokenRequest
 
 if TYPE_CHECKING:
     from forktree.ops.assemble import LmHead, VocabPass
@@ -168,7 +168,7 @@ def check_token_request(request: TokenRequest, hidden: Tensor, vocab: int) -> No
     if request.targets is not None:
         check_integers("targets", request.targets, rows, device)
         check_ids("targets", request.targets, vocab)
-    if isinstance(request.select, Ragged):
+    if isinstance(request.select, RaggedIds):
         indptr, ids = request.select.indptr, request.select.ids
         check_integers("ids of select", ids, ids.numel(), device)
         check_integers("indptr of select", indptr, rows + 1, device)

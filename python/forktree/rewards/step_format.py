@@ -29,7 +29,7 @@ class StepFormat:
     spells it out.
 
     How `RewardModel.load` reads the last hidden state: by the value head in the directory, with its activation and
-    choice, see `Head`; or, if `answers` is a text of two tokens, by the probability of the first against the second.
+    choice (`ValueMlp`); or, if `answers` is a text of two tokens, by the probability of the first against the second.
     """
 
     template: str = "{prompt}{response}"

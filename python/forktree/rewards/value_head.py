@@ -78,7 +78,7 @@ class ValueMlp:
 
 
 class ValueHead(Scorer):
-    """A head on the last hidden state: see `Head`.
+    """A head on the last hidden state: see `ValueMlp`.
 
     weights: one or two pairs (weight `[out, in]`, bias `[out]` or None). activation: "sigmoid", "tanh" or "identity".
     choice: which of several outputs.
