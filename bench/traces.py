@@ -47,7 +47,7 @@ def main() -> None:
     searches = {
         "beam": forktree.BeamSearch(num_beams=WIDTH),
         "particles": forktree.ParticleFilter(
-            scorer=head, num_particles=WIDTH, temperature=run.TEMPERATURE, step_delimiter="\n"
+            reward=head, num_particles=WIDTH, temperature=run.TEMPERATURE, step_delimiter="\n"
         ),
     }
     TRACES.mkdir(exist_ok=True)

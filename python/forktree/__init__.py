@@ -13,7 +13,7 @@ from forktree.errors import (
     InvalidInput,
     NonFinite,
     OutOfMemory,
-    ScorerError,
+    RewardError,
     UnsupportedModel,
 )
 from forktree.ops.sampling import Sampling
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from forktree import rewards, search
     from forktree.decoder import Candidate, Decoder, SearchResult
     from forktree.integrations.generate import generate
-    from forktree.rewards.base import Scorer
-    from forktree.rewards.function import TextScorer
-    from forktree.rewards.load import load_scorer
+    from forktree.rewards.base import Reward
+    from forktree.rewards.function import FunctionReward
+    from forktree.rewards.load import load_reward
     from forktree.rewards.reward_model import RewardModel
     from forktree.rewards.step_format import StepFormat
-    from forktree.rewards.token_probability import TokenLogits
+    from forktree.rewards.token_probability import TokenProbability
     from forktree.rewards.value_head import ValueHead
     from forktree.search import BeamSearch, BestOfN, Greedy, Hypothesis, MajorityVote, ParticleFilter, Sample
     from forktree.sequences import sequence_logprobs
@@ -47,6 +47,7 @@ __all__ = [
     "Decoder",
     "Draw",
     "ForktreeError",
+    "FunctionReward",
     "Greedy",
     "Hypothesis",
     "InvalidInput",
@@ -56,15 +57,14 @@ __all__ = [
     "OutOfMemory",
     "ParticleFilter",
     "RaggedIds",
+    "Reward",
+    "RewardError",
     "RewardModel",
     "Sample",
     "Sampling",
-    "Scorer",
-    "ScorerError",
     "SearchResult",
     "StepFormat",
-    "TextScorer",
-    "TokenLogits",
+    "TokenProbability",
     "TokenRequest",
     "TokenScores",
     "TreeLayout",
@@ -72,7 +72,7 @@ __all__ = [
     "ValueHead",
     "check_plan",
     "generate",
-    "load_scorer",
+    "load_reward",
     "ops",
     "plan",
     "rewards",
@@ -92,14 +92,14 @@ _LAZY = {
     "ParticleFilter": "search",
     "RewardModel": "rewards.reward_model",
     "Sample": "search",
-    "Scorer": "rewards.base",
+    "Reward": "rewards.base",
     "SearchResult": "decoder",
     "StepFormat": "rewards.step_format",
-    "TextScorer": "rewards.function",
-    "TokenLogits": "rewards.token_probability",
+    "FunctionReward": "rewards.function",
+    "TokenProbability": "rewards.token_probability",
     "ValueHead": "rewards.value_head",
     "generate": "integrations.generate",
-    "load_scorer": "rewards.load",
+    "load_reward": "rewards.load",
     "sequence_logprobs": "sequences",
 }
 _LAZY_PACKAGES = ("rewards", "search")

@@ -139,7 +139,7 @@ class Decoder:
 
         prompts: texts or token ids, or a single one; ids as a sequence of integers, an array or tensor `[n]`, or what a
             tokenizer returns (`apply_chat_template` too), its padding left out. Such a batch by itself is several
-            prompts. Of a text, what the tokenizer puts at its end is dropped; an EOS that it spells out stays. Scorers
+            prompts. Of a text, what the tokenizer puts at its end is dropped; an EOS that it spells out stays. Rewards
             see a text as it is, and ids decoded with their special tokens.
         search: one for all prompts, or one for each.
         max_new_tokens: most tokens behind the prompt, EOS included.
@@ -151,7 +151,7 @@ class Decoder:
         result with `error` set; the others go on. Closing the iterator, from any thread, cancels what still runs.
 
         Results of several calls may be read in turns, by one thread. The first result raises `DecoderInUse` if those of
-        another thread are not all read yet, or inside a call of this Decoder to a scorer, processor, stop, `on_step` or
+        another thread are not all read yet, or inside a call of this Decoder to a reward, processor, stop, `on_step` or
         search. Ctrl-C ends this call's searches, after the step under way; pressed twice, at once, and all searches.
         """
         self.engine.renew()
@@ -162,8 +162,8 @@ class Decoder:
         for one in {id(s): s for s in searches}.values():
             if not isinstance(one, Search):
                 raise InvalidInput(f"search must be a Search such as ParticleFilter(...), got {type(one).__name__}")
-            for scorer in one.scorers:
-                scorer.check(self.worker)
+            for reward in one.rewards:
+                reward.check(self.worker)
         integer("max_new_tokens", max_new_tokens, 1)
         seed = integer("seed", seed, 0, LARGEST_SEED)
         tokens = self._tokens(texts)
@@ -198,9 +198,7 @@ class Decoder:
                         start = partial(self._start, searches[i], max_new_tokens, counters=counters, trace=trace)
                         prompt = prompts[i]
                         text = prompt if isinstance(prompt, str) else self._decode(tokens[i]) or ""
-                        task = self.engine.submit(
-                            start, [tokens[i]], text=text, seed=seed, run=run, counters=counters
-                        )
+                        task = self.engine.submit(start, [tokens[i]], text=text, seed=seed, run=run, counters=counters)
                         running[task] = i, trace
                     self.engine.step()
                     if on_step is not None:

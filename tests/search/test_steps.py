@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tiny
-from forktree import Hypothesis, InvalidInput, ScorerError, TextScorer
+from forktree import FunctionReward, Hypothesis, InvalidInput, RewardError
 from forktree.search.answers import NO_ANSWER, Answers, vote
 from forktree.search.context import SearchContext
 from forktree.search.selection import best_first, effective_sample_size, unit_interval
@@ -36,7 +36,7 @@ def inside(script: Any, prompt: str = "12+3=", **settings: Any) -> Any:
             found.append(await script(context, self))
             return []
 
-    search = Scripted(**{"scorer": TextScorer(lambda p, r: len(r) / 100), "step_delimiter": "5", **settings})
+    search = Scripted(**{"reward": FunctionReward(lambda p, r: len(r) / 100), "step_delimiter": "5", **settings})
     decoder = tiny.decoder()
     result = decoder.search([prompt], search, max_new_tokens=24, seed=4)[0]
     if result.error is not None:
@@ -52,7 +52,7 @@ def test_everything_travels_with_a_walker(ancestors: list[int]) -> None:
     async def script(context: SearchContext, search: StepSearch) -> Any:
         walkers = Marked.start(context, 4)
         await grow(walkers, np.arange(4), context, search)
-        await judged(walkers, np.array([0, 2, 3]), search.scorer)
+        await judged(walkers, np.array([0, 2, 3]), search.reward)
         before = [b.tokens.tolist() for b in walkers.branches]
         old = {name: list(getattr(walkers, name)) for name in ("node", "mark", "name", "history", "reason", "rewards")}
         shared = walkers.shared
@@ -86,7 +86,7 @@ def test_only_the_chosen_walkers_grow_and_are_judged() -> None:
         await grow(walkers, np.array([3, 1]), context, search)
         assert walkers.steps.tolist() == [0, 1, 0, 1]
         assert [b.length > context.root.length for b in walkers.branches] == [False, True, False, True]
-        await judged(walkers, np.array([1]), search.scorer)
+        await judged(walkers, np.array([1]), search.reward)
         assert np.isnan(walkers.rewards).tolist() == [True, False, True, True]
         assert [len(h) for h in walkers.history] == [0, 1, 0, 0]
         return True
@@ -105,13 +105,13 @@ def test_rewards_fail_alone_until_none_is_left() -> None:
 
     async def script(context: SearchContext, search: StepSearch) -> Any:
         walkers = Walkers.start(context, 3)
-        await judged(walkers, np.arange(3), search.scorer)
+        await judged(walkers, np.arange(3), search.reward)
         assert np.isnan(walkers.rewards).tolist() == [False, True, False]
         assert [error is None for error in walkers.errors] == [True, False, True]
-        await judged(walkers, np.array([0, 2]), search.scorer)
+        await judged(walkers, np.array([0, 2]), search.reward)
 
-    with pytest.raises(ScorerError, match=r"no branch has a score left.*call 4"):
-        inside(script, scorer=TextScorer(reward))
+    with pytest.raises(RewardError, match=r"no branch has a reward left.*call 4"):
+        inside(script, reward=FunctionReward(reward))
 
 
 def test_aggregates() -> None:

@@ -12,15 +12,15 @@ from forktree import (
     BeamSearch,
     BestOfN,
     Decoder,
+    FunctionReward,
     Greedy,
     MajorityVote,
     ParticleFilter,
+    Reward,
     Sample,
-    Scorer,
     SearchResult,
-    TextScorer,
 )
-from forktree.rewards.base import Reading, Subject
+from forktree.rewards.base import PendingReward, RewardInput
 from forktree.search import Search
 from forktree.search.selection import log_weights, softmax
 from forktree.search.trace import SearchTrace
@@ -33,15 +33,15 @@ def value(response: str) -> float:
     return 0.05 + 0.9 * (sum((i + 3) * ord(c) for i, c in enumerate(response)) % 17) / 16
 
 
-class Asked(Scorer):
+class Asked(Reward):
     """Remembers every list of responses that it was asked about, in order; fails for texts with a "7"."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []
 
-    def begin(self, subject: Subject) -> Reading:
-        self.asked.append(subject.responses())
-        return TextScorer(reward).begin(subject)
+    def start(self, given: RewardInput) -> PendingReward:
+        self.asked.append(given.responses())
+        return FunctionReward(reward).start(given)
 
 
 def reward(prompt: str, response: str) -> float:
@@ -91,11 +91,11 @@ class Steps:
 SEARCHES: dict[str, Callable[[], Search]] = {
     "greedy": Greedy,
     "sample": lambda: Sample(num_return_sequences=5),
-    "best-of-n": lambda: BestOfN(scorer=TextScorer(reward), num_samples=9),
+    "best-of-n": lambda: BestOfN(reward=FunctionReward(reward), num_samples=9),
     "vote": lambda: MajorityVote(answer=lambda text: text[-1:] or None, num_samples=9),
     "beam": lambda: BeamSearch(num_beams=4, num_return_sequences=3),
     "particle": lambda: ParticleFilter(
-        scorer=TextScorer(reward), num_particles=9, step_delimiter="5", max_step_tokens=3, stop=("b",)
+        reward=FunctionReward(reward), num_particles=9, step_delimiter="5", max_step_tokens=3, stop=("b",)
     ),
 }
 
@@ -119,10 +119,10 @@ def test_what_is_returned_can_be_read_out_of_the_trace(name: str, seed: int) -> 
 @pytest.mark.parametrize("resampling", ["systematic", "multinomial"])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_particle_run_can_be_replayed_from_its_trace(seed: int, resampling: str) -> None:
-    """Every population, weight, ancestor and reward, against what the scorer was asked and the formulas."""
-    scorer, n = Asked(), 12
+    """Every population, weight, ancestor and reward, against what the reward was asked and the formulas."""
+    reward, n = Asked(), 12
     search = ParticleFilter(
-        scorer=scorer,
+        reward=reward,
         num_particles=n,
         step_delimiter="5",
         max_step_tokens=3,
@@ -132,7 +132,7 @@ def test_a_particle_run_can_be_replayed_from_its_trace(seed: int, resampling: st
         stop=("b",),
     )
     result, events = traced(search, seed=seed, max_new_tokens=14)
-    steps, asked = Steps(events), iter(scorer.asked)
+    steps, asked = Steps(events), iter(reward.asked)
     population, copied, dropped = [-1] * n, 0, set()
     for event in events[:-1]:
         if event["event"] == "grow":
@@ -164,7 +164,7 @@ def test_a_particle_run_can_be_replayed_from_its_trace(seed: int, resampling: st
         path = steps.path(node)
         assert not dropped.intersection(path[-1:]), "a text that was dropped does not come back"
         said = [np.nan if steps.reward[n] is None else steps.reward[n] for n in path]
-        np.testing.assert_array_equal(candidate.hypothesis.step_scores, said)
+        np.testing.assert_array_equal(candidate.hypothesis.step_rewards, said)
         assert steps.text(node) == candidate.text
 
 
@@ -189,9 +189,9 @@ def test_a_search_that_fails_leaves_its_trace_and_knows_its_costs() -> None:
 
     class Watching(Sample):
         async def run(self, context: Any) -> Any:
-            seen.append((context.counters.model_tokens, context.counters.scorer_calls))
+            seen.append((context.counters.model_tokens, context.counters.reward_calls))
             found = await super().run(context)
-            seen.append((context.counters.model_tokens, context.counters.scorer_calls))
+            seen.append((context.counters.model_tokens, context.counters.reward_calls))
             raise RuntimeError(f"after {len(found)} texts")
 
     result = tiny.decoder().search([PROMPT], Watching(num_return_sequences=3), max_new_tokens=4)[0]

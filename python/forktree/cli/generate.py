@@ -13,7 +13,6 @@ from forktree.cli.report import Outcome, json_number, say, write_outcomes
 from forktree.cli.results import ResultFile
 from forktree.cli.searches import SEARCH_HELP, choose, show_search
 from forktree.errors import InvalidInput
-from forktree.model.model_files import digest, digests
 from forktree.terminal import one_line
 
 GENERATE_HELP = """Search an answer for every prompt of a JSON Lines file.
@@ -26,7 +25,7 @@ the results were made with. --resume refuses a file that was made with others.
 --search names the algorithm, and --set NAME=VALUE each of its settings. --help-search NAME lists the settings of one, \
 with their types, defaults and meanings.
 
-A scorer is a value head on the model's own hidden state (a .safetensors file with score.weight, or score.0.weight and \
+A reward is a value head on the model's own hidden state (a .safetensors file with score.weight, or score.0.weight and \
 score.2.weight), the directory of a reward model (base model plus such a head), or module:function, a Python function \
 of (prompt, response), looked for in the current directory first. What a reward model is fed, and where its reward is \
 read, is said by --reward-format, or by --template, --reward-step-delimiter and --separator, which also change a named \
@@ -39,12 +38,12 @@ Examples:
 
 forktree generate --model DIR --prompts in.jsonl --out out.jsonl --search beam --set num_beams=8
 
-forktree generate --model DIR --prompts in.jsonl --out out.jsonl --search best-of-n --scorer my_module:reward
+forktree generate --model DIR --prompts in.jsonl --out out.jsonl --search best-of-n --reward my_module:reward
 
 forktree generate --model DIR --prompts in.jsonl --out out.jsonl --search particle --set num_particles=16 \
---set temperature=0.8 --scorer head.safetensors
+--set temperature=0.8 --reward head.safetensors
 
-forktree generate --model DIR --prompts in.jsonl --out out.jsonl --search best-of-n --scorer Qwen2.5-Math-PRM-7B \
+forktree generate --model DIR --prompts in.jsonl --out out.jsonl --search best-of-n --reward Qwen2.5-Math-PRM-7B \
 --reward-format qwen-prm
 """
 
@@ -62,7 +61,7 @@ def generate(
         str | None,
         typer.Option(metavar="NAME", callback=show_search, is_eager=True, help="Show the settings of a search."),
     ] = None,
-    scorer: Annotated[
+    reward: Annotated[
         str | None, typer.Option(help="A head file, a reward-model directory or module:function.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 256,
@@ -85,7 +84,7 @@ def generate(
     separator: Annotated[
         str | None, typer.Option(help="Reward model: what it is fed in the delimiter's place; it is read there.")
     ] = None,
-    scorer_time_limit: Annotated[
+    reward_time_limit: Annotated[
         float, typer.Option(help="module:function: maximum number of seconds for a call.")
     ] = 60.0,
     trace: Annotated[
@@ -103,20 +102,22 @@ def generate(
     """See `GENERATE_HELP`."""
     fed = {"--template": template, "--reward-step-delimiter": reward_step_delimiter, "--separator": separator}
     fed = {option: text and option_text(option, text, escape=escape) for option, text in fed.items()}
-    format = _reward_format(reward_format, fed, scorer)
+    format = _reward_format(reward_format, fed, reward)
     # what can be checked without loading a model is checked first
-    chosen = choose(search, settings or (), scorer, escape=escape)
+    chosen = choose(search, settings or (), reward, escape=escape)
     inputs = read_inputs("--prompts", prompts, [("prompt",)])
+    from forktree.model.model_files import digests  # transformers takes seconds to import
+
     described = {"search": search, **chosen.described, "max_new_tokens": max_new_tokens, "seed": seed, "dtype": dtype}
     made_with = {"settings": described, "model": digests(model, code=trust_remote_code)}
     if trace:
         described["trace"] = True
     if chosen.code:
         made_with["code"] = {spec: _source_digest(spec) for spec in chosen.code}
-    if scorer is not None:
+    if reward is not None:
         described["activation"] = activation
         described["reward_format"] = None if format is None else asdict(format)
-        made_with["scorer"] = _scorer_digests(scorer, code=trust_remote_code)
+        made_with["reward"] = _reward_digests(reward, code=trust_remote_code)
     keys = ("text", "candidates", "counters", *(("trace",) if trace else ()))
     with ResultFile("generate", out, prompts, inputs, made_with, keys, resume=resume) as output:
         todo = output.missing()
@@ -125,16 +126,16 @@ def generate(
             return
 
         from forktree.decoder import Decoder
-        from forktree.rewards.load import load_scorer
+        from forktree.rewards.load import load_reward
 
         loaded, tokenizer = load(model, dtype, device, trust_remote_code)
         decoder = Decoder(loaded, tokenizer, num_slots=num_slots, max_batch_tokens=max_batch_tokens)
         given = dict(chosen.settings)
-        if chosen.scorer is not None and scorer is not None:
-            given[chosen.scorer] = load_scorer(
-                scorer,
+        if chosen.reward is not None and reward is not None:
+            given[chosen.reward] = load_reward(
+                reward,
                 activation=activation,
-                time_limit=scorer_time_limit,
+                time_limit=reward_time_limit,
                 device=device,
                 format=format,
                 trust_remote_code=trust_remote_code,
@@ -168,8 +169,8 @@ def _candidate(candidate: Any) -> dict[str, Any]:
         "finish_reason": h.finish_reason,
         "token_ids": candidate.token_ids,
     }
-    if h.step_scores:
-        record["step_scores"] = [json_number(s) for s in h.step_scores]
+    if h.step_rewards:
+        record["step_rewards"] = [json_number(s) for s in h.step_rewards]
     if h.weight is not None:
         record["weight"] = h.weight
     if h.error is not None:
@@ -177,7 +178,7 @@ def _candidate(candidate: Any) -> dict[str, Any]:
     return record
 
 
-def _reward_format(name: str | None, fed: dict[str, str | None], scorer: str | None) -> Any:
+def _reward_format(name: str | None, fed: dict[str, str | None], reward: str | None) -> Any:
     """What a reward model is fed, or None if no option says so. fed: the texts of options."""
     from forktree.rewards.step_format import chosen_format
 
@@ -187,28 +188,32 @@ def _reward_format(name: str | None, fed: dict[str, str | None], scorer: str | N
         step_delimiter=fed["--reward-step-delimiter"],
         separator=fed["--separator"],
     )
-    if format is not None and (scorer is None or not Path(scorer).is_dir()):
+    if format is not None and (reward is None or not Path(reward).is_dir()):
         raise InvalidInput(
             "--reward-format, --template, --reward-step-delimiter and --separator belong to a reward-model directory, "
-            f"got --scorer {scorer or 'none'}"
+            f"got --reward {reward or 'none'}"
         )
     return format
 
 
-def _scorer_digests(scorer: str, *, code: bool) -> dict[str, str]:
-    """Of what --scorer names: the files of a head or reward model, or the file that a function lies in."""
-    path = Path(scorer)
+def _reward_digests(reward: str, *, code: bool) -> dict[str, str]:
+    """Of what --reward names: the files of a head or reward model, or the file that a function lies in."""
+    from forktree.model.model_files import digest, digests
+
+    path = Path(reward)
     if path.is_dir():
         return digests(path, code=code)
     if path.is_file():
         return {path.name: digest(path)}
     from forktree.rewards.load import import_function
 
-    import_function(scorer)
-    return {scorer: _source_digest(scorer)}
+    import_function(reward)
+    return {reward: _source_digest(reward)}
 
 
 def _source_digest(spec: str) -> str:
     """Of the file that `module:name` was imported from."""
+    from forktree.model.model_files import digest
+
     source = sys.modules[spec.partition(":")[0]].__file__
     return digest(Path(source)) if source else "built in"

@@ -11,7 +11,7 @@ from rich.text import Text
 from forktree.cli.inputs import option_text
 from forktree.errors import InvalidInput
 from forktree.search.base import Search
-from forktree.search.registry import named, read_settings, scorer_of, searches, settings_of
+from forktree.search.registry import named, read_settings, reward_of, searches, settings_of
 from forktree.terminal import Terminal
 
 SEARCH_HELP = f"{', '.join(searches())}, or module:Class, a search of your own."
@@ -34,22 +34,22 @@ class ChosenSearch:
     code: list[str]
 
     @property
-    def scorer(self) -> str | None:
-        """The setting that takes the scorer."""
-        return scorer_of(self.kind)
+    def reward(self) -> str | None:
+        """The setting that takes the reward."""
+        return reward_of(self.kind)
 
 
-def choose(search: str, given: Sequence[str], scorer: str | None, *, escape: bool) -> ChosenSearch:
+def choose(search: str, given: Sequence[str], reward: str | None, *, escape: bool) -> ChosenSearch:
     """The search that options ask for, after checking all that can be checked without a model.
 
     Args:
         search: of `--search`.
         given: `NAME=VALUE` of each `--set`.
-        scorer: of `--scorer`.
+        reward: of `--reward`.
         escape: whether escapes in texts are read.
 
     Raises:
-        InvalidInput: there is no such search or setting, a value is wrong, or a scorer is missing or unwanted.
+        InvalidInput: there is no such search or setting, a value is wrong, or a reward is missing or unwanted.
     """
     kind = named(search, what="--search")
     texts: dict[str, list[str]] = {}
@@ -62,13 +62,13 @@ def choose(search: str, given: Sequence[str], scorer: str | None, *, escape: boo
         texts.setdefault(name, []).append(text)
         pairs.append((name, text))
     settings = read_settings(kind, pairs)
-    if (scorer_of(kind) is None) != (scorer is None):
-        need = "takes no" if scorer_of(kind) is None else "needs"
-        raise InvalidInput(f"--search {search} {need} --scorer, got {scorer or 'none'}")
+    if (reward_of(kind) is None) != (reward is None):
+        need = "takes no" if reward_of(kind) is None else "needs"
+        raise InvalidInput(f"--search {search} {need} --reward, got {reward or 'none'}")
     missing = [s.name for s in settings_of(kind).values() if s.read and s.default is MISSING and s.name not in settings]
     if missing:
         raise InvalidInput(f"--search {search} needs --set {missing[0]}=...; see --help-search {search}")
-    if scorer is None:
+    if reward is None:
         kind(**settings)  # raises now, before the model is loaded, if a value is out of range
     imported = {n: texts[n] for n, value in settings.items() if any(map(callable, _members(value)))}
     described = {n: imported.get(n, value) for n, value in settings.items()}
@@ -88,8 +88,8 @@ def show_search(search: str | None) -> None:
     about = (kind.__doc__ or "").partition("Args:")[0]
     console.print("\n\n".join(" ".join(part.split()) for part in about.strip().split("\n\n")))
     for setting in settings_of(kind).values():
-        by_option = setting.name == scorer_of(kind)
-        option = "--scorer" if by_option else f"--set {setting.name}=..."
+        by_option = setting.name == reward_of(kind)
+        option = "--reward" if by_option else f"--set {setting.name}=..."
         value = "see generate --help" if by_option else setting.kind
         default = "required" if setting.default is MISSING else f"default {_shown(setting.default)}"
         console.print(Text(f"\n{option}", "bold").append(f"  {value}, {default}", "dim"))

@@ -388,9 +388,7 @@ class Tree(Nodes):
                 raise InvalidInput(f"{which} belongs to {branch.tree.name}, expected one of {self.name}")
         raise InvalidInput(f"branches must be those that {self.name} gave, got other handles")
 
-    def _new_branches(
-        self, node: IntArray, length: IntArray, key: UInt64Array, owner: int
-    ) -> list[Branch]:
+    def _new_branches(self, node: IntArray, length: IntArray, key: UInt64Array, owner: int) -> list[Branch]:
         count = len(node)
         if len(self._free_branches) < count:
             size = len(self.branch_node)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from forktree.detokenise import response_text
-from forktree.errors import InvalidInput, ScorerError
+from forktree.errors import InvalidInput, RewardError
 from forktree.kv import Branch
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ class Rewards:
     """
 
     values: NDArray[np.float64]
-    errors: list[ScorerError | None]
+    errors: list[RewardError | None]
 
 
 @dataclass(frozen=True)
-class Subject:
+class RewardInput:
     """What is being judged: branches of the policy, and how to turn them into text.
 
     Args:
@@ -52,7 +52,7 @@ class Subject:
     def responses(self) -> list[str]:
         """Text of each branch after its prompt: see `forktree.detokenise.response_text`."""
         if self.tokenizer is None:
-            raise InvalidInput("this scorer reads text: expected a Decoder with a tokenizer, got tokenizer=None")
+            raise InvalidInput("this reward reads text: expected a Decoder with a tokenizer, got tokenizer=None")
         text_of: dict[bytes, Callable[[Sequence[int]], str]] = {}
         responses = []
         for branch, length in zip(self.branches, self.prompt_lengths, strict=True):
@@ -64,7 +64,7 @@ class Subject:
         return responses
 
 
-class Reading(ABC):
+class PendingReward(ABC):
     """One answer that is on its way.
 
     Attributes:
@@ -88,28 +88,28 @@ class Reading(ABC):
         return None
 
 
-class Scorer(ABC):
+class Reward(ABC):
     """Anything that gives branches a reward."""
 
     @abstractmethod
-    def begin(self, subject: Subject) -> Reading:
+    def start(self, given: RewardInput) -> PendingReward:
         """Begins to judge. Errors raised here end the search that asked."""
 
     def check(self, worker: "ModelWorker") -> None:
-        """Raises `InvalidInput` if this scorer cannot work on the model of `worker`; called before a run begins."""
+        """Raises `InvalidInput` if this reward cannot work on the model of `worker`; called before a run begins."""
         return None
 
 
-def check_scorer(scorer: object) -> None:
-    """Raises InvalidInput unless `scorer` is a `forktree.Scorer`."""
-    if not isinstance(scorer, Scorer):
+def check_reward(reward: object) -> None:
+    """Raises InvalidInput unless `reward` is a `forktree.Reward`."""
+    if not isinstance(reward, Reward):
         raise InvalidInput(
-            "scorer must be a ValueHead, TokenLogits, RewardModel or TextScorer "
-            f"(wrap a function in TextScorer), got {type(scorer).__name__}"
+            "reward must be a ValueHead, TokenProbability, RewardModel or FunctionReward "
+            f"(wrap a function in FunctionReward), got {type(reward).__name__}"
         )
 
 
-class HiddenReading(Reading):
+class PendingFromHidden(PendingReward):
     """An answer that is read from hidden states.
 
     Args:
@@ -126,7 +126,7 @@ class HiddenReading(Reading):
         branches: Sequence[Branch],
         rewards: Callable[[Tensor], Tensor],
         *,
-        errors: Sequence[ScorerError | None] | None = None,
+        errors: Sequence[RewardError | None] | None = None,
         temporary: bool = False,
     ) -> None:
         self.worker, self.branches = worker, branches

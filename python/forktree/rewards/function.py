@@ -11,15 +11,19 @@ import numpy as np
 from torch import Tensor
 
 from forktree.checks import number
-from forktree.errors import InvalidInput, ScorerError
-from forktree.rewards.base import Reading, Rewards, Scorer, Subject
+from forktree.errors import InvalidInput, RewardError
+from forktree.rewards.base import PendingReward, Reward, RewardInput, Rewards
 
 
-class TextScorer(Scorer):
-    """Any Python function `(prompt, response) -> float`. It runs beside the decoding, in a thread.
+class FunctionReward(Reward):
+    """Any Python function of the text. It runs beside the decoding, in a thread.
 
-    A call that raises, returns something other than a finite number, or takes longer than `time_limit` seconds
-    costs its branch only. A call that never returns keeps its thread: Python cannot end it.
+    A call that raises, returns something other than a finite number, or takes too long costs its branch only. A call
+    that never returns keeps its thread: Python cannot end it.
+
+    Args:
+        function: `(prompt, response) -> float`.
+        time_limit: maximum number of seconds for a call.
     """
 
     def __init__(self, function: Callable[[str, str], float], *, time_limit: float = 60.0) -> None:
@@ -29,15 +33,15 @@ class TextScorer(Scorer):
             number("time_limit", time_limit, "more than 0 seconds", lambda t: t > 0)
         self.function, self.time_limit = function, time_limit
 
-    def begin(self, subject: Subject) -> Reading:
-        return _TextReading(self, list(zip(subject.prompts, subject.responses(), strict=True)))
+    def start(self, given: RewardInput) -> PendingReward:
+        return _PendingCalls(self, list(zip(given.prompts, given.responses(), strict=True)))
 
 
-class _TextReading(Reading):
-    def __init__(self, scorer: TextScorer, calls: list[tuple[str, str]]) -> None:
-        self._scorer, self._calls = scorer, calls
+class _PendingCalls(PendingReward):
+    def __init__(self, reward: FunctionReward, calls: list[tuple[str, str]]) -> None:
+        self._reward, self._calls = reward, calls
         self._values = np.full(len(calls), np.nan)
-        self._errors: list[ScorerError | None] = [None] * len(calls)
+        self._errors: list[RewardError | None] = [None] * len(calls)
         self._next = 0
         self._start()
 
@@ -52,8 +56,8 @@ class _TextReading(Reading):
             if answers is not self._answers:
                 return
             try:
-                answers.put((i, self._scorer.function(*self._calls[i]), None))
-            except BaseException as error:  # a scorer may raise anything, SystemExit included
+                answers.put((i, self._reward.function(*self._calls[i]), None))
+            except BaseException as error:  # a reward may raise anything, SystemExit included
                 answers.put((i, None, error))
 
     def read(self, hidden: Tensor | None) -> Rewards | None:
@@ -61,8 +65,8 @@ class _TextReading(Reading):
             i, value, error = self._answers.get()
             self._record(i, value, error)
             self._since = time.monotonic()
-        if self._next < len(self._calls) and time.monotonic() - self._since > self._scorer.time_limit:
-            self._fail(self._next, f"took longer than its time limit of {self._scorer.time_limit:g} s")
+        if self._next < len(self._calls) and time.monotonic() - self._since > self._reward.time_limit:
+            self._fail(self._next, f"took longer than its time limit of {self._reward.time_limit:g} s")
             if self._next < len(self._calls):
                 self._start()
         return Rewards(self._values, self._errors) if self._next == len(self._calls) else None
@@ -82,8 +86,8 @@ class _TextReading(Reading):
         self._next = i + 1
 
     def _fail(self, i: int, what: str) -> None:
-        name = getattr(self._scorer.function, "__qualname__", type(self._scorer.function).__name__)
-        self._errors[i] = ScorerError(f"scorer {name} {what} (branch {i})")
+        name = getattr(self._reward.function, "__qualname__", type(self._reward.function).__name__)
+        self._errors[i] = RewardError(f"reward {name} {what} (branch {i})")
         self._next = i + 1
 
     def close(self) -> None:

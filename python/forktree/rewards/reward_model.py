@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from forktree.errors import InvalidInput, ScorerError
+from forktree.errors import InvalidInput, RewardError
 from forktree.kv import Branch
 from forktree.prompts import encode
-from forktree.rewards.base import HiddenReading, Reading, Scorer, Subject
+from forktree.rewards.base import PendingFromHidden, PendingReward, Reward, RewardInput
 from forktree.rewards.step_format import CHAT, REWARD_FORMATS, SEPARATORS, StepFormat, expected_format, named_format
-from forktree.rewards.token_probability import TokenLogits
+from forktree.rewards.token_probability import TokenProbability
 from forktree.rewards.value_head import ValueHead
 from forktree.terminal import one_line
 
@@ -19,27 +19,33 @@ if TYPE_CHECKING:
     from forktree.engine.worker import ModelWorker
 
 
-class RewardModel(Scorer):
-    """A second model whose tree mirrors the policy's: a score reads only tokens it has not read before.
+class RewardModel(Reward):
+    """A second model whose tree mirrors the policy's: it reads only tokens that it has not read before.
 
-    worker: the model's own. head: what reads a reward from the last hidden state: a `ValueHead`,
-    or a `TokenLogits` on the model's own logits. format: what is fed. A text that cannot be rendered, or is too long
-    for the model, costs its branch only. pad_token_id: left out at the end of what is fed, as sequence classifiers of
-    transformers pass over it. The mirror needs no bookkeeping: the reward model's tree is asked for the longest prefix
-    it knows, and what the last score read stays alive until the next one has found its prefixes.
+    A text that cannot be rendered, or is too long for the model, costs its branch only. The mirror needs no
+    bookkeeping: the reward model's tree is asked for the longest prefix that it knows, and what was read last stays
+    alive until the next call has found its prefixes.
+
+    Args:
+        worker: the model's own.
+        tokenizer: the model's own.
+        head: what reads a reward from the last hidden state: a `ValueHead`, or a `TokenProbability` on the model's own
+            logits.
+        format: what the model is fed.
+        pad_token_id: left out at the end of what is fed, as sequence classifiers of transformers pass over it.
     """
 
     def __init__(
         self,
         worker: "ModelWorker",
         tokenizer: Any,
-        head: "ValueHead | TokenLogits",
+        head: "ValueHead | TokenProbability",
         *,
         format: StepFormat | None = None,
         pad_token_id: int | None = None,
     ) -> None:
         head.check(worker)
-        if isinstance(head, TokenLogits) and head._suffix:
+        if isinstance(head, TokenProbability) and head._suffix:
             raise InvalidInput("a question after a text belongs in the format's template: expected no suffix, got one")
         self._worker, self._tokenizer, self._head = worker, tokenizer, head
         self._format, self._pad_token_id = format or StepFormat(), pad_token_id
@@ -60,9 +66,20 @@ class RewardModel(Scorer):
     ) -> "RewardModel":
         """Model, tokenizer and head from one directory of safetensors.
 
-        format: what is fed and how the reward is read, or its name, one of `REWARD_FORMATS`; default: the prompt, the
-        response, and a sigmoid. Warns if the directory's config names a model that is known to be read in another way.
-        activation: instead of the format's. trust_remote_code: whether Python files of the directory may be run.
+        Warns if the directory's config names a model that is known to be read in another way than `format` says.
+
+        Args:
+            directory: where they are.
+            num_slots: number of tokens whose KV fits at once; default: by the free memory.
+            dtype: of the model; default: that of its weights.
+            device: where the model runs.
+            format: what is fed and how the reward is read, or its name, one of `REWARD_FORMATS`; default: the prompt,
+                the response, and a sigmoid.
+            activation: of the head, in place of the format's.
+            trust_remote_code: whether Python files of the directory may be run.
+
+        Raises:
+            InvalidInput: a file is missing or not what it has to be.
         """
         from forktree.engine.worker import ModelWorker
         from forktree.model.checkpoints import load_model, load_tokenizer
@@ -76,7 +93,7 @@ class RewardModel(Scorer):
                 f"{chosen if format is not None else 'no format'}: its rewards may mean nothing",
                 stacklevel=2,
             )
-        head: ValueHead | TokenLogits
+        head: ValueHead | TokenProbability
         if not chosen.answers:
             head = ValueHead.load(path, activation=activation or chosen.activation, choice=chosen.choice)
         tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -86,7 +103,7 @@ class RewardModel(Scorer):
                 raise InvalidInput(
                     f"{path}: {chosen.answers!r} must be two tokens, got {len(answers)}: not such a model"
                 )
-            head = TokenLogits(answers)
+            head = TokenProbability(answers)
         if chosen.separator in SEPARATORS and len(_ids(tokenizer, chosen.separator)) != 1:
             raise InvalidInput(
                 f"{path}: the separator {chosen.separator!r} must be one token, its tokenizer makes "
@@ -103,28 +120,28 @@ class RewardModel(Scorer):
                 self._worker.renew(*proof)
         self._head.check(self._worker)
 
-    def begin(self, subject: Subject) -> Reading:
+    def start(self, given: RewardInput) -> PendingReward:
         with self._worker.claim():
-            return self._begin(subject)
+            return self._begin(given)
 
-    def _begin(self, subject: Subject) -> Reading:
+    def _begin(self, given: RewardInput) -> PendingReward:
         tree = self._worker.tree
         rewards = self._head.rewards_on(self._worker)
-        if not subject.branches:
-            return HiddenReading(self._worker, [], rewards)
-        owner = int(subject.worker.tree.branch_owner[subject.branches[0].id])
+        if not given.branches:
+            return PendingFromHidden(self._worker, [], rewards)
+        owner = int(given.worker.tree.branch_owner[given.branches[0].id])
         before = tree.owned(owner)
         branches: list[Branch] = []
-        errors: list[ScorerError | None] = []
-        for i, (prompt, response) in enumerate(zip(subject.prompts, subject.responses(), strict=True)):
+        errors: list[RewardError | None] = []
+        for i, (prompt, response) in enumerate(zip(given.prompts, given.responses(), strict=True)):
             try:
                 tokens = self._tokens(prompt, response)
                 branches.append(self._worker.open(tokens, owner=owner))
                 errors.append(None)
             except Exception as error:  # chat templates and tokenizers may raise anything
-                errors.append(ScorerError(f"{one_line(error)} (branch {i})"))
+                errors.append(RewardError(f"{one_line(error)} (branch {i})"))
         tree.drop(before)
-        return HiddenReading(self._worker, branches, rewards, errors=errors)
+        return PendingFromHidden(self._worker, branches, rewards, errors=errors)
 
     def _tokens(self, prompt: str, response: str) -> list[int]:
         runner = self._worker.runner

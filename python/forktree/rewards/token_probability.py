@@ -8,19 +8,20 @@ from torch import Tensor
 
 from forktree.checks import integer
 from forktree.device.transfer import upload
-from forktree.errors import InvalidInput, ScorerError
+from forktree.errors import InvalidInput, RewardError
 from forktree.ops.token_request import TokenRequest
-from forktree.rewards.base import HiddenReading, Reading, Scorer, Subject
+from forktree.rewards.base import PendingFromHidden, PendingReward, Reward, RewardInput
 
 if TYPE_CHECKING:
     from forktree.engine.worker import ModelWorker
 
 
-class TokenLogits(Scorer):
+class TokenProbability(Reward):
     """`softmax(logits[tokens])[0]` of the next token: a judge's Yes against No, a 1 against a 0.
 
-    tokens: ids of at least two tokens; the reward is the probability of the first among them.
-    suffix: token ids of a question asked behind each branch, on a fork that is dropped afterwards.
+    Args:
+        tokens: ids of at least two tokens; the reward is the probability of the first among them.
+        suffix: token ids of a question asked after each branch, on a fork that is dropped afterwards.
     """
 
     def __init__(self, tokens: Sequence[int], *, suffix: Sequence[int] = ()) -> None:
@@ -45,13 +46,13 @@ class TokenLogits(Scorer):
 
         return rewards
 
-    def begin(self, subject: Subject) -> Reading:
-        worker, branches = subject.worker, list(subject.branches)
+    def start(self, given: RewardInput) -> PendingReward:
+        worker, branches = given.worker, list(given.branches)
         if not self._suffix:
-            return HiddenReading(worker, branches, self.rewards_on(worker))
+            return PendingFromHidden(worker, branches, self.rewards_on(worker))
         most, added = worker.runner.max_position, len(self._suffix)
         errors = [
-            ScorerError(
+            RewardError(
                 f"text and suffix must fit the model's {most} positions, got {b.length + added} tokens (branch {i})"
             )
             if b.length + added > most
@@ -61,4 +62,4 @@ class TokenLogits(Scorer):
         asked = [worker.tree.fork(b, 1)[0] for b, error in zip(branches, errors, strict=True) if error is None]
         for branch in asked:
             branch.append(self._suffix)
-        return HiddenReading(worker, asked, self.rewards_on(worker), errors=errors, temporary=True)
+        return PendingFromHidden(worker, asked, self.rewards_on(worker), errors=errors, temporary=True)

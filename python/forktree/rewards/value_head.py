@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from forktree.checks import integer
 from forktree.errors import InvalidInput
-from forktree.rewards.base import HiddenReading, Reading, Scorer, Subject
+from forktree.rewards.base import PendingFromHidden, PendingReward, Reward, RewardInput
 from forktree.terminal import one_line
 
 if TYPE_CHECKING:
@@ -30,9 +30,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class ValueMlp:
     """A head on hidden states: `activation(W h + b)`, or `activation(W2 relu(W1 h + b1) + b2)`.
 
-    layers: one or two pairs (weight `[out, in]`, bias `[out]` or None). activation: of a head with one output,
-    "sigmoid", "tanh" or "identity". choice: with several outputs the value is the softmax of this one; of two it is
-    the second unless said otherwise (Qwen2.5-Math-PRM). Math is done in fp32 (fp64 for fp64 states).
+    Math is done in fp32 (fp64 for fp64 states).
+
+    Args:
+        layers: one or two pairs (weight `[out, in]`, bias `[out]` or None).
+        activation: of a head with one output, "sigmoid", "tanh" or "identity".
+        choice: with several outputs the value is the softmax of this one; of two it is the second unless said otherwise
+            (Qwen2.5-Math-PRM).
     """
 
     layers: Sequence[tuple[Tensor, Tensor | None]]
@@ -77,11 +81,13 @@ class ValueMlp:
         return ACTIVATIONS[self.activation](x[:, 0])
 
 
-class ValueHead(Scorer):
-    """A head on the last hidden state: see `ValueMlp`.
+class ValueHead(Reward):
+    """A head on the policy's last hidden state: see `ValueMlp`.
 
-    weights: one or two pairs (weight `[out, in]`, bias `[out]` or None). activation: "sigmoid", "tanh" or "identity".
-    choice: which of several outputs.
+    Args:
+        weights: one or two pairs (weight `[out, in]`, bias `[out]` or None).
+        activation: "sigmoid", "tanh" or "identity".
+        choice: which of several outputs.
     """
 
     def __init__(
@@ -103,7 +109,15 @@ class ValueHead(Scorer):
 
         Keys: `score.weight` (+ `score.bias`); `score.0.weight`, `score.2.weight` (+ biases; ReLU between); or
         `v_head.summary.weight`. Missing keys are an error, never a random head. Where a directory holds several heads,
-        the model's own `model.safetensors.index.json` decides; without, that is an error.
+        the model's own `model.safetensors.index.json` decides; without it, that is an error.
+
+        Args:
+            path: the file or directory.
+            activation: see `ValueHead`.
+            choice: see `ValueHead`.
+
+        Raises:
+            InvalidInput: there is not exactly one head, or it is not whole.
         """
         found = _read_tensors(Path(path), ("score.", "v_head."))
         layouts = [names for names in cls.LAYOUTS if f"{names[0]}.weight" in found]
@@ -137,8 +151,8 @@ class ValueHead(Scorer):
         """The same, whatever the worker."""
         return self.rewards
 
-    def begin(self, subject: Subject) -> Reading:
-        return HiddenReading(subject.worker, subject.branches, self.rewards)
+    def start(self, given: RewardInput) -> PendingReward:
+        return PendingFromHidden(given.worker, given.branches, self.rewards)
 
 
 def _read_tensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:

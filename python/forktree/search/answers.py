@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from forktree.errors import ScorerError
+from forktree.errors import RewardError
 
 NO_ANSWER = -1
 
@@ -23,7 +23,7 @@ class Answers:
 
     values: list[Hashable]
     group: NDArray[np.int64]
-    errors: list[ScorerError | None]
+    errors: list[RewardError | None]
 
     @classmethod
     def read(cls, texts: Sequence[str], answer: Callable[[str], Hashable]) -> "Answers":
@@ -43,7 +43,7 @@ class Answers:
                 group[i] = NO_ANSWER if value is None else places.setdefault(value, len(places))
             except Exception as error:  # the function is the user's own, and so is what it returns
                 name = getattr(answer, "__qualname__", type(answer).__name__)
-                found.errors[i] = ScorerError(f"answer {name} raised {type(error).__name__}: {error} (branch {i})")
+                found.errors[i] = RewardError(f"answer {name} raised {type(error).__name__}: {error} (branch {i})")
         found.values.extend(places)
         return found
 

@@ -4,9 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from forktree.errors import ScorerError
+from forktree.errors import RewardError
 from forktree.ops.sampling import Sampling
-from forktree.rewards.base import Scorer
+from forktree.rewards.base import Reward
 from forktree.search.context import SearchContext
 from forktree.search.processors import Processor, check_processors
 from forktree.search.validation import check_texts
@@ -22,18 +22,18 @@ class Hypothesis:
         score: what the search ranks by (higher is better).
         log_prob: sum of token log-probs under the model, EOS included.
         finish_reason: "eos", "stop" or "length".
-        step_scores: the scorer's reward after each step, if the search has steps.
+        step_rewards: the reward after each step, if the search has steps.
         weight: normalised weight among its siblings, if the search weights them.
-        error: why the scorer could not judge it.
+        error: why there is no reward.
     """
 
     token_ids: Int32Array
     score: float
     log_prob: float
     finish_reason: str
-    step_scores: list[float] = field(default_factory=list)
+    step_rewards: list[float] = field(default_factory=list)
     weight: float | None = None
-    error: ScorerError | None = None
+    error: RewardError | None = None
 
 
 class Search(ABC):
@@ -44,8 +44,8 @@ class Search(ABC):
         """Searches one prompt; hypotheses come best first."""
 
     @property
-    def scorers(self) -> Sequence[Scorer]:
-        """Scorers that it asks; they are checked against the model before a run begins."""
+    def rewards(self) -> Sequence[Reward]:
+        """The rewards that it asks for; they are checked against the model before a run begins."""
         return ()
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from forktree.errors import InvalidInput
 from forktree.imports import import_named
-from forktree.rewards.base import Scorer
+from forktree.rewards.base import Reward
 from forktree.search.base import Search
 
 S = TypeVar("S", bound=type[Search])
@@ -95,9 +95,9 @@ def settings_of(search: type[Search]) -> dict[str, Setting]:
     return {n: _setting(n, types_[n], given[n], meanings.get(n, "")) for n in dict.fromkeys(order)}
 
 
-def scorer_of(search: type[Search]) -> str | None:
-    """The name of the setting that takes a scorer, None if the search asks none."""
-    return next((n for n, t in typing.get_type_hints(search).items() if t is Scorer), None)
+def reward_of(search: type[Search]) -> str | None:
+    """The name of the setting that takes a reward, None if the search asks none."""
+    return next((n for n, t in typing.get_type_hints(search).items() if t is Reward), None)
 
 
 def read_settings(search: type[Search], given: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -164,8 +164,8 @@ def _setting(name: str, hint: Any, default: Any, meaning: str) -> Setting:
 
 def _reader(name: str, hint: Any) -> tuple[str, Callable[[str], Any] | None]:
     """What a text must be to give a value of this type, in words, and the function that reads it."""
-    if hint is Scorer:
-        return "a scorer", None
+    if hint is Reward:
+        return "a reward", None
     if hint is str:
         return "text", str
     if hint is int or hint is float:

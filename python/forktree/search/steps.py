@@ -2,7 +2,7 @@
 
     walkers = Walkers.start(context, 16)
     await grow(walkers, live, context, search)             # to the end of a step, or of the text
-    await judged(walkers, live, search.scorer)             # a reward for each
+    await judged(walkers, live, search.reward)             # a reward for each
     walkers = walkers.taken(ancestors, why="resampling")   # some are forked, others dropped
     return walkers.hypotheses(order, context)
 
@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forktree.checks import integer
-from forktree.errors import InvalidInput, ScorerError
+from forktree.errors import InvalidInput, RewardError
 from forktree.kv import Branch, reassign
-from forktree.rewards.base import Scorer, check_scorer
+from forktree.rewards.base import Reward, check_reward
 from forktree.search.base import ExtendingSearch, Hypothesis, SamplingSearch
 from forktree.search.context import SearchContext
-from forktree.search.request import Stop, extend, score
+from forktree.search.request import Stop, extend, reward_branches
 from forktree.search.trace import PROMPT, SearchTrace
 
 Floats = NDArray[np.float64]
@@ -42,14 +42,14 @@ class StepSearch(SamplingSearch):
     """A search whose texts grow step by step, each step with a reward.
 
     Args:
-        scorer: reward of a text so far (a process-reward model).
+        reward: what a text so far is worth (a process-reward model).
         step_delimiter: text that ends a step; it stays part of the step. `stop` is looked for within a step.
         max_step_tokens: maximum number of tokens of a step; a delimiter that they cut in half ends the next step when
             its rest comes.
         max_steps: maximum number of steps of a text.
     """
 
-    scorer: Scorer
+    reward: Reward
     step_delimiter: str = "\n\n"
     max_step_tokens: int = 1024
     max_steps: int = 40
@@ -58,14 +58,14 @@ class StepSearch(SamplingSearch):
         super().__post_init__()
         for name in ("max_step_tokens", "max_steps"):
             integer(name, getattr(self, name), 1)
-        check_scorer(self.scorer)
+        check_reward(self.reward)
         if not isinstance(self.step_delimiter, str):
             raise InvalidInput(f"step_delimiter must be a text, got {self.step_delimiter!r}")
 
     @property
-    def scorers(self) -> Sequence[Scorer]:
+    def rewards(self) -> Sequence[Reward]:
         """The process reward."""
-        return (self.scorer,)
+        return (self.reward,)
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Walkers:
     unfinished: Indices
     rewards: Floats
     history: list[list[float]]
-    errors: list[ScorerError | None]
+    errors: list[RewardError | None]
 
     @classmethod
     def start(cls, context: SearchContext, n: int) -> Self:
@@ -156,7 +156,7 @@ class Walkers:
                 score=float(scores[i]),
                 log_prob=float(self.log_prob[i]),
                 finish_reason=self.reason[i],
-                step_scores=self.history[i] if self.steps[i] else [],
+                step_rewards=self.history[i] if self.steps[i] else [],
                 weight=None if weights is None else float(weights[i]),
                 error=self.errors[i],
             )
@@ -233,33 +233,33 @@ async def _extend(
 
 
 async def judged(
-    walkers: Walkers, which: Indices, scorer: Scorer, *, valid: Callable[[Floats], Floats] | None = None
+    walkers: Walkers, which: Indices, reward: Reward, *, valid: Callable[[Floats], Floats] | None = None
 ) -> None:
     """Asks for the rewards of walkers. A failure is a value of its walker: reward NaN, and an error.
 
     Args:
         walkers: changed in place.
         which: indices of those to judge, int64 `[m]`.
-        scorer: what is asked.
+        reward: what gives them.
         valid: rewards `[m]` -> those to keep, such as clipped ones; raises if the search cannot use one.
 
     Raises:
-        ScorerError: no walker has a reward left.
+        RewardError: no walker has a reward left.
     """
-    found = await score([walkers.branches[i] for i in which], scorer)
+    found = await reward_branches([walkers.branches[i] for i in which], reward)
     rewards = np.where([error is None for error in found.errors], found.values, np.nan)
     rewards = rewards if valid is None else valid(rewards)
     walkers.rewards[which] = rewards
-    for i, reward, error in zip(which, rewards.tolist(), found.errors, strict=True):
-        walkers.history[i], walkers.errors[i] = [*walkers.history[i], reward], error
+    for i, value, error in zip(which, rewards.tolist(), found.errors, strict=True):
+        walkers.history[i], walkers.errors[i] = [*walkers.history[i], value], error
     walkers.trace.record("reward", nodes=walkers.node[which], rewards=rewards, errors=found.errors)
     check_any(found.errors, walkers.rewards)
 
 
-def check_any(errors: Sequence[ScorerError | None], rewards: Floats) -> None:
-    """Raises ScorerError, with the first of `errors`, if all `rewards` are NaN."""
+def check_any(errors: Sequence[RewardError | None], rewards: Floats) -> None:
+    """Raises RewardError, with the first of `errors`, if all `rewards` are NaN."""
     if np.isnan(rewards).all():
-        raise ScorerError(f"no branch has a score left; the first failure: {next(filter(None, errors))}")
+        raise RewardError(f"no branch has a reward left; the first failure: {next(filter(None, errors))}")
 
 
 def _at(values: Any, indices: Indices) -> Any:

@@ -54,7 +54,7 @@ class ParticleFilter(StepSearch):
         while True:
             live = np.flatnonzero(particles.alive)
             await grow(particles, live, context, self)
-            await judged(particles, live, self.scorer, valid=unit_interval)
+            await judged(particles, live, self.reward, valid=unit_interval)
             weights = softmax(log_weights(particles.rewards, self.weight_temperature))
             if not particles.alive.any():
                 break

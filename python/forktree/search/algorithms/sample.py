@@ -8,7 +8,7 @@ import numpy as np
 from forktree.checks import integer, shown
 from forktree.errors import InvalidInput
 from forktree.ops.sampling import Sampling
-from forktree.rewards.base import Scorer, check_scorer
+from forktree.rewards.base import Reward, check_reward
 from forktree.search.answers import NO_ANSWER, Answers, vote
 from forktree.search.base import ExtendingSearch, Hypothesis, SamplingSearch
 from forktree.search.context import SearchContext
@@ -59,28 +59,28 @@ class BestOfN(SamplingSearch):
     """Independent samples, ranked by the reward of the whole text.
 
     Args:
-        scorer: reward of a text.
+        reward: what a text is worth.
         num_samples: number of samples.
     """
 
-    scorer: Scorer
+    reward: Reward
     num_samples: int = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         integer("num_samples", self.num_samples, 1)
-        check_scorer(self.scorer)
+        check_reward(self.reward)
 
     @property
-    def scorers(self) -> Sequence[Scorer]:
+    def rewards(self) -> Sequence[Reward]:
         """The reward."""
-        return (self.scorer,)
+        return (self.reward,)
 
     async def run(self, context: SearchContext) -> list[Hypothesis]:
-        """Best reward first; samples whose scorer failed come last."""
+        """Best reward first; samples without one come last."""
         samples = Walkers.start(context, self.num_samples)
         await complete(samples, context, self)
-        await judged(samples, np.arange(self.num_samples), self.scorer)
+        await judged(samples, np.arange(self.num_samples), self.reward)
         return samples.hypotheses(best_first(samples.rewards), context)
 
 
