@@ -48,6 +48,7 @@ COST_MODELS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -166,6 +167,7 @@ def story(made, row, origin=0):
     return [(when < 0, segs) for when, segs in sorted(items, key=lambda item: item[0])]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

@@ -164,11 +164,11 @@ CODES = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f", c_bool: "?"}
 
 
 def packer(mirror: type[Structure]) -> struct.Struct:
-    """Packs the members of a struct in order, those of structs within it too. Many times sooner than to set them."""
+    """Packs the members of a struct in order, those of structs within it too. Much faster than setting them."""
     return struct.Struct(f"@{_codes(mirror)}")
 
 
-def _codes(mirror: type[Structure]) -> str:
+def _codes(mirror: Any) -> str:
     each = (CODES[kind] if kind in CODES else _codes(kind) for _, kind, *_ in mirror._fields_)
     return "".join(each) + "0q"  # padded to whole words
 
