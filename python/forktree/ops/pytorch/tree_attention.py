@@ -48,6 +48,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prepared:
+    """A plan as batches of equal shape, and how their partials are merged."""
+
     device: torch.device
     batches: list[Batch]
     merge: MergeLists  # outputs (token, KV head) from partials (block, KV head, row), G heads each
@@ -300,7 +302,7 @@ class _Work:
         return result
 
     def batch(self, blocks: Array, device: torch.device) -> Batch:
-        """blocks: [B, 5]"""
+        """The batch of some blocks, `[B, 5]`."""
         plan = self.plan
         run, row_begin, row_end, begin, end = blocks.T[:, :, None]
         rows = np.minimum(row_begin + np.arange((row_end - row_begin).max()), row_end - 1)  # [B, R] in plan order
