@@ -39,7 +39,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from workloads import Tree, levels, star
 
 from forktree import TreeLayout, _core
-from forktree.ops import tree_attention
+from forktree.ops import KVPool, tree_attention
 from forktree.plan.plan import AttentionPlan, plan
 
 SECONDS = 3.0  # a side gets no more rounds once it took this long, but three at least
@@ -83,8 +83,10 @@ def sides(case: Case, dtype: torch.dtype, made: AttentionPlan) -> dict[str, Call
     q = torch.randn(tree.num_rows, heads, dim, dtype=dtype)
     k_slots, v_slots = torch.randn(2, tree.slot_index.size, kv_heads, dim, dtype=dtype)
 
+    pool = KVPool(k_slots, v_slots)
+
     def ours() -> Tensor:
-        out = tree_attention(q, k_slots, v_slots, made)
+        out = tree_attention(q, pool, made)
         assert isinstance(out, Tensor)
         return out
 

@@ -40,7 +40,6 @@ def everything(texts: Sequence[Sequence[int]], seed: int) -> TokenRequest:
         select=Ragged(torch.arange(0, 2 * n + 1, 2), torch.from_numpy(rng.integers(tiny.VOCAB, size=2 * n))),
         targets=torch.from_numpy(rng.integers(tiny.VOCAB, size=n)),
         entropy=True,
-        margin=True,
     )
 
 
@@ -53,7 +52,6 @@ def assert_exact(found: TokenScores, request: TokenRequest, texts: Sequence[Sequ
     wanted = {
         "top_log_probs": best.values,
         "log_prob": best.values[:, 0],
-        "margin": best.values[:, 0] - best.values[:, 1],
         "entropy": torch.special.entr(exact.exp()).sum(dim=1),
         "target_log_probs": exact[every, request.targets],
         "selected_log_probs": exact[every.repeat_interleave(2), request.select.ids],

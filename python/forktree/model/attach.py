@@ -26,11 +26,12 @@ from transformers.utils.generic import ModelOutput
 from forktree.errors import InvalidInput, UnsupportedModel
 from forktree.model.head import LinearHead, OwnHead, find_linear_head, is_scored_alike, largest
 from forktree.model.interface import PackedModel, Window, execution_devices, find_decoder
-from forktree.model.layer_spec import LayerKind, Pool, append_and_attend
+from forktree.model.layer_spec import LayerKind, append_and_attend
 from forktree.model.positions import NO_LIMIT, PositionTables, find_max_position, trained_positions
 from forktree.model.replica import Replica
 from forktree.model.verify import ProofStep, ProofTree
 from forktree.ops import check_settings
+from forktree.ops.pool import KVPool
 from forktree.plan.plan import AttentionPlan
 
 # Correct models measure 1e-6 in fp32; up to 0.02 in fp16 and 0.1 in bf16, at 48 layers with peaked attention.
@@ -58,7 +59,7 @@ class ModelSpec:
     @property
     def bytes_per_slot(self) -> int:
         """Keys and values of one token in all layers."""
-        return sum(kind.bytes_per_slot for kind in self.layers)
+        return sum(kind.kv_format.bytes_per_token for kind in self.layers)
 
 
 def attach(model: PreTrainedModel) -> ModelSpec:
@@ -273,7 +274,7 @@ class _Probe:
     def __init__(self, packed: PackedModel) -> None:
         self.packed = packed
         self.kinds: dict[int, LayerKind] = {}  # by layer_idx
-        self.pools: dict[int, Pool] = {}
+        self.pools: dict[int, KVPool] = {}
 
     def begin(self, step: ProofStep) -> None:
         self.num_tokens = len(step.tokens)
@@ -297,8 +298,8 @@ class _Probe:
             raise _Refusal(f"expected layer {layer_idx} to stay, got {known}, then {kind}")
         if layer_idx not in self.pools:
             # NaN: reading a slot that nobody wrote spoils the logits
-            self.pools[layer_idx] = kind.pool(ProofTree.num_tokens, self.packed.device)
-            for tensor in self.pools[layer_idx]:
+            self.pools[layer_idx] = kind.kv_format.pool(ProofTree.num_tokens, self.packed.device)
+            for tensor in self.pools[layer_idx].tensors:
                 tensor.fill_(torch.nan)
         if kind not in self.plans:
             self.plans[kind] = kind.plan(self.layout, self.packed.device)

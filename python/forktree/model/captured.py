@@ -16,9 +16,9 @@ from forktree.device.cuda_graphs import Graphs
 from forktree.device.plan_buffers import PlanBuffers
 from forktree.device.staging import Staging
 from forktree.model.attach import ModelSpec
-from forktree.model.layer_spec import Pool
 from forktree.model.step import CapturedStep, Step
-from forktree.ops import check_fits
+from forktree.ops.checks import check_fits
+from forktree.ops.pool import KVPool
 from forktree.plan.plan import AttentionPlan
 
 # Tokens of captured steps. Up to 16 a matrix product takes as long as for one token; beyond, each is at most half as
@@ -35,7 +35,7 @@ Inputs = np.ndarray | Tensor
 class CapturedSteps:
     """Forward passes of one model on one device. What cannot be captured runs eagerly, with one warning."""
 
-    def __init__(self, spec: ModelSpec, pools: list[Pool], graphs: Graphs) -> None:
+    def __init__(self, spec: ModelSpec, pools: list[KVPool], graphs: Graphs) -> None:
         kinds = list(dict.fromkeys(spec.layers))
         self.max_partials = [kind.max_partials(SCRATCH) for kind in kinds]  # of each kind's plans
         self._checked = [(kind.num_qo_heads, kind.head_dim, spec.layers.index(kind)) for kind in kinds]
@@ -51,7 +51,7 @@ class CapturedSteps:
     def forward(self, tokens: Inputs, positions: Inputs, slots: Inputs, plans: Sequence[AttentionPlan]) -> Tensor:
         """tokens, positions, slots [T], arrays of the host or tensors of the device; plans of each kind -> [T, H]."""
         for plan, (heads, dim, layer) in zip(plans, self._checked, strict=True):  # a graph does not look
-            check_fits(torch.Size((len(tokens), heads, dim)), self._pools[layer][0].shape, plan)
+            check_fits(torch.Size((len(tokens), heads, dim)), self._pools[layer], plan)
         if self._plans.hold(plans):
             self.clear()  # they read the former memory
         count = len(tokens)

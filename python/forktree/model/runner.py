@@ -18,7 +18,7 @@ from forktree.model.interface import autocast_dtype
 from forktree.model.layer_spec import LayerKind
 from forktree.model.positions import NO_LIMIT
 from forktree.model.step import Step
-from forktree.ops.pytorch.score_tokens import from_logits
+from forktree.ops import score_logits
 from forktree.ops.token_request import TokenRequest, TokenScores
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import AttentionPlan
@@ -55,7 +55,7 @@ class Runner:
             graphs = CudaGraphs(self.device)
         self._graphs = graphs
         first = FIRST_SLOTS if graphs is None else max(FIRST_SLOTS, FIRST_BYTES // self.bytes_per_slot)
-        self.pools = [kind.pool(min(num_slots, first), self.device) for kind in self.spec.layers]
+        self.pools = [kind.kv_format.pool(min(num_slots, first), self.device) for kind in self.spec.layers]
         self._captured = None if graphs is None else CapturedSteps(spec, self.pools, graphs)
 
     def renew(self, spec: ModelSpec, *, in_place: bool) -> None:
@@ -118,7 +118,7 @@ class Runner:
     def _make_room(self, layout: TreeLayout, slots: np.ndarray | Tensor) -> None:
         """Lets the pools hold every slot of a step; those on a device are in the layout as well."""
         last = layout.slot_bounds[1] if isinstance(slots, Tensor) else max(layout.slot_bounds[1], int(slots.max()))
-        room = len(self.pools[-1][0])  # it grows last
+        room = self.pools[-1].num_slots  # it grows last
         if last < room or room == self.num_slots:
             return
         if self._captured is not None:
@@ -136,8 +136,8 @@ class Runner:
     @torch.no_grad()
     def _grow(self, num_slots: int) -> None:
         for i, kind in enumerate(self.spec.layers):
-            pool = kind.pool(num_slots, self.device)
-            for new, old in zip(pool, self.pools[i], strict=True):
+            pool = kind.kv_format.pool(num_slots, self.device)
+            for new, old in zip(pool.tensors, self.pools[i].tensors, strict=True):
                 new[: len(old)] = old
             self.pools[i] = pool
 
@@ -148,7 +148,7 @@ class Runner:
         head = self._head()
         if isinstance(head, LinearHead):
             return head.score(hidden, request)
-        return from_logits(self.logits(hidden), request, hidden)
+        return score_logits(self.logits(hidden), request, hidden)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

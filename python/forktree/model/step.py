@@ -4,14 +4,15 @@ from typing import Any
 
 from torch import Tensor
 
-from forktree.model.layer_spec import Pool, append_and_attend, append_and_attend_captured
+from forktree.model.layer_spec import append_and_attend, append_and_attend_captured
+from forktree.ops.pool import KVPool
 from forktree.plan.plan import AttentionPlan
 
 
 class Step:
     """With plans. By layer: pools, plans."""
 
-    def __init__(self, slots: Tensor, pools: list[Pool], plans: list[AttentionPlan]) -> None:
+    def __init__(self, slots: Tensor, pools: list[KVPool], plans: list[AttentionPlan]) -> None:
         self.num_tokens = len(slots)
         self.slots = slots
         self.pools = pools
@@ -26,7 +27,7 @@ class CapturedStep:
     """With the memory that plans will be in. By layer: pools, plan and slot_index, how many partials there may be."""
 
     def __init__(
-        self, slots: Tensor, pools: list[Pool], plans: list[tuple[Tensor, Tensor]], max_partials: list[int]
+        self, slots: Tensor, pools: list[KVPool], plans: list[tuple[Tensor, Tensor]], max_partials: list[int]
     ) -> None:
         self.num_tokens = len(slots)
         self.slots = slots

@@ -256,10 +256,8 @@ class TokenRequest:
     select: token ids `[n]`, the same for all rows, or `Ragged`: their logits, for which no other row of lm_head is
         read. Their log-probs too if something else takes the whole vocabulary (such as `lse`).
     targets: int `[T]`: the log-prob of one token a row.
-    lse, entropy, margin: log-sum-exp of the logits, entropy in nats, and how far the most likely token's logit is above
-        the next one.
-    value: a head on the same hidden rows. rewards: `[V, H]`, a reward for every token (multifurcation): gathered at the
-        top_k tokens and at the drawn one.
+    lse, entropy: log-sum-exp of the logits, and entropy in nats.
+    rewards: `[V, H]`, a reward for every token (multifurcation): gathered at the top_k tokens and at the drawn one.
     """
 
     top_k: int = 0
@@ -268,14 +266,12 @@ class TokenRequest:
     targets: Tensor | None = None
     lse: bool = False
     entropy: bool = False
-    margin: bool = False
-    value: Head | None = None
     rewards: Tensor | None = None
 
     @property
     def needs_vocabulary(self) -> bool:
         """Whether all of lm_head is read."""
-        whole = self.top_k or self.draw or self.targets is not None or self.lse or self.entropy or self.margin
+        whole = self.top_k or self.draw or self.targets is not None or self.lse or self.entropy
         return bool(whole)
 
 
@@ -287,7 +283,7 @@ class TokenScores:
     top_ids, top_log_probs: `[T, min(k, V)]`, best first.
     token: `[T]`, drawn. log_prob: under the logits as they are. shaped_log_prob: under the distribution drawn from.
     selected_logits, selected_log_probs: `[T, n]`, or `[S]` if ragged. target_log_probs: `[T]`.
-    entropy, margin, values: `[T]`. top_rewards `[T, k]`, token_reward `[T]`.
+    entropy: `[T]`. top_rewards `[T, k]`, token_reward `[T]`.
 
     A row whose logits hold NaN or +inf, or are all -inf, has a log-sum-exp that is not finite; a row that mask and
     edits leave no token draws token 0 with log-prob NaN. `check` raises for both. A logit of -inf is probability 0.
@@ -295,7 +291,6 @@ class TokenScores:
 
     lse: Tensor | None = None
     entropy: Tensor | None = None
-    margin: Tensor | None = None
     top_ids: Tensor | None = None
     top_log_probs: Tensor | None = None
     token: Tensor | None = None
@@ -304,7 +299,6 @@ class TokenScores:
     selected_logits: Tensor | None = None
     selected_log_probs: Tensor | None = None
     target_log_probs: Tensor | None = None
-    values: Tensor | None = None
     top_rewards: Tensor | None = None
     token_reward: Tensor | None = None
 
