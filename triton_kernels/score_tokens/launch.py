@@ -27,7 +27,7 @@ from forktree.triton_kernels.score_tokens.reduce_kernel import _reduce_scores
 
 
 def launch(hidden: Tensor, lm_head: LmHead, wanted: VocabPass) -> VocabPassResult:
-    """More than 64 best tokens, and fp64, are left to the torch backend."""
+    """Finds what is `wanted`. More than MAX_LIST best tokens, and fp64, are left to the torch backend."""
     if wanted.top_k > MAX_LIST or hidden.dtype not in FLOATS:
         found: VocabPassResult = launcher("torch", "score_tokens")(hidden, lm_head, wanted)
         return found
