@@ -1,10 +1,12 @@
-// The Python module forktree._core. Tensors arrive in structs of addresses, sizes and strides: nothing here knows
-// torch.
-#include <pybind11/numpy.h>
+// The Python module forktree._core. Tensors arrive in structs of addresses, sizes, strides: nothing here knows torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstddef>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 #include <tuple>
 
 #include "common/isa.hpp"
@@ -14,30 +16,32 @@
 #include "cpu/score_tokens/score_tokens.hpp"
 #include "cpu/tree_attention.hpp"
 #include "cuda/tree_attention_gpu.hpp"
-#include "plan/plan.hpp"
+#include "plan/bind_plan.hpp"
 
 namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
+template <class Params>
+Params unpacked(std::string_view bytes) {
+    if (bytes.size() != sizeof(Params))
+        throw std::invalid_argument("the struct must have " + std::to_string(sizeof(Params)) + " bytes, got " +
+                                    std::to_string(bytes.size()));
+    Params params;
+    std::memcpy(&params, bytes.data(), sizeof(Params));
+    return params;
 }
 
-// Calls an operation with a struct of params.h, of which Python has the address; the second argument is the number of
-// threads, or a stream.
+// Calls an operation with a struct of params.h, and the number of threads or a stream.
 template <auto OPERATION, class Params>
-auto on_cpu(Address params, int threads) {
-    return OPERATION(*at<const Params>(params), threads);
+auto on_cpu(std::string_view params, int threads) {
+    return OPERATION(unpacked<Params>(params), threads);
 }
 
 #if defined(FORKTREE_CUDA)
 template <auto OPERATION, class Params>
-void on_gpu(Address params, Address stream) {
-    OPERATION(*at<const Params>(params), at<void>(stream));
+void on_gpu(std::string_view params, uintptr_t stream) {
+    OPERATION(unpacked<Params>(params), reinterpret_cast<void*>(stream));
 }
 #endif
 
@@ -56,54 +60,6 @@ py::dict params_layout() {
 #undef MEMBER
 #undef STRUCT
     return layout;
-}
-
-using Ints = py::array_t<int32_t, py::array::c_style>;
-using Words = py::array_t<uint32_t, py::array::c_style>;
-using TargetTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                               int64_t, int64_t>;
-
-forktree::Target target(const TargetTuple& fields) {
-    return std::apply([](auto... field) { return forktree::Target{field...}; }, fields);
-}
-
-// The arrays are those of a TreeLayout, in its order; they were checked there.
-Ints plan(const Ints& slot_index, const Ints& node_begin, const Ints& node_len, const Ints& node_parent,
-          const Ints& node_fork, const Ints& node_pos, const Ints& row_indptr, const Ints& path_indptr,
-          const Ints& path_node, const Ints& path_stop, const Ints& path_top, const Ints& causal, const Ints& row_token,
-          const Ints& row_pos, const std::optional<Ints>& mask_indptr, const std::optional<Words>& mask_bits,
-          int64_t num_tokens, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, int64_t window,
-          const TargetTuple& fields, int64_t max_partials, bool invariant) {
-    const forktree::Layout layout{slot_index.size(),
-                                  node_len.size(),
-                                  row_token.size(),
-                                  num_tokens,
-                                  causal.size(),
-                                  mask_bits ? mask_bits->size() : 0,
-                                  slot_index.data(),
-                                  node_begin.data(),
-                                  node_len.data(),
-                                  node_parent.data(),
-                                  node_fork.data(),
-                                  node_pos.data(),
-                                  row_indptr.data(),
-                                  path_indptr.data(),
-                                  path_node.data(),
-                                  path_stop.data(),
-                                  path_top.data(),
-                                  causal.data(),
-                                  row_token.data(),
-                                  row_pos.data(),
-                                  mask_indptr ? mask_indptr->data() : nullptr,
-                                  mask_bits ? mask_bits->data() : nullptr};
-    const std::vector<int32_t> buffer =
-        forktree::plan(layout, {num_qo_heads, num_kv_heads, head_dim, window, target(fields), max_partials, invariant});
-    return Ints(py::ssize_t(buffer.size()), buffer.data());
-}
-
-auto plan_count(const Ints& buffer, const TargetTuple& fields) {
-    const forktree::PlanCounts c = forktree::count(forktree::plan_view(buffer.data(), buffer.size()), target(fields));
-    return std::make_tuple(c.distinct, c.planned, c.attended, c.computed, c.padded, c.predicted, c.sum, c.longest);
 }
 
 }  // namespace
@@ -140,9 +96,5 @@ PYBIND11_MODULE(_core, m) {
     m.def("cuda_tree_attention", &on_gpu<&forktree::cuda::tree_attention, forktree::TreeAttentionParams>, Unlocked());
 #endif
     m.attr("params") = params_layout();
-    m.def("plan", &plan);
-    m.def("plan_count", &plan_count, py::arg("buffer"), py::arg("cost_model"));
-    m.def(
-        "check_plan_buffer", [](const Ints& buffer) { forktree::plan_view(buffer.data(), buffer.size()); },
-        py::arg("buffer"));
+    forktree::bind_plan(m);
 }

@@ -31,7 +31,7 @@ struct TreeAttentionParams {
     int64_t rows;
     int64_t num_tokens;  // outputs beyond the plan's are cleared
     int64_t max_partials;
-    const int32_t* plan_buffer;  // [plan_size], see plan/plan_view.hpp
+    const int32_t* plan_buffer;  // [plan_size], see plan/format.h
     int64_t plan_size;
     const int32_t* slot_index;  // [slot_index_size]
     int64_t slot_index_size;
@@ -47,6 +47,8 @@ struct TreeAttentionParams {
     float* partials;    // [max_partials, Hq, Dv + 2]
     int32_t* counters;  // [num_tokens, Hk]: partials that are there; 0 between launches
     int64_t device;     // number of the current GPU
+    // For the CPU: the plan was validated when it was made, and its slots when it met this pool.
+    bool plan_trusted;
 
     // Whether scores are more than q * k times a positive number.
     FORKTREE_INLINE bool biased() const { return softcap > 0 || alibi_slopes || !(scale > 0); }
@@ -122,7 +124,7 @@ struct ScoreTokensParams {
            MEMBER(num_tokens), MEMBER(max_partials), MEMBER(plan_buffer), MEMBER(plan_size), MEMBER(slot_index),       \
            MEMBER(slot_index_size), MEMBER(num_qo_heads), MEMBER(dtype), MEMBER(scale), MEMBER(softcap),               \
            MEMBER(sinks), MEMBER(alibi_slopes), MEMBER(out), MEMBER(lse), MEMBER(partials), MEMBER(counters),          \
-           MEMBER(device))                                                                                             \
+           MEMBER(device), MEMBER(plan_trusted))                                                                       \
     STRUCT(AppendKvParams, MEMBER(pool), MEMBER(k), MEMBER(k_row_stride), MEMBER(k_head_stride), MEMBER(v),            \
            MEMBER(v_row_stride), MEMBER(v_head_stride), MEMBER(slots))                                                 \
     STRUCT(RotateRowsParams, MEMBER(q), MEMBER(row_stride), MEMBER(head_stride), MEMBER(heads), MEMBER(dim),           \

@@ -11,14 +11,14 @@ import tiny
 from forktree import (
     BestOfN,
     Decoder,
+    FunctionReward,
     Greedy,
     InvalidInput,
     MajorityVote,
     OutOfMemory,
+    RewardError,
     Sample,
-    ScorerError,
     SearchResult,
-    TextScorer,
 )
 from forktree.ops import KVFormat
 
@@ -137,12 +137,12 @@ def test_an_answer_that_cannot_be_had_costs_its_branch_only() -> None:
     assert {(c.text[:1] in few) for c in bad} == {True, False}
     for c in bad:
         reason = "LookupError: no answer here" if (c.text[:1] in few) else "TypeError: "
-        assert isinstance(c.hypothesis.error, ScorerError) and np.isnan(c.score)
+        assert isinstance(c.hypothesis.error, RewardError) and np.isnan(c.score)
         assert "answer" in str(c.hypothesis.error) and f"raised {reason}" in str(c.hypothesis.error)
     answers = [answer(c.text) for c in good]
     assert [c.score for c in good] == [answers.count(a) / 40 for a in answers] and len(set(answers)) == 2
     failed = decoder.search(["1="], MajorityVote(answer=lambda text: [text], num_samples=3), max_new_tokens=4)[0]
-    assert isinstance(failed.error, ScorerError) and "no branch has a score left" in str(failed.error)
+    assert isinstance(failed.error, RewardError) and "no branch has a reward left" in str(failed.error)
 
 
 def bare(**options: Any) -> Decoder:
@@ -189,9 +189,9 @@ BAD: dict[str, tuple[Callable[[], list[SearchResult]], list[str]]] = {
     "no slots": (lambda: bare(num_slots=0), ["num_slots", "got 0"]),
     "no budget": (lambda: bare(max_batch_tokens=0), ["max_batch_tokens", "got 0"]),
     "one stop text": (lambda: tiny.decoder().search(["1"], Greedy(stop="END")), ["stop", "tuple of texts", "'END'"]),
-    "a scoring function": (lambda: tiny.decoder().search(["1"], BestOfN(scorer=len)), ["scorer", "TextScorer"]),
+    "a scoring function": (lambda: tiny.decoder().search(["1"], BestOfN(reward=len)), ["reward", "FunctionReward"]),
     "no samples": (
-        lambda: tiny.decoder().search(["1"], BestOfN(scorer=TextScorer(len), num_samples=0)),
+        lambda: tiny.decoder().search(["1"], BestOfN(reward=FunctionReward(len), num_samples=0)),
         ["num_samples"],
     ),
     "no sequences": (lambda: tiny.decoder().search(["1"], Sample(num_return_sequences=0)), ["num_return_sequences"]),

@@ -5,7 +5,7 @@
 
 #include "isa_dispatch.hpp"
 #include "params.h"
-#include "plan/plan_view.hpp"
+#include "plan/format.h"
 
 namespace forktree {
 

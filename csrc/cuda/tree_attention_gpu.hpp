@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "params.h"
-#include "plan/plan_view.hpp"
+#include "plan/format.h"
 
 namespace forktree {
 

@@ -109,10 +109,10 @@ public:
         : call(call), shared(*reinterpret_cast<S*>(gpu::shared_memory())), plan(shared.plan) {}
 
     FORKTREE_DEVICE void work() {
-        if (thread == 0) shared.plan = sections(call.plan_buffer);
+        if (thread == 0) shared.plan = plan_view(call.plan_buffer);
         gpu::sync_block();
         clear();
-        const int heads = call.pool.num_kv_heads, units = plan.header->items * heads;
+        const int heads = call.pool.num_kv_heads, units = plan.header->num_items * heads;
         for (int unit = gpu::block(); unit < units; unit += gpu::blocks()) {
             item = plan.item[unit / heads];
             kv_head = unit % heads;
@@ -126,22 +126,6 @@ public:
     }
 
 private:
-    // The sections of a plan, which was checked on the host.
-    static FORKTREE_DEVICE PlanView sections(const int32_t* buffer) {
-        PlanView v{};
-        v.header = reinterpret_cast<const Header*>(buffer);
-        v.item = reinterpret_cast<const Item*>(buffer + sizeof(Header) / 4);
-        v.seg = reinterpret_cast<const Seg*>(v.item + v.header->items);
-        v.merge_indptr = reinterpret_cast<const int32_t*>(v.seg + v.header->segs);
-        v.merge_partial = v.merge_indptr + v.header->tokens + 1;
-        v.clear = v.merge_partial + v.header->partials;
-        v.row = reinterpret_cast<const Row*>(v.clear + v.header->clears);
-        v.node_len = reinterpret_cast<const int32_t*>(v.row + v.header->rows);
-        v.row_pos = v.node_len + v.header->nodes;
-        v.mask = reinterpret_cast<const uint32_t*>(v.row_pos + v.header->rows);
-        return v;
-    }
-
     static FORKTREE_DEVICE int min(int a, int b) { return a < b ? a : b; }
     static FORKTREE_DEVICE int max(int a, int b) { return a > b ? a : b; }
     static FORKTREE_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the other one if one is NaN
@@ -150,11 +134,11 @@ private:
 
     // Tokens nobody writes: those the plan names, and those beyond it.
     FORKTREE_DEVICE void clear() {
-        const int beyond = int(call.num_tokens) - plan.header->tokens, heads = call.num_qo_heads;
-        const int64_t all = (int64_t(plan.header->clears) + beyond) * heads;
+        const int beyond = int(call.num_tokens) - plan.header->num_tokens, heads = call.num_qo_heads;
+        const int64_t all = (int64_t(plan.header->num_empty_tokens) + beyond) * heads;
         for (int64_t i = gpu::block() * WARPS + warp; i < all; i += gpu::blocks() * WARPS) {
             const int index = int(i / heads), head = int(i % heads);
-            const int token = index < beyond ? plan.header->tokens + index : plan.clear[index - beyond];
+            const int token = index < beyond ? plan.header->num_tokens + index : plan.empty_tokens[index - beyond];
             const float nothing[4] = {};
             for (int d = 4 * lane; d < D; d += 128) write(output(token, head) + d, nothing);
             if (lane == 0) call.lse[int64_t(token) * heads + head] = call.sinks ? call.sinks[head] : -INF;

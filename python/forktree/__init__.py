@@ -13,20 +13,26 @@ from forktree.errors import (
     InvalidInput,
     NonFinite,
     OutOfMemory,
-    ScorerError,
+    RewardError,
     UnsupportedModel,
 )
 from forktree.ops.sampling import Sampling
-from forktree.ops.token_request import Draw, Edits, Head, Ragged, TokenRequest, TokenScores
+from forktree.ops.token_request import Draw, LogitEdits, RaggedIds, TokenRequest, TokenScores
+from forktree.plan.check import check_plan
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import AttentionPlan, check_plan, plan
+from forktree.plan.plan import AttentionPlan, plan
 
 if TYPE_CHECKING:
     from forktree import rewards, search
     from forktree.decoder import Candidate, Decoder, SearchResult
     from forktree.integrations.generate import generate
-    from forktree.rewards.scoring import RewardModel, Scorer, TextScorer, TokenLogits, ValueHead, load_scorer
+    from forktree.rewards.base import Reward
+    from forktree.rewards.function import FunctionReward
+    from forktree.rewards.load import load_reward
+    from forktree.rewards.reward_model import RewardModel
     from forktree.rewards.step_format import StepFormat
+    from forktree.rewards.token_probability import TokenProbability
+    from forktree.rewards.value_head import ValueHead
     from forktree.search import BeamSearch, BestOfN, Greedy, Hypothesis, MajorityVote, ParticleFilter, Sample
     from forktree.sequences import sequence_logprobs
 
@@ -40,26 +46,25 @@ __all__ = [
     "Candidate",
     "Decoder",
     "Draw",
-    "Edits",
     "ForktreeError",
+    "FunctionReward",
     "Greedy",
-    "Head",
     "Hypothesis",
     "InvalidInput",
+    "LogitEdits",
     "MajorityVote",
     "NonFinite",
     "OutOfMemory",
     "ParticleFilter",
-    "Ragged",
+    "RaggedIds",
+    "Reward",
+    "RewardError",
     "RewardModel",
     "Sample",
     "Sampling",
-    "Scorer",
-    "ScorerError",
     "SearchResult",
     "StepFormat",
-    "TextScorer",
-    "TokenLogits",
+    "TokenProbability",
     "TokenRequest",
     "TokenScores",
     "TreeLayout",
@@ -67,7 +72,7 @@ __all__ = [
     "ValueHead",
     "check_plan",
     "generate",
-    "load_scorer",
+    "load_reward",
     "ops",
     "plan",
     "rewards",
@@ -85,16 +90,16 @@ _LAZY = {
     "Hypothesis": "search",
     "MajorityVote": "search",
     "ParticleFilter": "search",
-    "RewardModel": "rewards.scoring",
+    "RewardModel": "rewards.reward_model",
     "Sample": "search",
-    "Scorer": "rewards.scoring",
+    "Reward": "rewards.base",
     "SearchResult": "decoder",
     "StepFormat": "rewards.step_format",
-    "TextScorer": "rewards.scoring",
-    "TokenLogits": "rewards.scoring",
-    "ValueHead": "rewards.scoring",
+    "FunctionReward": "rewards.function",
+    "TokenProbability": "rewards.token_probability",
+    "ValueHead": "rewards.value_head",
     "generate": "integrations.generate",
-    "load_scorer": "rewards.scoring",
+    "load_reward": "rewards.load",
     "sequence_logprobs": "sequences",
 }
 _LAZY_PACKAGES = ("rewards", "search")

@@ -8,20 +8,23 @@ from typing import Any
 import numpy as np
 
 from forktree.checks import integer, integers, shown
-from forktree.engine.engine import Counters, Engine, Run, Task
+from forktree.detokenise import response_text
+from forktree.engine.counters import Counters
+from forktree.engine.engine import Engine, Run, Task
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
 from forktree.prompts import Prompt, read_prompts, tokenise
 from forktree.search import Hypothesis, Search, SearchContext
-from forktree.search.stopping import TextStop, response_text
+from forktree.search.stopping import TextStop
+from forktree.search.trace import SearchTrace
 
 LARGEST_SEED = 2**127 - 1
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A hypothesis with its text: see `response_text`. None when the decoder has no tokenizer."""
+    """A hypothesis with its text: see `forktree.detokenise.response_text`. None when the decoder has no tokenizer."""
 
     text: str | None
     hypothesis: Hypothesis
@@ -42,13 +45,14 @@ class SearchResult:
     """What a search found for one prompt, or why it failed.
 
     index: the prompt's place in the list given. prompt: its text, or its token ids. candidates: best first; empty if
-    `error` is set.
+    `error` is set. trace: what the search did.
     """
 
     index: int
     prompt: Prompt
     candidates: list[Candidate]
     counters: Counters
+    trace: SearchTrace
     error: Exception | None = None
 
     @property
@@ -135,7 +139,7 @@ class Decoder:
 
         prompts: texts or token ids, or a single one; ids as a sequence of integers, an array or tensor `[n]`, or what a
             tokenizer returns (`apply_chat_template` too), its padding left out. Such a batch by itself is several
-            prompts. Of a text, what the tokenizer puts at its end is dropped; an EOS that it spells out stays. Scorers
+            prompts. Of a text, what the tokenizer puts at its end is dropped; an EOS that it spells out stays. Rewards
             see a text as it is, and ids decoded with their special tokens.
         search: one for all prompts, or one for each.
         max_new_tokens: most tokens behind the prompt, EOS included.
@@ -147,7 +151,7 @@ class Decoder:
         result with `error` set; the others go on. Closing the iterator, from any thread, cancels what still runs.
 
         Results of several calls may be read in turns, by one thread. The first result raises `DecoderInUse` if those of
-        another thread are not all read yet, or inside a call of this Decoder to a scorer, processor, stop, `on_step` or
+        another thread are not all read yet, or inside a call of this Decoder to a reward, processor, stop, `on_step` or
         search. Ctrl-C ends this call's searches, after the step under way; pressed twice, at once, and all searches.
         """
         self.engine.renew()
@@ -158,8 +162,8 @@ class Decoder:
         for one in {id(s): s for s in searches}.values():
             if not isinstance(one, Search):
                 raise InvalidInput(f"search must be a Search such as ParticleFilter(...), got {type(one).__name__}")
-            for scorer in one.scorers:
-                scorer.check(self.worker)
+            for reward in one.rewards:
+                reward.check(self.worker)
         integer("max_new_tokens", max_new_tokens, 1)
         seed = integer("seed", seed, 0, LARGEST_SEED)
         tokens = self._tokens(texts)
@@ -180,7 +184,7 @@ class Decoder:
         seed: int,
         on_step: Callable[[], None] | None,
     ) -> Generator[SearchResult, None, None]:
-        running: dict[Task, int] = {}
+        running: dict[Task, tuple[int, SearchTrace]] = {}
         waiting = list(reversed(range(len(prompts))))
         run = Run()
         try:
@@ -190,10 +194,12 @@ class Decoder:
                 while waiting or running:
                     while waiting and (not running or self.engine.has_room(len(tokens[waiting[-1]]))):
                         i = waiting.pop()
-                        start = partial(self._start, searches[i], max_new_tokens)
+                        counters, trace = Counters(), SearchTrace()
+                        start = partial(self._start, searches[i], max_new_tokens, counters=counters, trace=trace)
                         prompt = prompts[i]
                         text = prompt if isinstance(prompt, str) else self._decode(tokens[i]) or ""
-                        running[self.engine.submit(start, [tokens[i]], text=text, seed=seed, run=run)] = i
+                        task = self.engine.submit(start, [tokens[i]], text=text, seed=seed, run=run, counters=counters)
+                        running[task] = i, trace
                     self.engine.step()
                     if on_step is not None:
                         run.calls_back = True
@@ -201,7 +207,8 @@ class Decoder:
                         run.calls_back = False
                     done = [t for t in running if t.done]
                     for task in done:
-                        yield self._result(running.pop(task), prompts, task)
+                        i, trace = running.pop(task)
+                        yield self._result(i, prompts, task, trace)
                     if done:  # the caller has had its turn
                         self.engine.renew(run)
             finally:
@@ -209,7 +216,14 @@ class Decoder:
         finally:
             self.engine.close(run)  # again, in case an interrupt cut that short
 
-    async def _start(self, search: Search, max_new_tokens: int, root: Branch) -> list[Candidate]:
+    async def _start(
+        self,
+        search: Search,
+        max_new_tokens: int,
+        root: Branch,
+        counters: Counters | None = None,
+        trace: SearchTrace | None = None,
+    ) -> list[Candidate]:
         text_of = None if self.tokenizer is None else response_text(self.tokenizer, root.tokens.tolist())
         context = SearchContext(
             root=root,
@@ -221,6 +235,8 @@ class Decoder:
             stops=self._stop if self.tokenizer is not None else None,
             decode=text_of,
             rng=np.random.default_rng(root.key),
+            counters=counters or Counters(),
+            trace=trace or SearchTrace(),
         )
         name, running = f"{type(search).__name__}.run", search.run(context)
         if not isinstance(running, Awaitable):
@@ -232,9 +248,9 @@ class Decoder:
             integers(f"token_ids of a hypothesis of {name}", h.token_ids, 0, context.vocab_size - 1)
         return [Candidate(None if text_of is None else text_of(h.token_ids), h) for h in found]
 
-    def _result(self, index: int, prompts: list[Prompt], task: Task) -> SearchResult:
+    def _result(self, index: int, prompts: list[Prompt], task: Task, trace: SearchTrace | None = None) -> SearchResult:
         candidates = [] if task.error is not None else task.result
-        return SearchResult(index, prompts[index], candidates, task.counters, task.error)
+        return SearchResult(index, prompts[index], candidates, task.counters, trace or SearchTrace(), task.error)
 
     def _tokens(self, prompts: list[Prompt]) -> list[list[int]]:
         """Token ids of each prompt."""

@@ -28,8 +28,8 @@ class NonFinite(ForktreeError):
         )
 
 
-class ScorerError(ForktreeError):
-    """Raised if a scorer raised, returned something other than a finite number, or took too long."""
+class RewardError(ForktreeError):
+    """Raised if a text has no reward: what gives it raised, took too long, or returned no finite number."""
 
 
 class Cancelled(ForktreeError):

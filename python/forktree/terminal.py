@@ -18,8 +18,8 @@ def visible(text: str) -> str:
 
 
 def one_line(error: BaseException | str) -> str:
-    """Returns the message of an error as one line of at most 500 characters."""
-    return visible(" ".join(str(error).split()))[:500]
+    """Returns the message of an error as one line of at most 500 characters; the error's type if it has none."""
+    return visible(" ".join(str(error).split()))[:500] or (type(error).__name__ if error else "")
 
 
 class Terminal(Console):

@@ -1,6 +1,7 @@
 """The tree against a naive model: every branch is a list of token objects, nothing is shared but identity."""
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
@@ -301,7 +302,7 @@ def _common(tokens: list[int], path: list[Token]) -> int:
     return next((i for i, (a, t) in enumerate(pairs) if a != t.id), min(len(tokens), len(path)))
 
 
-TestTree = TreeMachine.TestCase
+TestTree = pytest.mark.slow(TreeMachine.TestCase)
 TestTree.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -1,4 +1,4 @@
-"""The proof: which models are refused and why, and that a model is left as it was."""
+"""Verification: which models are refused and why, and that a model is left as it was."""
 
 import copy
 
@@ -134,7 +134,7 @@ def test_training_mode_is_an_error():
         runner.forward([1], [0], [0], {runner.spec.layers[0]: None})
 
 
-# ---- each check of the proof alone: models made wrong in one way ----
+# ---- each check alone: models made wrong in one way ----
 
 
 class Wrong(nn.Module):
@@ -267,7 +267,7 @@ class Squared(nn.Linear):
 
 
 class Capped(nn.Linear):
-    """A cap that no config mentions, far above the logits that a proof usually sees."""
+    """A cap that no config mentions, far above the logits that a verification usually sees."""
 
     def forward(self, hidden):
         return 20 * torch.tanh(super().forward(hidden) / 20)

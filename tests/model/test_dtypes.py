@@ -120,15 +120,15 @@ def test_each_runs_as_in_transformers(setting: str) -> None:
             with torch.no_grad():
                 logits = model(torch.tensor([text]), use_cache=False).logits[0, :-1].double()
             chosen = logits.gather(1, torch.tensor(text[1:])[:, None])[:, 0]
-            behind = (logits.amax(1) - chosen)[len(prompt) - 1 :]
-            assert len(behind) == new and float(behind.max()) <= atol
+            short = (logits.amax(1) - chosen)[len(prompt) - 1 :]
+            assert len(short) == new and float(short.max()) <= atol
             assert np.abs(ours - (chosen - logits.logsumexp(1)).numpy()).max() <= atol
         if atol < 1e-3:
             plain = model.generate(ids, do_sample=False, max_new_tokens=new)[0].tolist()
             assert texts == [plain, plain]
 
 
-def test_autocast_is_part_of_the_model_that_was_proved() -> None:
+def test_autocast_is_part_of_the_model_that_was_verified() -> None:
     model = tiny.new_model()
     runner = Runner(attach(model), num_slots=4)
     with autocast():

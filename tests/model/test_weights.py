@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_models import tiny as tiny_of
-from test_shared_model import decoded, drop_in, plain
 from torch import nn
 
 import forktree
 import tiny
+from decoding import decoded, drop_in, plain
 from forktree import Decoder, UnsupportedModel, ValueHead, search, sequence_logprobs
 from forktree.model import Fingerprint, LinearHead, attach
 from forktree.model.captured import CapturedSteps
 from forktree.model.runner import Runner
-from forktree.rewards.scoring import RewardModel
+from forktree.rewards.reward_model import RewardModel
 from graph_fake import FakeGraphs
+from models import tiny as tiny_of
 
 PROMPT = [3, 7, 2, 9, 4, 4, 1, 8, 3, 5, 6, 2]
 
@@ -210,8 +210,8 @@ def assert_as_transformers(model: Any, decoder: Decoder, tolerance: float = 1e-4
     torch.testing.assert_close(got_scores, scores, atol=tolerance, rtol=tolerance)
     exact = log_probs(model, [*PROMPT, *want])
     near = dict(atol=tolerance * 10, rtol=tolerance)
-    for scorer in (decoder, model):
-        (found,) = sequence_logprobs(scorer, [[*PROMPT, *want]])
+    for reward in (decoder, model):
+        (found,) = sequence_logprobs(reward, [[*PROMPT, *want]])
         np.testing.assert_allclose(found, exact, **near)
     (result,) = decoder.search(PROMPT, search.Greedy(), max_new_tokens=NEW)
     assert result.best.token_ids == want
@@ -220,7 +220,7 @@ def assert_as_transformers(model: Any, decoder: Decoder, tolerance: float = 1e-4
 
 
 def assert_changed(before: tuple[list[int], np.ndarray], after: tuple[list[int], np.ndarray]) -> None:
-    assert before[0] != after[0] or not np.allclose(before[1], after[1], atol=0.05), "else the test proves nothing"
+    assert before[0] != after[0] or not np.allclose(before[1], after[1], atol=0.05), "else the test shows nothing"
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -294,20 +294,20 @@ def test_what_cannot_be_seen_is_told() -> None:
     assert_changed(before, assert_as_transformers(model, decoder))
 
 
-def test_an_unchanged_model_is_proved_once_and_keeps_its_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchanged_model_is_verified_once_and_keeps_its_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = base()
     decoder = Decoder(model, num_slots=128)
     decoded(decoder, PROMPT), drop_in(model)
-    proofs: list[Any] = []
+    verified: list[Any] = []
     for module in ("forktree.engine.worker", "forktree.model.attached"):
-        monkeypatch.setattr(sys.modules[module], "attach", lambda model: proofs.append(model) or attach(model))
+        monkeypatch.setattr(sys.modules[module], "attach", lambda model: verified.append(model) or attach(model))
     before = decoder.worker.tokens_computed
     decoded(decoder, PROMPT), drop_in(model), sequence_logprobs(model, [PROMPT])
-    assert decoder.worker.tokens_computed == before + NEW and not proofs
+    assert decoder.worker.tokens_computed == before + NEW and not verified
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     decoded(decoder, PROMPT), drop_in(model)
-    assert len(proofs) == 2
+    assert len(verified) == 2
 
 
 def test_a_model_that_no_longer_holds_is_refused_until_it_does() -> None:
@@ -380,7 +380,7 @@ def test_a_reward_model_that_changes() -> None:
 
     judge = RewardModel(ModelWorker(model, num_slots=512), tiny.tokenizer(), head)
     decoder = Decoder(policy, tiny.tokenizer(), num_slots=512)
-    particles = search.ParticleFilter(num_particles=4, max_step_tokens=3, scorer=judge)
+    particles = search.ParticleFilter(num_particles=4, max_step_tokens=3, reward=judge)
     for change in (lambda: None, lambda: scaled(model)):
         change()
         (result,) = decoder.search("12+3=", particles, max_new_tokens=6)

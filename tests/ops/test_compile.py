@@ -10,7 +10,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
 
 from forktree import ops
-from forktree.ops import KVPool
+from forktree.ops import AttentionOptions, KVPool
 from forktree.plan.plan import plan
 from layouts import chunk
 
@@ -32,7 +32,7 @@ class Layer(torch.nn.Module):
         pool = KVPool(self.k_slots, self.v_slots)
         ops.append_kv(k, v, slots, pool)
         q = ops.rotate_rows(q, shift, inv_freq)
-        out, lse = ops.tree_attention(q, pool, plan, return_lse=True)
+        out, lse = ops.tree_attention(q, pool, plan, AttentionOptions(softcap=20.0), return_lse=True)
         out, lse = ops.merge_states(out, lse, indptr, index)
         return out * 2, lse
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backends import off_alignment
-from forktree import Draw, Edits, Sampling, TokenRequest, TokenScores, _core, ops
+from forktree import Draw, LogitEdits, Sampling, TokenRequest, TokenScores, _core, ops
 
 ISAS = [name for name, why_not in _core.isas() if not why_not]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -44,7 +44,7 @@ def request(rows: int, vocab: int, *, top_k: int = 7, reordered: bool = False) -
     edits = allowed = None
     if reordered:
         texts = [rng.integers(0, vocab, 5) for _ in range(rows)]
-        edits = Edits.penalties(texts, repetition=1.4, frequency=0.3, presence=0.2, bias={0: 1.0, vocab - 1: -2.0})
+        edits = LogitEdits.penalties(texts, repetition=1.4, frequency=0.3, presence=0.2, bias={0: 1.0, vocab - 1: -2.0})
         words = rng.integers(-(2**31), 2**31, (rows, (vocab + 31) // 32)).astype(np.int32)
         words[:, 0] |= 1
         allowed = torch.from_numpy(words)
@@ -95,7 +95,7 @@ def test_a_row_is_the_same_to_the_bit_alone_and_among_others(isa, dtype):
     for row in (0, 1, 6, 7, 8, 63, 64, 149):
         at = slice(row, row + 1)
         own = slice(edits.indptr[row], edits.indptr[row + 1])
-        alone_edits = Edits([0, own.stop - own.start], edits.ids[own], edits.ops[own], edits.values[own])
+        alone_edits = LogitEdits([0, own.stop - own.start], edits.ids[own], edits.ops[own], edits.values[own])
         alone_draw = Draw(draw.sampling[at], draw.seed[at], draw.position[at], alone_edits, draw.allowed[at])
         alone = ops.score_tokens(hidden[at], lm_head, TokenRequest(top_k=7, draw=alone_draw, entropy=True))
         for name in ("lse", "entropy", "top_ids", "top_log_probs", "token", "log_prob", "shaped_log_prob"):

@@ -378,4 +378,4 @@ def test_the_binding_checks_what_it_is_given(changed, message):
     for name, value in changed.items():
         setattr(params.pool if hasattr(params.pool, name) and name != "dtype" else params, name, value)
     with pytest.raises(ValueError, match=message):
-        _core.cuda_tree_attention(params.address, 0)
+        _core.cuda_tree_attention(bytes(params), 0)

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forktree.plan.check import check_plan
 from forktree.plan.cost_model import CPU, CostModel
+from forktree.plan.format import LIVE, Item, Row, Seg
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import CONTIGUOUS, LAST, LIVE, PARTIAL, ROW, START, STOP, TOKEN, check_plan
 from layouts import KINDS, random_layout, shared_prompt
 
 planning = importlib.import_module("forktree.plan.plan")  # the package may export the function by this name
@@ -47,6 +48,7 @@ COST_MODELS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -152,19 +154,20 @@ def together(layouts, rng):
 def story(made, row, origin=0):
     """How a row is computed: its items in the order they are merged, each with the tokens it reads for the row."""
     r = int(np.flatnonzero(made.row_order == row)[0])
-    token = made.row[r, TOKEN]
+    token = made.row[r, Row.TOKEN]
     partials = made.merge_partial[made.merge_indptr[token] : made.merge_indptr[token + 1]].tolist()
     items = []
     for row_begin, row_end, seg_begin, seg_end, first in made.item.tolist():
         if not row_begin <= r < row_end:
             continue
         segs = made.seg[seg_begin:seg_end]
-        mine = segs[(segs[:, planning.ROW_LO] <= r) & (r < segs[:, planning.ROW_HI])]
+        mine = segs[(segs[:, Seg.ROW_LO] <= r) & (r < segs[:, Seg.ROW_HI])]
         when = partials.index(first + r - row_begin) if first >= 0 else -1
-        items.append((when, (mine[:, [planning.INDEX_BEGIN, START, STOP]] - [origin, 0, 0]).tolist()))
+        items.append((when, (mine[:, [Seg.INDEX_BEGIN, Seg.START, Seg.STOP]] - [origin, 0, 0]).tolist()))
     return [(when < 0, segs) for when, segs in sorted(items, key=lambda item: item[0])]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -217,7 +220,7 @@ def test_forks_inside_a_node_are_read_once():
     check_plan(made)
     assert made.stats().planned_tokens == made.stats().distinct_tokens == 60
     assert made.row_order.tolist() == [1, 0, 2]
-    shared = [(int(s[START]), int(s[STOP])) for s in made.seg if s[planning.NODE] == 0]
+    shared = [(int(s[Seg.START]), int(s[Seg.STOP])) for s in made.seg if s[Seg.NODE] == 0]
     assert sorted(shared) == [(0, 10), (10, 20), (20, 30)]
 
 
@@ -240,8 +243,8 @@ def test_a_chunk_is_one_item_and_its_past_needs_no_mask():
     )
     made = plan(layout)
     check_plan(made)
-    assert made.item[:, PARTIAL].tolist() == [-1]
-    assert made.seg[:, [START, STOP]].tolist() == [[0, 24], [24, 40]]
+    assert made.item[:, Item.PARTIAL].tolist() == [-1]
+    assert made.seg[:, [Seg.START, Seg.STOP]].tolist() == [[0, 24], [24, 40]]
     assert made.stats().attended == sum(range(25, 41)) and made.stats().computed == 640
 
 
@@ -350,28 +353,28 @@ def test_check_plan_catches_corruption():
     made = plan(shared_prompt(1, 3, 20, 10))
     check_plan(made)
     with pytest.raises(ValueError, match="row 0 must read all it sees, got nothing for indices"):
-        check_plan(edited(made, "seg", 0, STOP, 19))
+        check_plan(edited(made, "seg", 0, Seg.STOP, 19))
     with pytest.raises(ValueError, match=r"segment 0 must lie within node 0 of 20 tokens, got \[0, 21\)"):
-        check_plan(edited(made, "seg", 0, STOP, 21))
+        check_plan(edited(made, "seg", 0, Seg.STOP, 21))
     with pytest.raises(ValueError, match="row 2 must read all it sees"):
-        check_plan(edited(made, "seg", 0, planning.ROW_HI, 2))
+        check_plan(edited(made, "seg", 0, Seg.ROW_HI, 2))
     with pytest.raises(ValueError, match="segment 1 must have index_begin 20 and pos 20"):
-        check_plan(edited(made, "seg", 1, planning.POS, 0))
+        check_plan(edited(made, "seg", 1, Seg.POS, 0))
     with pytest.raises(ValueError, match="segment 1 must not be contiguous"):
-        check_plan(edited(made, "seg", 1, CONTIGUOUS, 1))
+        check_plan(edited(made, "seg", 1, Seg.CONTIGUOUS, 1))
     with pytest.raises(ValueError, match="items must own all segments"):
         check_plan(replace(made, seg=np.concatenate([made.seg, made.seg[-1:]])))
     doubled = replace(made, seg=np.concatenate([made.seg, made.seg[:1]]))
     with pytest.raises(ValueError, match="row 0 must read a token once, got 2 times for index 0"):
-        check_plan(edited(doubled, "item", 0, planning.SEG_END, 5))
+        check_plan(edited(doubled, "item", 0, Item.SEG_END, 5))
     with pytest.raises(ValueError, match="row 1 must read nothing else than it sees"):
-        check_plan(edited(made, "seg", 1, planning.ROW_HI, 2))
+        check_plan(edited(made, "seg", 1, Seg.ROW_HI, 2))
     with pytest.raises(ValueError, match=r"segment 0 must have rows within \[0, 2\), got \[0, 3\)"):
-        check_plan(edited(made, "item", 0, planning.ROW_END, 2))
+        check_plan(edited(made, "item", 0, Item.ROW_END, 2))
     with pytest.raises(ValueError, match="row_order must be a permutation"):
-        check_plan(edited(made, "row", 0, ROW, 1))
+        check_plan(edited(made, "row", 0, Row.ROW, 1))
     with pytest.raises(ValueError, match="buffer must hold the plan's arrays"):
-        check_plan(edited(made, "row", 0, LAST, 3))
+        check_plan(edited(made, "row", 0, Row.LAST, 3))
     with pytest.raises(ValueError, match="buffer must have the plan's heads and window"):
         check_plan(replace(made, num_kv_heads=1))
 
@@ -380,7 +383,7 @@ def test_check_plan_catches_wrong_merges():
     """Four items over 64 + 64 + 64 + 8 shared tokens, the last with all that is private as well."""
     made = plan(shared_prompt(1, 3, 200, 10), cost_model=replace(FREE, units=8))
     check_plan(made)
-    assert made.item[:, PARTIAL].tolist() == [0, 3, 6, 9] and made.merge_partial[:4].tolist() == [0, 3, 6, 9]
+    assert made.item[:, Item.PARTIAL].tolist() == [0, 3, 6, 9] and made.merge_partial[:4].tolist() == [0, 3, 6, 9]
     with pytest.raises(ValueError, match="merge list of token 0 must be"):
         check_plan(replace(made, merge_partial=np.roll(made.merge_partial, 1)))
     swapped = made.merge_partial.copy()
@@ -388,6 +391,6 @@ def test_check_plan_catches_wrong_merges():
     with pytest.raises(ValueError, match="partials of token 0 must be merged in path order"):
         check_plan(replace(made, merge_partial=swapped))
     with pytest.raises(ValueError, match=r"merge list of token 0"):
-        check_plan(edited(made, "item", -1, PARTIAL, -1))
+        check_plan(edited(made, "item", -1, Item.PARTIAL, -1))
     with pytest.raises(ValueError, match="merge_indptr must have 4 entries"):
         check_plan(replace(made, merge_indptr=made.merge_indptr[:-1]))

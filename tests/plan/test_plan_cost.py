@@ -7,8 +7,9 @@ import numpy as np
 
 from forktree import _core
 from forktree.plan.cost_model import CostModel
+from forktree.plan.format import Item, Seg
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import NODE, PARTIAL, ROW_HI, ROW_LO, START, plan
+from forktree.plan.plan import plan
 
 DIM = 8
 
@@ -42,8 +43,9 @@ def of_plan(made, items, model):
     for row_begin, row_end, seg_begin, seg_end, partial in items:
         cost = model.item(row_end - row_begin, partial >= 0)
         for seg, tokens in zip(made.seg[seg_begin:seg_end], made.seg_tokens[seg_begin:seg_end], strict=True):
-            mine, known = set(range(seg[START], seg[START] + tokens)), read.setdefault(int(seg[NODE]), set())
-            cost += model.segment(int(seg[ROW_HI] - seg[ROW_LO]), int(tokens), len(mine & known))
+            mine = set(range(seg[Seg.START], seg[Seg.START] + tokens))
+            known = read.setdefault(int(seg[Seg.NODE]), set())
+            cost += model.segment(int(seg[Seg.ROW_HI] - seg[Seg.ROW_LO]), int(tokens), len(mine & known))
             known |= mine
         costs.append(cost)
     return costs
@@ -145,9 +147,11 @@ def test_plans_of_tiny_trees_are_within_a_tenth_of_the_best():
         layout, model = tiny_tree(rng), random_model(rng)
         options = dict(num_qo_heads=model.heads * model.group, num_kv_heads=model.heads, head_dim=DIM)
         whole = plan(layout, **options, cost_model=CostModel(**{**vars(model.cost_model), "grain": 1 << 40}))
-        assert (whole.item[:, PARTIAL] < 0).all()
+        assert (whole.item[:, Item.PARTIAL] < 0).all()
         stretches = [
-            (int(s[ROW_LO]), int(s[ROW_HI]), int(t)) for s, t in zip(whole.seg, whole.seg_tokens, strict=True) if t
+            (int(s[Seg.ROW_LO]), int(s[Seg.ROW_HI]), int(tokens))
+            for s, tokens in zip(whole.seg, whole.seg_tokens, strict=True)
+            if tokens
         ]
         choices = np.prod([len(list(ways(tokens))) for *_, tokens in stretches]) * 2 ** (layout.num_rows - 1)
         if len(stretches) > 6 or choices > 3000:
@@ -155,7 +159,7 @@ def test_plans_of_tiny_trees_are_within_a_tenth_of_the_best():
         trees += 1
         made = plan(layout, **options, cost_model=model.cost_model)
         items = made.item.tolist()
-        counts = _core.plan_count(made.buffer, model.cost_model.values)
+        counts = _core.plan_stats(made.buffer, model.cost_model.values)
         assert sum(of_plan(made, items, model)) * model.heads == counts[6]
         cuts += len(made.item) - len(whole.item)
         best = best_time(stretches, layout.num_rows, model)

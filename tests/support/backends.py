@@ -9,7 +9,7 @@ from torch import Tensor
 from forktree import _core
 from forktree.ops import AttentionOptions, KVPool
 from forktree.ops.dispatch import launcher
-from forktree.ops.plan_tensors import plan_tensors
+from forktree.ops.plan_tensors import PlanTensors
 from forktree.plan.plan import AttentionPlan
 
 COMPILED = ["cpu"] + ["cuda"] * (_core.build["cuda"] == "emulated")  # leave fp64 to others
@@ -26,7 +26,7 @@ def specified(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of `tree_attention` by its specification."""
     options = AttentionOptions() if options is None else options
-    out, lse = by_reference("tree_attention", q, KVPool(k, v), plan_tensors(plan, q.device), options)
+    out, lse = by_reference("tree_attention", q, KVPool(k, v), PlanTensors.of(plan, q.device), options)
     return out, lse
 
 

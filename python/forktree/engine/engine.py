@@ -32,8 +32,9 @@ from torch import Tensor
 
 from forktree.checks import integers, shown
 from forktree.device.transfer import Download, upload
+from forktree.engine.counters import Counters
 from forktree.engine.critical import CriticalSection
-from forktree.engine.request_state import NO_TOKEN, Drawn, ExtendState, RequestState, ScoreState, TokensState
+from forktree.engine.request_state import NO_TOKEN, Drawn, ExtendState, RequestState, RewardState, TokensState
 from forktree.engine.worker import ModelWorker
 from forktree.errors import Cancelled, DecoderInUse, InvalidInput, OutOfMemory
 from forktree.kv import Branch, Chunk, OutOfSlots
@@ -41,25 +42,13 @@ from forktree.model import Fingerprint, ModelSpec
 from forktree.ops import score_logits
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import Draw, TokenRequest
-from forktree.rewards.scoring import Subject
-from forktree.search.base import needs_scorer
+from forktree.rewards.base import RewardInput, check_reward
 from forktree.search.processors import left_padded, process
-from forktree.search.request import Extend, Extension, NextLogits, Request, Score, ScoreTokens
+from forktree.search.request import Extend, Extension, NextLogits, Request, RewardBranches, ScoreTokens
 from forktree.types import MAX_TOKEN_ID
 
 T = TypeVar("T")
 _INDICES = itertools.count()  # a search's number, and the owner of its branches in every tree it uses
-
-
-@dataclass
-class Counters:
-    """What one search cost. A prefix shared by several searches counts for the one that wrote it."""
-
-    model_tokens: int = 0  # tokens run through the policy
-    scorer_tokens: int = 0  # tokens run through a reward model
-    scorer_calls: int = 0  # branches scored
-    peak_slots: int = 0  # most KV slots that the tokens it wrote took at once
-    seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -131,7 +120,7 @@ class Engine:
         if runs and self._thread != threading.get_ident():
             who = "in another thread"
         elif self._critical.mine or any(r.calls_back for r in runs):
-            who = "by the very search that is calling it (a scorer, stop, logits processor, on_step or run of its own)"
+            who = "by the very search that is calling it (a reward, stop, logits processor, on_step or run of its own)"
         else:
             return
         raise DecoderInUse(f"this Decoder is in use {who}: read or close those results first, or make a second Decoder")
@@ -205,17 +194,18 @@ class Engine:
         text: str = "",
         seed: int = 0,
         run: Run | None = None,
+        counters: Counters | None = None,
     ) -> Task:
         """Starts a search; it runs as `step` is called.
 
         search: its coroutine is `search(*roots)`, with one root for each of `prompts` (most searches have one).
-        text: the prompt as scorers see it. seed: keys the draws of its branches, together with the prompt.
-        run: whose search it is, if anyone's.
+        text: the prompt as rewards see it. seed: keys the draws of its branches, together with the prompt.
+        run: whose search it is, if anyone's. counters: what its costs are added to; default: new ones.
         """
         keys = [_key(seed, integers("tokens", tokens, 0, MAX_TOKEN_ID)) for tokens in prompts]
         if not all(map(len, prompts)) or not len(prompts):
             raise InvalidInput(f"prompts must be of at least one token each, got {shown(prompts)}")
-        return self._alone(partial(self._submit, search, prompts, keys, text, run))
+        return self._alone(partial(self._submit, search, prompts, keys, text, run, counters or Counters()))
 
     def _submit(
         self,
@@ -224,10 +214,11 @@ class Engine:
         keys: list[int],
         text: str,
         run: Run | None,
+        counters: Counters,
     ) -> Task:
         index = next(_INDICES)
         roots = [self.worker.open(tokens, key=key, owner=index) for tokens, key in zip(prompts, keys, strict=True)]
-        task = Task(index, _called(search, roots), roots, text, len(prompts[0]), time.perf_counter(), run)
+        task = Task(index, _called(search, roots), roots, text, len(prompts[0]), time.perf_counter(), run, counters)
         self._tasks.append(task)
         self._resume(task, None)
         return task
@@ -293,7 +284,7 @@ class Engine:
     def step(self) -> None:
         """One forward pass a worker, and the answers it makes possible."""
         if not self._alone(self._step):
-            time.sleep(0.001)  # only Python scorers are at work
+            time.sleep(0.001)  # only Python rewards are at work
 
     def _step(self) -> bool:
         """Whether there was anything to do."""
@@ -307,7 +298,7 @@ class Engine:
             return True
 
     def _compute(self, worker: ModelWorker) -> bool:
-        """One forward pass. That of a scorer's own model, if it fails, ends the searches that wait for it."""
+        """One forward pass. That of a reward's own model, if it fails, ends the searches that wait for it."""
         try:
             if chunks := self._schedule(worker):
                 worker.forward(chunks)
@@ -350,17 +341,26 @@ class Engine:
 
     def _begin(self, task: Task, request: Request[Any]) -> RequestState:
         if not isinstance(request, Request):
-            raise TypeError(f"a search awaits extend, score, score_tokens or next_logits, got {type(request).__name__}")
+            raise TypeError(
+                "a search awaits extend, reward_branches, score_tokens or next_logits, got "
+                f"{type(request).__name__}"
+            )
         self.worker.check(request.branches)
         if isinstance(request, Extend):
             return ExtendState(request, self.worker)
         if isinstance(request, ScoreTokens | NextLogits):
             return TokensState(request, self.worker)
-        assert isinstance(request, Score)
-        needs_scorer(request.scorer)
-        task.counters.scorer_calls += len(request.branches)
-        subject = Subject(self.worker, request.branches, task.prompt, task.prompt_length, self.tokenizer)
-        task.state = state = ScoreState(request.scorer.begin(subject), subject)
+        assert isinstance(request, RewardBranches)
+        check_reward(request.reward)
+        task.counters.reward_calls += len(request.branches)
+        given = RewardInput(
+            self.worker,
+            request.branches,
+            [task.prompt] * len(request.branches),
+            [task.prompt_length] * len(request.branches),
+            self.tokenizer,
+        )
+        task.state = state = RewardState(request.reward.start(given), given)
         if not any(state.worker is worker for worker in self._workers):
             self._workers.append(state.worker)
         state.worker.check(state.branches)  # the search ends if they are no good: by now all that it holds is known
@@ -368,8 +368,8 @@ class Engine:
 
     def _close(self, task: Task) -> None:
         state, task.state = task.state, None
-        if isinstance(state, ScoreState):
-            state.reading.close()
+        if isinstance(state, RewardState):
+            state.pending_reward.close()
 
     def _finish(
         self,
@@ -379,7 +379,7 @@ class Engine:
         error: Exception | None = None,
         force: type[BaseException] = Exception,
     ) -> None:
-        """Ends a search. force: what it, or the scorer it waits for, may raise while being closed, to no effect."""
+        """Ends a search. force: what it, or the reward it waits for, may raise while being closed, to no effect."""
         with suppress(force):
             self._close(task)
         with suppress(force):
@@ -465,7 +465,7 @@ class Engine:
             if worker is self.worker:
                 counters.model_tokens += chunk.stop - chunk.begin
             else:
-                counters.scorer_tokens += chunk.stop - chunk.begin
+                counters.reward_tokens += chunk.stop - chunk.begin
         if worker is self.worker:
             first = running[0].index
             node = np.flatnonzero((tree.num_slots > 0) & (tree.owner >= first))
@@ -528,7 +528,6 @@ class Engine:
         sampling = [state.request.sampling for state, at in pairs for _ in at]
         draw = self._keyed(sampling, np.concatenate([state.ids[at] for state, at in pairs]))
         scores = self.worker.runner.score(hidden, TokenRequest(draw=draw))
-        assert scores.token is not None and scores.log_prob is not None
         return hidden, scores.token, scores.log_prob
 
     def _draw_processed(
@@ -599,11 +598,11 @@ class Engine:
         """Answers what needs all its branches at once: rewards, scores of tokens, rows of logits."""
         answered = False
         for task in self.active:
-            if not isinstance(task.state, TokensState | ScoreState):
+            if not isinstance(task.state, TokensState | RewardState):
                 continue
             try:
                 found = task.state.answer()
-            except Exception as failure:  # the request, what the model gave, or a scorer of the user's own
+            except Exception as failure:  # the request, what the model gave, or a reward of the user's own
                 self._resume(task, None, failure)
             else:
                 if found is None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from forktree.checks import integer
 from forktree.device.transfer import Download
 from forktree.engine.worker import ModelWorker
-from forktree.errors import InvalidInput, NonFinite, ScorerError
+from forktree.errors import InvalidInput, NonFinite, RewardError
 from forktree.kv import Branch, Tree
 from forktree.ops.token_request import TokenScores
-from forktree.rewards.scoring import Reading, Subject
-from forktree.search.request import Extend, NextLogits, Rewards, ScoreTokens
+from forktree.rewards.base import PendingReward, RewardInput, Rewards
+from forktree.search.request import Extend, NextLogits, ScoreTokens
 from forktree.types import Int32Array
 
 
@@ -49,26 +49,27 @@ class RequestState:
         return torch.stack([h for h in self.hidden if h is not None])
 
 
-class ScoreState(RequestState):
-    def __init__(self, reading: Reading, subject: Subject) -> None:
-        if not isinstance(reading, Reading):
-            raise ScorerError(f"a scorer's begin must return a Reading, got {type(reading).__name__}")
-        super().__init__(reading.worker or subject.worker, reading.branches if reading.worker else ())
-        self.reading, self.scored = reading, subject.branches
+class RewardState(RequestState):
+    def __init__(self, pending_reward: PendingReward, given: RewardInput) -> None:
+        if not isinstance(pending_reward, PendingReward):
+            raise RewardError(f"a reward's start must return a PendingReward, got {type(pending_reward).__name__}")
+        own = pending_reward.worker
+        super().__init__(own or given.worker, pending_reward.branches if own else ())
+        self.pending_reward, self.scored = pending_reward, given.branches
 
     def answer(self) -> Rewards | None:
-        """What the scorer says, None while it is at work. Raises if it gives no finite number and no reason why."""
+        """What the reward says, None while it is at work. Raises if it gives no finite number and no reason why."""
         hidden = None
-        if self.reading.worker is not None and (hidden := self.collect()) is None:
+        if self.pending_reward.worker is not None and (hidden := self.collect()) is None:
             return None
-        rewards = self.reading.read(hidden)
+        rewards = self.pending_reward.read(hidden)
         if rewards is None:
             return None
         if not isinstance(rewards, Rewards):
-            raise ScorerError(f"a scorer must give Rewards, got {type(rewards).__name__}")
+            raise RewardError(f"a reward must give Rewards, got {type(rewards).__name__}")
         n = len(self.scored)
         if not len(rewards.values) == len(rewards.errors) == n:
-            raise ScorerError(f"a scorer must give {n} rewards and errors, one a branch, got {len(rewards.values)}")
+            raise RewardError(f"a reward must give {n} rewards and errors, one a branch, got {len(rewards.values)}")
         for i in np.flatnonzero(~np.isfinite(rewards.values)).tolist():
             if rewards.errors[i] is None:  # the model's own numbers: not one branch's fault
                 fine = [k for k, error in enumerate(rewards.errors) if error is None]  # these were read, in this order
@@ -99,7 +100,7 @@ class TokensState(RequestState):
             try:
                 scores.check()
             except NonFinite:
-                if scores.lse is not None:
+                if "lse" in scores:
                     self._check(scores.lse)  # names the branch
                 raise
         return scores

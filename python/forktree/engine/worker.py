@@ -1,7 +1,6 @@
 """`ModelWorker`: one model with its tree, its KV pools and the hidden states it kept. The policy has one; so has each
 reward model."""
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from forktree.device.properties import free_bytes
 from forktree.device.transfer import upload
 from forktree.errors import DecoderInUse, InvalidInput
 from forktree.kv import Branch, Chunk, PrefixIndex, Tree, tree_layout
@@ -24,12 +24,7 @@ DEFAULT_SLOTS = 65536
 
 def _default_slots(spec: ModelSpec) -> int:
     """As many slots as fit in a quarter of the free memory, at most 65,536."""
-    device = spec.packed.device
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(DEFAULT_SLOTS, free // 4 // spec.bytes_per_slot))
+    return max(1, min(DEFAULT_SLOTS, free_bytes(spec.packed.device) // 4 // spec.bytes_per_slot))
 
 
 class ModelWorker:
@@ -58,7 +53,7 @@ class ModelWorker:
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Within, a scorer opens branches here for a search of this thread. Raises `DecoderInUse` while branches of a
+        """Within, a reward opens branches here for a search of this thread. Raises `DecoderInUse` while branches of a
         search of another thread are alive: calls of two engines would change the tree at the same time."""
         with self._claiming:
             thread = threading.get_ident()

@@ -32,7 +32,7 @@ from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
 from forktree.kv import Branch, append
 from forktree.model import attached
-from forktree.model.runner import MOST_SLOTS
+from forktree.model.runner import MAX_SLOTS
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import Draw, TokenRequest
 from forktree.search.algorithms.beam import BeamRules, Finished, beam_search
@@ -91,7 +91,7 @@ def generate(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones take {positions} positions, the model has "
             f"{spec.max_position} ({spec.max_position_note}); shorten the prompt or lower max_new_tokens"
         )
-    slots = min(sum(map(len, prompts)) + len(input_ids) * max_new_tokens, MOST_SLOTS)
+    slots = min(sum(map(len, prompts)) + len(input_ids) * max_new_tokens, MAX_SLOTS)
     worker = ModelWorker(model, num_slots=slots, prefix_cache=False, spec=spec)
     engine = Engine(worker)
     beams = config.num_beams > 1

@@ -184,9 +184,7 @@ class Nodes:
         if not len(node):
             return
         tip = (self.children[node] == 0) & (stop == self.length[node])
-        spare = np.where(
-            tip & (self.num_computed[node] > 0), np.clip(self.num_slots[node], 1, MAX_RESERVATION) - 1, 0
-        )
+        spare = np.where(tip & (self.num_computed[node] > 0), np.clip(self.num_slots[node], 1, MAX_RESERVATION) - 1, 0)
         if (stop - self.num_slots[node] + spare).sum() > self.slots.num_free:
             self.reclaim()
             spare[:] = 0
@@ -250,9 +248,7 @@ class Nodes:
 
     # ---------------------------------------------------------------- making, freeing and merging nodes
 
-    def _new_nodes(
-        self, parent: IntArray, start: IntArray, owner: IntArray, capacity: int
-    ) -> Int64Array:
+    def _new_nodes(self, parent: IntArray, start: IntArray, owner: IntArray, capacity: int) -> Int64Array:
         count = len(parent)
         if len(self._free_nodes) < count:
             size = len(self.parent)

@@ -29,7 +29,7 @@ from forktree.ops.checks import (
 )
 from forktree.ops.dispatch import PYTORCH, available, launcher, missing, must_dispatch, select_backend
 from forktree.ops.library import through_torch
-from forktree.ops.plan_tensors import plan_tensors
+from forktree.ops.plan_tensors import PlanTensors
 from forktree.ops.pool import AttentionOptions, KVFormat, KVPool
 from forktree.ops.pytorch.score_tokens import pass_over_logits
 from forktree.ops.token_request import TokenRequest, TokenScores
@@ -80,7 +80,7 @@ def tree_attention(
     check_tree_attention(q, pool, options.per_head)
     if not torch.compiler.is_compiling():
         check_fits(q.shape, pool, plan)
-    tensors = plan_tensors(plan, q.device)
+    tensors = PlanTensors.of(plan, q.device)
     out, lse = _call("tree_attention", q, pool, tensors, options)
     return (out, lse) if return_lse else out
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from forktree.device.transfer import upload
 from forktree.ops.checks import math_dtype
-from forktree.ops.token_request import Ragged, TokenRequest, TokenScores
+from forktree.ops.token_request import RaggedIds, TokenRequest, TokenScores
 
 GATHERED = 4 << 20  # bytes of rows of lm_head held at once, in the type of the math
 
@@ -51,7 +51,7 @@ class VocabPass(NamedTuple):
         if draw is None:
             return cls(top_k, request.entropy)
         numbers = upload(np.vstack([draw.keys.view(np.float64), draw.settings]), device)  # of 8 bytes all: one copy
-        wanted = cls(top_k, request.entropy, numbers[0].view(torch.int64), numbers[1:], draw.truncates)
+        wanted = cls(top_k, request.entropy, numbers[0].view(torch.int64), numbers[1:], draw.has_truncation)
         if draw.allowed is not None:
             wanted = wanted._replace(allowed=draw.allowed.to(device, non_blocking=True).contiguous())
         if draw.edits is not None and len(draw.edits.ids):
@@ -123,7 +123,7 @@ def assemble_scores(
 
     if request.targets is not None and lse is not None:
         found["target_log_probs"] = logits_of_pairs(every(), request.targets.long()) - lse
-    if isinstance(request.select, Ragged):
+    if isinstance(request.select, RaggedIds):
         rows = every().repeat_interleave(request.select.indptr.long().diff(), output_size=len(request.select.ids))
         found["selected_logits"] = z = logits_of_pairs(rows, request.select.ids.long())
         if lse is not None:

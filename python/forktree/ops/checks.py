@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forktree.ops.pool import KVPool
-from forktree.ops.token_request import Ragged, TokenRequest
+from forktree.ops.token_request import RaggedIds, TokenRequest
 
 if TYPE_CHECKING:
     from forktree.ops.assemble import LmHead, VocabPass
@@ -30,14 +30,13 @@ def math_dtype(x: Tensor) -> torch.dtype:
 
 def check_tree_attention(q: Tensor, pool: KVPool, per_head: dict[str, Tensor]) -> None:
     """q and the options' tensors [Hq], by name."""
-    k = pool.k
-    shape, dtype, device = q.shape, q.dtype, q.device
+    stored, shape, dtype, device = pool.format, q.shape, q.dtype, q.device
     if dtype not in FLOATS:
         raise ValueError(f"q must be fp32, bf16, fp16 or fp64, got {dtype}")
-    if k.dtype != dtype or k.device != device:
-        raise ValueError(f"k of the pool must be {dtype} on {device} as q is, got {k.dtype} on {k.device}")
-    _, kv_heads, dim = k.shape
-    if not pool.v.shape[2]:
+    if stored.dtype != dtype or pool.k.device != device:
+        raise ValueError(f"k of the pool must be {dtype} on {device} as q is, got {stored.dtype} on {pool.k.device}")
+    kv_heads, dim = stored.num_kv_heads, stored.k_dim
+    if not stored.v_dim:
         raise ValueError(f"v of the pool must be [slots, Hk, Dv] with Dv at least 1, got {list(pool.v.shape)}")
     if len(shape) != 3 or shape[2] != dim or not kv_heads or shape[1] % kv_heads:
         raise ValueError(
@@ -85,10 +84,9 @@ def check_append_kv(k: Tensor, v: Tensor, slots: Tensor, pool: KVPool) -> None:
     for name, x in (("k", pool.k), ("v", pool.v)):
         if not x.is_contiguous():
             check_apart(name, x)
-    tokens, dtype, device = slots.numel(), pool.k.dtype, pool.k.device
-    _, heads, k_dim = pool.k.shape
-    check_tensor("k", k, (tokens, heads, k_dim), device, dtype)
-    check_tensor("v", v, (tokens, heads, pool.v.shape[2]), device, dtype)
+    tokens, stored, device = slots.numel(), pool.format, pool.k.device
+    check_tensor("k", k, (tokens, stored.num_kv_heads, stored.k_dim), device, stored.dtype)
+    check_tensor("v", v, (tokens, stored.num_kv_heads, stored.v_dim), device, stored.dtype)
     check_integers("slots", slots, tokens, device)
 
 
@@ -170,7 +168,7 @@ def check_token_request(request: TokenRequest, hidden: Tensor, vocab: int) -> No
     if request.targets is not None:
         check_integers("targets", request.targets, rows, device)
         check_ids("targets", request.targets, vocab)
-    if isinstance(request.select, Ragged):
+    if isinstance(request.select, RaggedIds):
         indptr, ids = request.select.indptr, request.select.ids
         check_integers("ids of select", ids, ids.numel(), device)
         check_integers("indptr of select", indptr, rows + 1, device)

@@ -1,11 +1,15 @@
 """Arguments of the operations as C++ and CUDA take them: the structs of `csrc/params.h`, mirrored member by member.
 
-A function an operation fills one in from tensors that have been checked, and allocates what the operation returns.
+A function an operation packs one from tensors that have been checked, allocates what the operation returns, and calls
+the core. The tensors it points to live until the call returns; on a GPU memory that is freed then is not used again
+before the kernel is done, as both are in the order of the stream.
 """
 
 from __future__ import annotations
 
-from ctypes import Structure, addressof, c_bool, c_float, c_int32, c_int64, c_void_p
+import struct
+from collections.abc import Callable
+from ctypes import Structure, c_bool, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -17,16 +21,7 @@ from forktree.ops.pool import AttentionOptions, KVPool
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype in csrc/common/numeric.hpp
 
-
-class Params(Structure):
-    """Base of the structs that operations are called with."""
-
-    tensors: tuple[Any, ...]  # what it points to and may have been made for it: lives as long as it does
-
-    @property
-    def address(self) -> int:
-        """For `forktree._core`."""
-        return addressof(self)
+Core = Callable[[bytes, int], Any]  # a function of `forktree._core`: a struct, and the number of threads or a stream
 
 
 class Indices(Structure):
@@ -53,7 +48,7 @@ class KvPool(Structure):
     ]
 
 
-class TreeAttentionParams(Params):
+class TreeAttentionParams(Structure):
     """`TreeAttentionParams`."""
 
     _fields_ = [
@@ -79,10 +74,11 @@ class TreeAttentionParams(Params):
         ("partials", c_void_p),
         ("counters", c_void_p),
         ("device", c_int64),
+        ("plan_trusted", c_bool),
     ]
 
 
-class AppendKvParams(Params):
+class AppendKvParams(Structure):
     """`AppendKvParams`."""
 
     _fields_ = [
@@ -97,7 +93,7 @@ class AppendKvParams(Params):
     ]
 
 
-class RotateRowsParams(Params):
+class RotateRowsParams(Structure):
     """`RotateRowsParams`."""
 
     _fields_ = [
@@ -115,7 +111,7 @@ class RotateRowsParams(Params):
     ]
 
 
-class MergeStatesParams(Params):
+class MergeStatesParams(Structure):
     """`MergeStatesParams`."""
 
     _fields_ = [
@@ -132,7 +128,7 @@ class MergeStatesParams(Params):
     ]
 
 
-class ScoreTokensParams(Params):
+class ScoreTokensParams(Structure):
     """`ScoreTokensParams`."""
 
     _fields_ = [
@@ -164,142 +160,171 @@ class ScoreTokensParams(Params):
     ]
 
 
+CODES = {c_void_p: "P", c_int64: "q", c_int32: "i", c_float: "f", c_bool: "?"}
+
+
+def packer(mirror: type[Structure]) -> struct.Struct:
+    """Packs the members of a struct in order, those of structs within it too. Much faster than setting them."""
+    return struct.Struct(f"@{_codes(mirror)}")
+
+
+def _codes(mirror: Any) -> str:
+    each = (CODES[kind] if kind in CODES else _codes(kind) for _, kind, *_ in mirror._fields_)
+    return "".join(each) + "0q"  # padded to whole words
+
+
+TREE_ATTENTION, APPEND_KV, ROTATE_ROWS, MERGE_STATES, SCORE_TOKENS = (
+    packer(mirror)
+    for mirror in (TreeAttentionParams, AppendKvParams, RotateRowsParams, MergeStatesParams, ScoreTokensParams)
+)
+
+
 def tree_attention(
-    q: Tensor, pool: KVPool, plan: PlanTensors, options: AttentionOptions
-) -> tuple[TreeAttentionParams, Tensor, Tensor]:
-    """The call without scratch, out [num_tokens, Hq, Dv] and lse [num_tokens, Hq]."""
+    core: Core,
+    how: int,
+    q: Tensor,
+    pool: KVPool,
+    plan: PlanTensors,
+    options: AttentionOptions,
+    partials: Tensor | None = None,
+    counters: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out [num_tokens, Hq, Dv] and lse [num_tokens, Hq]. partials, counters: scratch of CUDA."""
     dtype = dtype_number("q", q)
-    q = _dense(q)
+    if q.stride(2) != 1:
+        q = q.contiguous()
     (row_stride, head_stride, _), (rows, heads, k_dim) = q.stride(), q.shape
-    buffer, slot_index = plan.buffer.contiguous(), plan.slot_index.contiguous()
+    buffer, slot_index, num_tokens, max_partials, host = plan
+    buffer, slot_index = buffer.contiguous(), slot_index.contiguous()
     sinks, alibi_slopes = _fp32(options.sinks), _fp32(options.alibi_slopes)
-    out = q.new_empty(plan.num_tokens, heads, pool.v.shape[2])
-    lse = q.new_empty(plan.num_tokens, heads, dtype=torch.float32)
-    params = TreeAttentionParams(
-        pool=_pool(pool),
-        q=q.data_ptr(),
-        q_row_stride=row_stride,
-        q_head_stride=head_stride,
-        rows=rows,
-        num_tokens=plan.num_tokens,
-        max_partials=plan.max_partials,
-        plan_buffer=buffer.data_ptr(),
-        plan_size=buffer.numel(),
-        slot_index=slot_index.data_ptr(),
-        slot_index_size=slot_index.numel(),
-        num_qo_heads=heads,
-        dtype=dtype,
-        scale=options.scale_of(k_dim),
-        softcap=options.softcap or 0.0,
-        sinks=_address(sinks),
-        alibi_slopes=_address(alibi_slopes),
-        out=out.data_ptr(),
-        lse=lse.data_ptr(),
+    out = q.new_empty(num_tokens, heads, pool.format.v_dim)
+    lse = q.new_empty(num_tokens, heads, dtype=torch.float32)
+    params = TREE_ATTENTION.pack(
+        *_pool(pool),
+        q.data_ptr(),
+        row_stride,
+        head_stride,
+        rows,
+        num_tokens,
+        max_partials,
+        buffer.data_ptr(),
+        buffer.numel(),
+        slot_index.data_ptr(),
+        slot_index.numel(),
+        heads,
+        dtype,
+        options.scale_of(k_dim),
+        options.softcap or 0.0,
+        _address(sinks),
+        _address(alibi_slopes),
+        out.data_ptr(),
+        lse.data_ptr(),
+        _address(partials),
+        _address(counters),
+        q.device.index or 0,
+        host is not None,
     )
-    params.tensors = q, buffer, slot_index, sinks, alibi_slopes
-    return params, out, lse
+    core(params, how)
+    return out, lse
 
 
-def append_kv(k: Tensor, v: Tensor, slots: Tensor, pool: KVPool) -> AppendKvParams:
-    """The whole call."""
-    k, v, slots = _dense(k), _dense(v), slots.contiguous()
+def append_kv(core: Core, how: int, k: Tensor, v: Tensor, slots: Tensor, pool: KVPool) -> None:
+    """Into the pool."""
+    if k.stride(2) != 1:
+        k = k.contiguous()
+    if v.stride(2) != 1:
+        v = v.contiguous()
+    slots = slots.contiguous()
     (k_row_stride, k_head_stride, _), (v_row_stride, v_head_stride, _) = k.stride(), v.stride()
-    params = AppendKvParams(
-        pool=_pool(pool),
-        k=k.data_ptr(),
-        k_row_stride=k_row_stride,
-        k_head_stride=k_head_stride,
-        v=v.data_ptr(),
-        v_row_stride=v_row_stride,
-        v_head_stride=v_head_stride,
-        slots=_indices(slots),
+    params = APPEND_KV.pack(
+        *_pool(pool),
+        k.data_ptr(),
+        k_row_stride,
+        k_head_stride,
+        v.data_ptr(),
+        v_row_stride,
+        v_head_stride,
+        *_indices(slots),
     )
-    params.tensors = k, v, slots
-    return params
+    core(params, how)
 
 
 def rotate_rows(
-    q: Tensor, shift: Tensor, inv_freq: Tensor, interleaved: bool, rotary_dim: int
-) -> tuple[RotateRowsParams, Tensor]:
-    """The whole call, and out [R, H, D]."""
+    core: Core, how: int, q: Tensor, shift: Tensor, inv_freq: Tensor, interleaved: bool, rotary_dim: int
+) -> Tensor:
+    """out [R, H, D]."""
     dtype = dtype_number("q", q)
-    q, shift, inv_freq = _dense(q), shift.contiguous(), inv_freq.double().contiguous()
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    shift, inv_freq = shift.contiguous(), inv_freq.double().contiguous()
     (row_stride, head_stride, _), (rows, heads, dim) = q.stride(), q.shape
     out = q.new_empty(rows, heads, dim)
-    params = RotateRowsParams(
-        q=q.data_ptr(),
-        row_stride=row_stride,
-        head_stride=head_stride,
-        heads=heads,
-        dim=dim,
-        shift=_indices(shift),
-        inv_freq=inv_freq.data_ptr(),
-        pairs=rotary_dim // 2,
-        out=out.data_ptr(),
-        dtype=dtype,
-        interleaved=interleaved,
+    params = ROTATE_ROWS.pack(
+        q.data_ptr(),
+        row_stride,
+        head_stride,
+        heads,
+        dim,
+        *_indices(shift),
+        inv_freq.data_ptr(),
+        rotary_dim // 2,
+        out.data_ptr(),
+        dtype,
+        interleaved,
     )
-    params.tensors = q, shift, inv_freq
-    return params, out
+    core(params, how)
+    return out
 
 
-def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[MergeStatesParams, Tensor, Tensor]:
-    """The whole call, out [T, Hq, Dv] and total [T, Hq]."""
+def merge_states(
+    core: Core, how: int, o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """out [T, Hq, Dv] and total [T, Hq]."""
     dtype = dtype_number("o", o)
     o, lse, indptr, index = o.contiguous(), lse.contiguous(), indptr.contiguous(), index.contiguous()
     (states, heads, dim), tokens = o.shape, indptr.numel() - 1
     out, total = o.new_empty(tokens, heads, dim), lse.new_empty(tokens, heads)
-    params = MergeStatesParams(
-        o=o.data_ptr(),
-        lse=lse.data_ptr(),
-        states=states,
-        heads=heads,
-        dim=dim,
-        indptr=_indices(indptr),
-        index=_indices(index),
-        out=out.data_ptr(),
-        total=total.data_ptr(),
-        dtype=dtype,
+    params = MERGE_STATES.pack(
+        o.data_ptr(),
+        lse.data_ptr(),
+        states,
+        heads,
+        dim,
+        *_indices(indptr),
+        *_indices(index),
+        out.data_ptr(),
+        total.data_ptr(),
+        dtype,
     )
-    params.tensors = o, lse, indptr, index
-    return params, out, total
+    core(params, how)
+    return out, total
 
 
-def score_tokens(
-    hidden: Tensor, lm_head: LmHead, wanted: VocabPass
-) -> tuple[ScoreTokensParams, VocabPassResult]:
-    """The whole call, and its results."""
+def score_tokens(core: Core, how: int, hidden: Tensor, lm_head: LmHead, wanted: VocabPass) -> VocabPassResult:
+    """What the pass found."""
     dtype = dtype_number("hidden", hidden)
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
-    (rows, size), bias = hidden.shape, _fp32(lm_head.bias)
+    (rows, size), bias, found = hidden.shape, _fp32(lm_head.bias), VocabPassResult.empty(hidden, wanted)
     draw = wanted.keys, wanted.settings, *wanted.edits, wanted.allowed
     draw = tuple(None if x is None else x.contiguous() for x in draw)
-    keys, settings, edit_indptr, edit_ids, edit_ops, edit_values, allowed = (_address(x) for x in draw)
-    found = VocabPassResult.empty(hidden, wanted)
-    params = ScoreTokensParams(
-        hidden=hidden.data_ptr(),
-        row_stride=hidden.stride(0),
-        rows=rows,
-        hidden_size=size,
-        lm_head=lm_head.weight.data_ptr(),
-        vocab=lm_head.weight.shape[0],
-        bias=_address(bias),
-        scale=lm_head.scale,
-        softcap=lm_head.softcap or 0.0,
-        top_k=wanted.top_k,
-        keys=keys,
-        settings=settings,
-        edit_indptr=edit_indptr,
-        edit_ids=edit_ids,
-        edit_ops=edit_ops,
-        edit_values=edit_values,
-        allowed=allowed,
-        dtype=dtype,
-        **{name: x.data_ptr() for name, x in found._asdict().items() if x.numel()},
+    params = SCORE_TOKENS.pack(
+        hidden.data_ptr(),
+        hidden.stride(0),
+        rows,
+        size,
+        lm_head.weight.data_ptr(),
+        lm_head.weight.shape[0],
+        _address(bias),
+        lm_head.scale,
+        lm_head.softcap or 0.0,
+        wanted.top_k,
+        *(_address(x) for x in draw),
+        *(x.data_ptr() if x.numel() else 0 for x in found),
+        dtype,
     )
-    params.tensors = hidden, bias, *draw
-    return params, found
+    core(params, how)
+    return found
 
 
 def dtype_number(name: str, x: Tensor) -> int:
@@ -310,40 +335,33 @@ def dtype_number(name: str, x: Tensor) -> int:
     return number
 
 
-def _pool(pool: KVPool) -> KvPool:
+def _pool(pool: KVPool) -> tuple[int, ...]:
+    """The members of its struct, looked up again only if its memory moved."""
     k, v = pool.k, pool.v
-    known: KvPool | None = pool.cache.get(KvPool)
-    if known is None or (known.k, known.v) != (k.data_ptr(), v.data_ptr()):
-        (num_slots, num_kv_heads, k_dim), (k_slot_stride, k_head_stride, _) = k.shape, k.stride()
-        v_slot_stride, v_head_stride, _ = v.stride()
-        known = pool.cache[KvPool] = KvPool(
-            k=k.data_ptr(),
-            k_slot_stride=k_slot_stride,
-            k_head_stride=k_head_stride,
-            v=v.data_ptr(),
-            v_slot_stride=v_slot_stride,
-            v_head_stride=v_head_stride,
-            num_slots=num_slots,
-            num_kv_heads=num_kv_heads,
-            k_dim=k_dim,
-            v_dim=v.shape[2],
-            dtype=dtype_number("pool", k),
+    members: tuple[int, ...] | None = pool.cache.get(KvPool)
+    if members is None or members[0] != k.data_ptr() or members[3] != v.data_ptr():
+        (num_slots, num_kv_heads, k_dim), dtype = k.shape, dtype_number("pool", k)
+        members = pool.cache[KvPool] = (
+            k.data_ptr(),
+            *k.stride()[:2],
+            v.data_ptr(),
+            *v.stride()[:2],
+            num_slots,
+            num_kv_heads,
+            k_dim,
+            v.shape[2],
+            dtype,
         )
-    return known
+    return members
 
 
 def _indices(x: Tensor) -> tuple[int, bool, int]:
     return x.data_ptr(), x.dtype is torch.int64, x.numel()
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x [n, heads, dim], contiguous in its last dimension."""
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
 def _fp32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

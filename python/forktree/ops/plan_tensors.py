@@ -14,11 +14,12 @@ class PlanTensors(NamedTuple):
     """A plan on a device. All but `host` may have room for a larger one: a captured graph outlives its first plan.
 
     Attributes:
-        buffer: int32 [size], see `csrc/plan/plan_view.hpp`.
+        buffer: int32 [size], see `forktree.plan.format`.
         slot_index: int32 [M], the layout's.
         num_tokens: T, outputs; those beyond the plan's are cleared.
         max_partials: rows of partials there is room for.
-        host: the plan itself; None where only the device knows it. The PyTorch backends cannot do without.
+        host: the plan itself, validated when it was made; None where only these tensors are known, which then have to
+            be looked at. The PyTorch backends cannot do without.
     """
 
     buffer: Tensor
@@ -27,7 +28,7 @@ class PlanTensors(NamedTuple):
     max_partials: int
     host: AttentionPlan | None = None
 
-
-def plan_tensors(plan: AttentionPlan, device: torch.device) -> PlanTensors:
-    """A plan made on the host, uploaded once."""
-    return PlanTensors(*plan.on(device), plan.layout.num_tokens, plan.num_partials, plan)
+    @classmethod
+    def of(cls, plan: AttentionPlan, device: torch.device) -> PlanTensors:
+        """A plan made on the host; uploaded once."""
+        return cls(*plan.on(device), plan.layout.num_tokens, plan.num_partials, plan)

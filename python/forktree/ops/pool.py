@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,6 +54,7 @@ class KVPool:
     Attributes:
         k: [num_slots, Hk, Dk], dense in the last dimension.
         v: [num_slots, Hk, Dv], likewise, of k's dtype and device.
+        format: how tokens are stored.
 
     Raises:
         ValueError: k and v do not fit each other.
@@ -62,6 +62,7 @@ class KVPool:
 
     k: Tensor
     v: Tensor
+    format: KVFormat = field(init=False)
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # what backends prepare once a pool
 
     def __post_init__(self) -> None:
@@ -78,6 +79,7 @@ class KVPool:
             raise ValueError(
                 f"k and v of a pool must be dense in their last dimension, got strides {k.stride()} and {v.stride()}"
             )
+        object.__setattr__(self, "format", KVFormat(k.dtype, k_shape[1], k_shape[2], v_shape[2]))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -89,11 +91,6 @@ class KVPool:
         """Tokens there is room for."""
         return self.k.shape[0]
 
-    @cached_property
-    def format(self) -> KVFormat:
-        """How tokens are stored."""
-        return KVFormat(self.k.dtype, self.k.shape[1], self.k.shape[2], self.v.shape[2])
-
 
 @dataclass(frozen=True, eq=False)
 class AttentionOptions:
@@ -104,6 +101,7 @@ class AttentionOptions:
         softcap: finite c > 0 makes scores c * tanh(s / c), after scale and before ALiBi and masks.
         sinks: [Hq], one more logit a head in each token's softmax, without a value; in the log-sum-exp too. -inf: none.
         alibi_slopes: [Hq], finite; adds slope * (key position - row_pos).
+        per_head: the tensors [Hq] there are, by name.
 
     Raises:
         ValueError: a value is out of its range. Those of tensors are looked at on the CPU only: elsewhere that would
@@ -114,9 +112,12 @@ class AttentionOptions:
     softcap: float | None = None
     sinks: Tensor | None = None
     alibi_slopes: Tensor | None = None
+    per_head: dict[str, Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         scale, softcap, sinks, slopes = self.scale, self.softcap, self.sinks, self.alibi_slopes
+        per_head = {"sinks": sinks, "alibi_slopes": slopes}
+        object.__setattr__(self, "per_head", {name: x for name, x in per_head.items() if x is not None})
         if scale is not None and not abs(scale) <= LARGEST:
             raise ValueError(f"scale must be a finite fp32 number, or None, got {scale}")
         if softcap is not None and not SMALLEST <= softcap <= LARGEST:
@@ -128,14 +129,9 @@ class AttentionOptions:
         if slopes is not None and type(slopes) in READABLE and slopes.is_cpu and not bool(slopes.isfinite().all()):
             raise ValueError(f"alibi_slopes must be finite, got {slopes.tolist()}")
 
-    @cached_property
-    def per_head(self) -> dict[str, Tensor]:
-        """The tensors [Hq] there are, by name."""
-        return {name: x for name in OPTIONS if isinstance(x := getattr(self, name), Tensor)}
-
     def scale_of(self, k_dim: int) -> float:
         """The factor on q·k."""
         return 1 / math.sqrt(k_dim) if self.scale is None else self.scale
 
 
-OPTIONS = tuple(option.name for option in fields(AttentionOptions))
+OPTIONS = tuple(option.name for option in fields(AttentionOptions) if option.init)

@@ -260,6 +260,7 @@ class TreeLayout:
         _expect("row_pos", rows >= self.row_pos, rows, "at least what it was")
         fits = lens <= slots.size - self.node_begin
         _expect("node_len", fits, lens, f"within slot_index ({slots.size} entries)")
+        self._check_positions(lens)
         layout = object.__new__(TreeLayout)  # all else was validated before
         layout.__dict__.update({f.name: getattr(self, f.name) for f in fields(self)})
         layout.__dict__.update(slot_index=slots, node_len=lens, row_pos=rows)
@@ -290,6 +291,7 @@ class TreeLayout:
             f"such that its node_len tokens lie within slot_index ({self.slot_index.size} entries)",
         )
         _expect("node_pos", self.node_pos >= 0, self.node_pos, ">= 0")
+        self._check_positions(self.node_len)
         parent = self.node_parent
         _expect("node_parent", (parent >= -1) & (parent < n), parent, f"-1 or a node, in [-1, {n})")
         if not (parent < np.arange(n)).all():  # otherwise parents come first and there is no cycle
@@ -305,6 +307,10 @@ class TreeLayout:
                 seen,
                 "between 0 and node_len of the parent",
             )
+
+    def _check_positions(self, node_len: IntArray) -> None:
+        fits = node_len <= self.ALL - self.node_pos
+        _expect("node_len", fits, node_len, "such that positions are below 2**31")
 
     def _check_contexts(self) -> None:
         c = self.num_contexts

@@ -1,7 +1,7 @@
-"""What a search may await: requests that need a forward pass or a scorer. The engine answers them.
+"""What a search may await: requests that need a forward pass or a reward. The engine answers them.
 
     extension = await extend(branches, sampling, max_tokens=64, stop=step_end)
-    rewards = await score(branches, scorer)
+    rewards = await reward_branches(branches, reward)
     scores = await score_tokens(branches, TokenRequest(top_k=8, entropy=True))
     logits = await next_logits(branches)
 
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from forktree.checks import integer, integers, shown
-from forktree.errors import InvalidInput, ScorerError
+from forktree.errors import InvalidInput
 from forktree.kv import Branch
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import TokenRequest, TokenScores
+from forktree.rewards.base import Reward, Rewards
 from forktree.search.processors import Processor, check_processors
 from forktree.types import MAX_TOKEN_ID
 
@@ -59,14 +60,6 @@ class Extension:
     num_tokens: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Rewards:
-    """What `score` says of each branch: `values [n]` fp64, NaN where `errors[i]` tells why it could not be had."""
-
-    values: NDArray[np.float64]
-    errors: list[ScorerError | None]
-
-
 @dataclass(frozen=True, eq=False)
 class Extend(Request[Extension]):
     """See `extend`."""
@@ -92,11 +85,11 @@ class Extend(Request[Extension]):
 
 
 @dataclass(frozen=True, eq=False)
-class Score(Request[Rewards]):
-    """See `score`."""
+class RewardBranches(Request[Rewards]):
+    """See `reward_branches`."""
 
     branches: Sequence[Branch]
-    scorer: Any
+    reward: Reward
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,9 +140,9 @@ def extend(
     return Extend(some, sampling, each, frozenset(eos_token_ids), stop, tuple(processors), pad_token_id, unfinished)
 
 
-def score(branches: Sequence[Branch], scorer: Any) -> Score:
-    """A reward for every branch as it stands. A scorer's failure is a value of its branch, not an exception."""
-    return Score(tuple(branches), scorer)
+def reward_branches(branches: Sequence[Branch], reward: Reward) -> RewardBranches:
+    """Asks what every branch is worth as it stands. A failure is a value of its branch, not an exception."""
+    return RewardBranches(tuple(branches), reward)
 
 
 def score_tokens(branches: Sequence[Branch], request: TokenRequest, *, checked: bool = True) -> ScoreTokens:

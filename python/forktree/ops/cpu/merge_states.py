@@ -1,13 +1,11 @@
 """`forktree.ops.merge_states` by `csrc/cpu/merge_states.cpp`, which refuses lists that are none."""
 
+import torch
 from torch import Tensor
 
 from forktree import _core
 from forktree.ops import params
-from forktree.ops.cpu import run
 
 
 def launch(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    call, out, total = params.merge_states(o, lse, indptr, index)
-    run(_core.merge_states, call)
-    return out, total
+    return params.merge_states(_core.merge_states, torch.get_num_threads(), o, lse, indptr, index)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.ops import params
-from forktree.ops.cuda import run, stream_of
+from forktree.ops.cuda import stream_of
 from forktree.ops.dispatch import CUDA_DIMS, in_chunks
 from forktree.ops.plan_tensors import PlanTensors
 from forktree.ops.pool import AttentionOptions, KVPool
@@ -18,14 +18,13 @@ ALIGNMENT = 16  # bytes that are copied at a time
 def launch(q: Tensor, pool: KVPool, plan: PlanTensors, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """The plan and slot_index are believed: reading them here would wait for the device."""
     _check_kernel(q, pool)
-    call, out, lse = params.tree_attention(_aligned(q), pool, plan, options)
-    (num_tokens, heads, dim), kv_heads = out.shape, pool.k.shape[1]
+    heads, dim, stream = q.shape[1], q.shape[2], stream_of(q)
     partials = q.new_empty(plan.max_partials * heads * (dim + 2), dtype=torch.float32)
-    call.partials = partials.data_ptr()
-    call.counters = _counters(q.device, stream_of(q), num_tokens * kv_heads).data_ptr()
-    call.device = q.device.index or 0
-    run(_core.cuda_tree_attention, call, q)
-    return out, lse
+    counters = _counters(q.device, stream, plan.num_tokens * pool.format.num_kv_heads)
+    with torch.cuda.device_of(q):
+        return params.tree_attention(
+            _core.cuda_tree_attention, stream, _aligned(q), pool, plan, options, partials, counters
+        )
 
 
 def _check_kernel(q: Tensor, pool: KVPool) -> None:
