@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
-IntArray = npt.NDArray[np.integer[Any]]  # int32 once in a layout or plan
+from forktree.types import AnyArray, BoolArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,17 +79,17 @@ class TreeLayout:
         return np.minimum(self.path_stop[self.path_indptr[1:] - 1], self.node_len[self.tip])
 
     @cached_property
-    def masked(self) -> npt.NDArray[np.bool_]:
+    def masked(self) -> BoolArray:
         """[C] whether the context has mask words."""
         if self.mask_indptr is None:
             return np.zeros(self.num_contexts, bool)
-        masked: npt.NDArray[np.bool_] = np.diff(self.mask_indptr) > 0
+        masked: BoolArray = np.diff(self.mask_indptr) > 0
         return masked
 
     @cached_property
-    def partially_visible(self) -> npt.NDArray[np.bool_]:
+    def partially_visible(self) -> BoolArray:
         """[C] whether rows of the context see different parts of the tip's last `rows` tokens."""
-        chunks: npt.NDArray[np.bool_] = (self.causal == 1) & (self.context_rows > 1)
+        chunks: BoolArray = (self.causal == 1) & (self.context_rows > 1)
         return chunks | self.masked
 
     @cached_property
@@ -130,7 +129,7 @@ class TreeLayout:
                 node = parent
             yield from reversed(steps)
 
-    def visible(self, row: int, window: int | None = None) -> tuple[Array, Array]:
+    def visible(self, row: int, window: int | None = None) -> tuple[AnyArray, AnyArray]:
         """What a row sees: indices into slot_index and positions, [L] each. The meaning of a layout is this.
 
         With a window w only keys at positions (row_pos - w, row_pos] are seen.
@@ -370,10 +369,10 @@ class TreeLayout:
             )
 
 
-def ranges(begin: Array, length: Array) -> Array:
+def ranges(begin: AnyArray, length: AnyArray) -> AnyArray:
     """begin[0], begin[0]+1, … (length[0] of them), begin[1], …"""
     end = np.cumsum(length)
-    indices: Array = np.arange(end[-1] if end.size else 0) + np.repeat(begin - (end - length), length)
+    indices: AnyArray = np.arange(end[-1] if end.size else 0) + np.repeat(begin - (end - length), length)
     return indices
 
 
@@ -396,18 +395,18 @@ def _ints(name: str, value: Any, ndim: int = 1) -> IntArray:
     return array.astype(np.int32)
 
 
-def _expect(name: str, ok: Array, values: Array, expectation: str) -> None:
+def _expect(name: str, ok: AnyArray, values: AnyArray, expectation: str) -> None:
     if not ok.all():
         i = int(np.argmin(ok))
         raise ValueError(f"{name}[{i}] must be {expectation}, got {values[i]}")
 
 
-def _expect_size(name: str, array: Array, size: int, what: str) -> None:
+def _expect_size(name: str, array: AnyArray, size: int, what: str) -> None:
     if array.size != size:
         raise ValueError(f"{name} must have {size} entries ({what}), got {array.size}")
 
 
-def _expect_indptr(name: str, indptr: Array, count: int, total: int, what: str) -> None:
+def _expect_indptr(name: str, indptr: AnyArray, count: int, total: int, what: str) -> None:
     _expect_size(name, indptr, count + 1, "contexts in causal, plus 1")
     if indptr[0] != 0 or indptr[-1] != total or (indptr[1:] < indptr[:-1]).any():
         raise ValueError(f"{name} must rise from 0 to {total} ({what}), got {indptr}")
