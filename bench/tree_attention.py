@@ -36,7 +36,7 @@ from common.baselines import Problem
 from common.measure import Call, Stopwatch, about, host_us, write
 from common.workloads import Tree, levels, star
 from forktree import TreeLayout, _core
-from forktree.ops import tree_attention
+from forktree.ops import KVPool, tree_attention
 from forktree.plan.plan import AttentionPlan, plan
 
 SECONDS = 3.0  # a side gets no more rounds once it took this long, but five at least
@@ -83,8 +83,10 @@ def problem(case: Case, dtype: torch.dtype) -> Problem:
 def sides(case: Case, p: Problem, made: AttentionPlan) -> dict[str, Call]:
     """Calls by name; all return [rows, Hq, D] values, SDPA's in a shape of its own."""
 
+    pool = KVPool(p.k_slots, p.v_slots)
+
     def ours() -> Tensor:
-        out = tree_attention(p.q, p.k_slots, p.v_slots, made)
+        out = tree_attention(p.q, pool, made)
         assert isinstance(out, Tensor)
         return out
 

@@ -134,8 +134,8 @@ def test_a_model_on_the_gpu_equals_itself_on_the_cpu(name: str) -> None:
     model = models.tiny(name)
     cpu = Runner(attach(model), num_slots=models.NUM_SLOTS)
     gpu = Runner(attach(models.tiny(name).to(DEVICE)), num_slots=models.NUM_SLOTS)
-    for pool in (p for runner in (cpu, gpu) for pools in runner.pools for p in pools):
-        pool.fill_(torch.nan)
+    for x in (x for runner in (cpu, gpu) for pool in runner.pools for x in pool.tensors):
+        x.fill_(torch.nan)
     rng = np.random.default_rng(2)
     forest = models.Forest(rng)
     branches = [forest.root(), forest.root()]

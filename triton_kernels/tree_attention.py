@@ -13,12 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from forktree.ops.checks import check_plan_tensors, check_scores, check_tree_attention
 from forktree.ops.dispatch import MAX_DIM
-from forktree.ops.dtypes import dtype_number
-from forktree.ops.watched import is_watched
+from forktree.ops.plan_tensors import PlanTensors
+from forktree.ops.pool import AttentionOptions, KVPool
 from forktree.plan.cost_model import ROOFLINE_ROWS, multiprocessors
-from forktree.plan.plan import AttentionPlan
 from forktree.triton_kernels.device import architecture, device_of
 from forktree.triton_kernels.merge_states import LANES, LISTED, _merge
 from forktree.triton_kernels.plan_format import (
@@ -641,54 +639,13 @@ def config(arch: int, itemsize: int, dim: int, packed_rows: int, biased: bool) -
     return Config(128, 64 if dim > 64 and 90 <= arch < 120 and not biased else 32, 8, 3)
 
 
-def tree_attention(
-    q: Tensor,
-    k_slots: Tensor,
-    v_slots: Tensor,
-    plan: AttentionPlan,
-    *,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    call = torch.ops.forktree.tree_attention.default if is_watched(q) else launch
-    state: tuple[Tensor, Tensor] = call(
-        q,
-        k_slots,
-        v_slots,
-        *plan.on(q.device),
-        plan.layout.num_tokens,
-        plan.num_partials,
-        scale,
-        softcap or 0.0,
-        sinks,
-        alibi_slopes,
-    )
-    return state
-
-
-def launch(
-    q: Tensor,
-    k_slots: Tensor,
-    v_slots: Tensor,
-    plan: Tensor,
-    slot_index: Tensor,
-    num_tokens: int,
-    max_partials: int,
-    scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
-    check_scores(scale, softcap or None)
-    check_plan_tensors(plan, slot_index, q.device)
-    dtype_number("q", q)
+def launch(q: Tensor, pool: KVPool, plan: PlanTensors, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    k_slots, v_slots, num_tokens, max_partials = pool.k, pool.v, plan.num_tokens, plan.max_partials
+    softcap, sinks, alibi_slopes = options.softcap or 0.0, options.sinks, options.alibi_slopes
     heads, k_dim = q.shape[1:]
     kv_heads, v_dim = v_slots.shape[1:]
     if max(k_dim, v_dim) > MAX_DIM:
-        raise ValueError(f"k_slots and v_slots must have head dims of at most {MAX_DIM}, got {k_dim} and {v_dim}")
+        raise ValueError(f"k and v of the pool must have head dims of at most {MAX_DIM}, got {k_dim} and {v_dim}")
     if q.stride(2) != 1:
         q = q.contiguous()
     out = q.new_empty(num_tokens, heads, v_dim)
@@ -707,8 +664,8 @@ def launch(
             q,
             k_slots,
             v_slots,
-            plan,
-            slot_index,
+            plan.buffer,
+            plan.slot_index,
             _per_head(sinks),
             _per_head(alibi_slopes),
             out,
@@ -725,7 +682,7 @@ def launch(
             max_partials,
             kv_heads,
             heads // kv_heads,
-            scale,
+            options.scale_of(k_dim),
             softcap,
             DK=k_dim,
             DV=v_dim,

@@ -21,7 +21,7 @@ from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput, NonFinite, OutOfMemory
 from forktree.kv import Branch, Chunk, OutOfSlots, Tree
 from forktree.model import ModelSpec, Runner, attached
-from forktree.ops.token_request import Ragged, TokenRequest
+from forktree.ops.token_request import RaggedIds, TokenRequest
 from forktree.plan.layout import ranges
 from forktree.prompts import unpadded
 
@@ -256,8 +256,7 @@ def _answers(
 def _log_probs(runner: Runner, hidden: Tensor, at: Tensor, indptr: Tensor, targets: Tensor, of: Tensor) -> Tensor:
     """`[S]`: of `targets [S]`, which follow the rows `at` of hidden as `indptr` says, `of [S]` for short. NaN where
     logits are not finite."""
-    scores = runner.score(hidden[at], TokenRequest(select=Ragged(indptr, targets), lse=True))
-    assert scores.lse is not None and scores.selected_log_probs is not None
+    scores = runner.score(hidden[at], TokenRequest(select=RaggedIds(indptr, targets), lse=True))
     return scores.selected_log_probs.masked_fill(~scores.lse.isfinite()[of], torch.nan)
 
 

@@ -17,8 +17,8 @@ def runner(request):
 
 @pytest.fixture
 def forest(runner):
-    for pool in (p for pools in runner.pools for p in pools):
-        pool.fill_(torch.nan)  # a read of a slot that nobody wrote spoils the logits
+    for x in (x for pool in runner.pools for x in pool.tensors):
+        x.fill_(torch.nan)  # a read of a slot that nobody wrote spoils the logits
     return Forest(np.random.default_rng(1))
 
 
@@ -83,11 +83,11 @@ def test_negative_slots_are_not_stored(runner, forest):
     branch = forest.root()
     forest.grow(branch, 6)
     check(runner, forest, {branch: 6})
-    before = [pool.clone() for pools in runner.pools for pool in pools]
+    before = [x.clone() for pool in runner.pools for x in pool.tensors]
     forest.grow(branch, 1)
     tokens, positions, _, layout = forest.step({branch: 1})
     runner.forward(tokens, positions, [-1], runner.plans(layout))
-    after = [pool for pools in runner.pools for pool in pools]
+    after = [x for pool in runner.pools for x in pool.tensors]
     torch.testing.assert_close(after, before, atol=0, rtol=0, equal_nan=True)
 
 
@@ -134,7 +134,7 @@ def test_bad_input_is_named_before_anything_runs(runner, forest, change, message
     arguments = {"tokens": tokens, "positions": positions, "slots": slots, **change}
     with pytest.raises(InvalidInput, match=message):
         runner.forward(**arguments, plans=runner.plans(layout))
-    assert all(pool.isnan().all() for pools in runner.pools for pool in pools)
+    assert all(x.isnan().all() for pool in runner.pools for x in pool.tensors)
 
 
 @pytest.mark.parametrize("runner", ["llama"], indirect=True)

@@ -39,7 +39,7 @@ from forktree.engine.worker import ModelWorker
 from forktree.errors import Cancelled, DecoderInUse, InvalidInput, OutOfMemory
 from forktree.kv import Branch, Chunk, OutOfSlots
 from forktree.model import Fingerprint, ModelSpec
-from forktree.ops.pytorch.score_tokens import from_logits
+from forktree.ops import score_logits
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import Draw, TokenRequest
 from forktree.rewards.base import RewardInput, check_reward
@@ -528,7 +528,6 @@ class Engine:
         sampling = [state.request.sampling for state, at in pairs for _ in at]
         draw = self._keyed(sampling, np.concatenate([state.ids[at] for state, at in pairs]))
         scores = self.worker.runner.score(hidden, TokenRequest(draw=draw))
-        assert scores.token is not None and scores.log_prob is not None
         return hidden, scores.token, scores.log_prob
 
     def _draw_processed(
@@ -541,7 +540,7 @@ class Engine:
         logits = self.worker.runner.logits(hidden)
         input_ids = left_padded(branches, request.pad_token_id, logits.device)
         scores = process(request.processors, branches, input_ids, logits.clone())
-        drawn = from_logits(scores, TokenRequest(draw=self._keyed(request.sampling, state.ids[at])), hidden)
+        drawn = score_logits(scores, TokenRequest(draw=self._keyed(request.sampling, state.ids[at])), hidden)
         assert drawn.token is not None and drawn.shaped_log_prob is not None
         log_prob = logits.gather(1, drawn.token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
         none_left = drawn.shaped_log_prob.isnan() & log_prob.isfinite()

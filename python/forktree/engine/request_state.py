@@ -100,7 +100,7 @@ class TokensState(RequestState):
             try:
                 scores.check()
             except NonFinite:
-                if scores.lse is not None:
+                if "lse" in scores:
                     self._check(scores.lse)  # names the branch
                 raise
         return scores

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forktree.ops import append_kv, tree_attention
-from forktree.ops.dispatch import choose
+from forktree.ops import AttentionOptions, KVFormat, KVPool, append_kv, tree_attention
+from forktree.ops.dispatch import PYTORCH, select_backend
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import AttentionPlan, plan
-
-Pool = tuple[Tensor, Tensor]  # K [slots, Hk, Dk], V [slots, Hk, Dv]
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,9 @@ class LayerSpec:
     dtype: torch.dtype
 
     @property
-    def bytes_per_slot(self) -> int:
-        """Keys and values of one token in one layer."""
-        return self.num_kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
+    def kv_format(self) -> KVFormat:
+        """How its pools store a token."""
+        return KVFormat(self.dtype, self.num_kv_heads, self.head_dim, self.value_dim)
 
     def plan(self, layout: TreeLayout, device: torch.device, max_partials: int | None = None) -> AttentionPlan:
         """The plan of a step for layers of this spec.
@@ -50,7 +48,7 @@ class LayerSpec:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             value_dim=self.value_dim,
-            bytes_per_token=self.bytes_per_slot,
+            bytes_per_token=self.kv_format.bytes_per_token,
             device=str(device),
             window=self.window,
             max_partials=max_partials,
@@ -61,21 +59,13 @@ class LayerSpec:
         """How many rows of partials fit `scratch` bytes."""
         return scratch // (4 * self.num_qo_heads * (self.value_dim + 2))
 
-    def pool(self, num_slots: int, device: torch.device) -> Pool:
-        """Uninitialised: a slot is written before anyone reads it."""
-        k, v = (
-            torch.empty(num_slots, self.num_kv_heads, dim, dtype=self.dtype, device=device)
-            for dim in (self.head_dim, self.value_dim)
-        )
-        return k, v
-
 
 def append_and_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     slots: Tensor,
-    pool: Pool,
+    pool: KVPool,
     plan: AttentionPlan,
     *,
     scale: float,
@@ -83,8 +73,8 @@ def append_and_attend(
     sinks: Tensor | None,
 ) -> Tensor:
     """Takes query [T, Hq, Dk], key [T, Hk, Dk], value [T, Hk, Dv] and slots [T]; returns [T, Hq, Dv]."""
-    append_kv(key, value, slots, *pool)
-    out = tree_attention(query, *pool, plan, scale=scale, softcap=softcap, sinks=sinks)
+    append_kv(key, value, slots, pool)
+    out = tree_attention(query, pool, plan, AttentionOptions(scale, softcap, sinks))
     assert isinstance(out, Tensor)  # not (out, lse)
     return out
 
@@ -94,7 +84,7 @@ def append_and_attend_captured(
     key: Tensor,
     value: Tensor,
     slots: Tensor,
-    pool: Pool,
+    pool: KVPool,
     plan: tuple[Tensor, Tensor],
     *,
     max_partials: int,
@@ -103,10 +93,10 @@ def append_and_attend_captured(
     sinks: Tensor | None,
 ) -> Tensor:
     """`append_and_attend` of a captured step: plan is the memory that plans will be in, max_partials their limit."""
-    if (backend := choose("tree_attention", query, *pool)) in ("reference", "torch"):
+    if (backend := select_backend("tree_attention", query, pool)) in PYTORCH:
         raise RuntimeError(f"the {backend} backend follows plans on the host")
-    torch.ops.forktree.append_kv.default(key, value, slots, *pool)
+    torch.ops.forktree.append_kv.default(key, value, slots, pool.k, pool.v)
     out, _ = torch.ops.forktree.tree_attention.default(
-        query, *pool, *plan, query.shape[0], max_partials, scale, softcap or 0.0, sinks, None
+        query, pool.k, pool.v, *plan, query.shape[0], max_partials, scale, softcap, sinks, None
     )
     return out

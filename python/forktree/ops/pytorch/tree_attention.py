@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forktree.ops.checks import math_dtype
+from forktree.ops.plan_tensors import PlanTensors
+from forktree.ops.pool import AttentionOptions, KVPool
 from forktree.ops.pytorch.merge_states import MergeLists, combine, merge_lists
-from forktree.ops.reference.precision import math_dtype
 from forktree.plan.format import Item, Row, Seg
 from forktree.plan.layout import TreeLayout, ranges
 from forktree.plan.plan import AttentionPlan
@@ -52,24 +54,19 @@ class Prepared:
 
 
 @torch.no_grad()
-def tree_attention(
-    q: Tensor,
-    k_slots: Tensor,
-    v_slots: Tensor,
-    plan: AttentionPlan,
-    *,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def launch(q: Tensor, pool: KVPool, plan_tensors: PlanTensors, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    plan = plan_tensors.host
+    assert plan is not None
+    (k_slots, v_slots), softcap = (pool.k, pool.v), options.softcap
     prepared = plan.cache.get("torch")
     if prepared is None or prepared.device != q.device:
         prepared = plan.cache["torch"] = _prepare(plan, q.device)
     heads, kv_heads, dim = q.shape[1], k_slots.shape[1], v_slots.shape[2]
     group = heads // kv_heads
-    q_rows = (q.to(math_dtype(q)) * scale).reshape(-1, group * q.shape[2])
-    slopes = None if alibi_slopes is None else alibi_slopes.to(q_rows.dtype).view(kv_heads, 1, group, 1)
+    q_rows = (q.to(math_dtype(q)) * options.scale_of(q.shape[2])).reshape(-1, group * q.shape[2])
+    sinks, slopes = options.sinks, options.alibi_slopes
+    if slopes is not None:
+        slopes = slopes.to(q_rows.dtype).view(kv_heads, 1, group, 1)
 
     partials = sum(b.shape[0] * b.shape[1] for b in prepared.batches) * kv_heads
     o = q_rows.new_empty(partials, group, dim)

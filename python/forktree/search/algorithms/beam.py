@@ -209,7 +209,6 @@ async def beam_search(
     for step in range(rules.max_new_tokens):
         if not (whole_rows or processors or on_step or rules.do_sample):
             found = await score_tokens(beams, TokenRequest(top_k=rules.num_candidates), checked=False)
-            assert found.lse is not None and found.top_ids is not None and found.top_log_probs is not None
             wrong = (~found.lse.isfinite()).long() * _MODEL
             best, tokens = (x.reshape(batch, k, -1) for x in (found.top_log_probs, found.top_ids))
             candidates = propose_among(best, tokens, scores, rules)
