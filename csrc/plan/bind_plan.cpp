@@ -85,6 +85,7 @@ Ints make_plan(py::handle layout, const std::vector<int64_t>& heads, int64_t win
     const std::vector<int32_t> buffer =
         plan(arrays.layout, {from_fields<HeadShape>("heads", heads), window,
                              from_fields<CostModel>("cost_model", cost_model), max_partials, invariant});
+    validate(open_plan(buffer.data(), int64_t(buffer.size())));  // kernels trust it from here on
     return Ints(py::ssize_t(buffer.size()), buffer.data());
 }
 

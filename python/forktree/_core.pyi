@@ -2,7 +2,8 @@
 
 from typing import TypedDict
 
-from forktree.plan.layout import IntArray, TreeLayout
+from forktree.plan.layout import TreeLayout
+from forktree.types import IntArray
 
 class Build(TypedDict):
     compiler: str

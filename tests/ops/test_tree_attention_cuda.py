@@ -203,7 +203,7 @@ def test_room_for_a_larger_plan(sinks):
     expected, expected_lse = attend(case, q, k, v, cost_model=FINE, sinks=sinks)
     buffer, slots = made.on(q.device)
     larger = [torch.cat([x, torch.full((50,), 10**9, dtype=torch.int32)]) for x in (buffer, slots)]
-    launch = ops.choice.launcher("cuda", "tree_attention")
+    launch = ops.dispatch.launcher("cuda", "tree_attention")
     tokens, partials = case.layout.num_tokens, made.num_partials
     with patch.object(torch.Tensor, "new_empty", new_nan):
         for more in (0, 1, 9):

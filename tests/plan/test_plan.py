@@ -21,6 +21,7 @@ def plan(layout, **options):
     return planning.plan(layout, **HEADS, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost_model", [None, FREE, replace(FREE, units=99, lanes=2, max_lanes=4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_plans_of_random_layouts(kind, cost_model):
@@ -198,6 +199,19 @@ def test_rows_that_see_the_same_read_it_once():
     assert stats.partials == 0 and len(plan(layout).item) == 3
 
 
+def test_bytes_are_those_of_the_pool():
+    """Counted, and priced: K of 24 elements and V of 8, 1 byte each, and a scale."""
+    layout = shared_prompt(3, 4, 4000, 10)
+    stats = plan(layout, value_dim=8, bytes_per_token=2 * (24 + 8) + 4).stats()
+    assert stats.distinct_bytes == stats.distinct_tokens * 68
+    bound = replace(CPU, mac=0, exp=0, segment=0, item=0, partial=0, grain=1 << 40)  # reading, by whole trees
+    times = [plan(layout, cost_model=bound, bytes_per_token=size).stats().predicted for size in (64, 128, 640)]
+    assert times[0] == plan(layout, cost_model=bound).stats().predicted  # 2 KV heads of 8 + 8 elements of 2 bytes
+    assert times[1] == pytest.approx(2 * times[0]) and times[2] == pytest.approx(10 * times[0])
+    stats = plan(layout, cost_model=FREE, value_dim=32).stats()
+    assert stats.partial_bytes == stats.partials * 4 * (32 + 2) * 4 > 0
+
+
 def test_forks_inside_a_node_are_read_once():
     """Root of 30 tokens; children at 30, 20 and 10, each a context: [0, 10) by three, [10, 20) by two, ..."""
     layout = TreeLayout(
@@ -314,6 +328,8 @@ def test_empty_plans():
         ({"num_qo_heads": 3}, "num_qo_heads must be a multiple of num_kv_heads, got 3 and 2"),
         ({"num_kv_heads": 0}, "num_kv_heads must be in .1, 65536., got 0"),
         ({"head_dim": 0}, "head_dim must be in .1, 65536., got 0"),
+        ({"value_dim": 0}, "value_dim must be in .1, 65536., got 0"),
+        ({"bytes_per_token": 2**31}, r"bytes_per_token must be in \[1, 2\*\*31\) or None, got 2147483648"),
         ({"window": 0}, r"window must be in \[1, 2\*\*31\) or None, got 0"),
         ({"max_partials": -1}, "max_partials must be at least 0 or None, got -1"),
     ],
@@ -345,7 +361,14 @@ def test_prices_that_overflow():
 def edited(made, name, row, column, value):
     array = getattr(made, name).copy()
     array[row, column] = value
-    return replace(made, **{name: array})
+    return with_arrays(made, **{name: array})
+
+
+def with_arrays(made, **arrays):
+    """The same plan, with other arrays than its buffer has."""
+    other = replace(made)
+    other.__dict__.update(vars(made) | arrays)
+    return other
 
 
 def test_check_plan_catches_corruption():
@@ -363,8 +386,8 @@ def test_check_plan_catches_corruption():
     with pytest.raises(ValueError, match="segment 1 must not be contiguous"):
         check_plan(edited(made, "seg", 1, Seg.CONTIGUOUS, 1))
     with pytest.raises(ValueError, match="items must own all segments"):
-        check_plan(replace(made, seg=np.concatenate([made.seg, made.seg[-1:]])))
-    doubled = replace(made, seg=np.concatenate([made.seg, made.seg[:1]]))
+        check_plan(with_arrays(made, seg=np.concatenate([made.seg, made.seg[-1:]])))
+    doubled = with_arrays(made, seg=np.concatenate([made.seg, made.seg[:1]]))
     with pytest.raises(ValueError, match="row 0 must read a token once, got 2 times for index 0"):
         check_plan(edited(doubled, "item", 0, Item.SEG_END, 5))
     with pytest.raises(ValueError, match="row 1 must read nothing else than it sees"):
@@ -385,12 +408,12 @@ def test_check_plan_catches_wrong_merges():
     check_plan(made)
     assert made.item[:, Item.PARTIAL].tolist() == [0, 3, 6, 9] and made.merge_partial[:4].tolist() == [0, 3, 6, 9]
     with pytest.raises(ValueError, match="merge list of token 0 must be"):
-        check_plan(replace(made, merge_partial=np.roll(made.merge_partial, 1)))
+        check_plan(with_arrays(made, merge_partial=np.roll(made.merge_partial, 1)))
     swapped = made.merge_partial.copy()
     swapped[:2] = 3, 0
     with pytest.raises(ValueError, match="partials of token 0 must be merged in path order"):
-        check_plan(replace(made, merge_partial=swapped))
+        check_plan(with_arrays(made, merge_partial=swapped))
     with pytest.raises(ValueError, match=r"merge list of token 0"):
         check_plan(edited(made, "item", -1, Item.PARTIAL, -1))
     with pytest.raises(ValueError, match="merge_indptr must have 4 entries"):
-        check_plan(replace(made, merge_indptr=made.merge_indptr[:-1]))
+        check_plan(with_arrays(made, merge_indptr=made.merge_indptr[:-1]))

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from forktree.device.staging import Event, Staging
-from forktree.types import IntArray
 
 if TYPE_CHECKING:
     from forktree.plan.plan import AttentionPlan
+    from forktree.types import IntArray
 
 PLAN_CAPACITY = 1 << 15  # int32 of a plan at first: one of 512 rows and 1,000 segments; 5 us to copy
 SLOT_CAPACITY = 1 << 16

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from forktree.types import IntArray
+if TYPE_CHECKING:
+    from forktree.types import IntArray
 
 
 class Event(Protocol):

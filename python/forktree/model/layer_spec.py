@@ -47,6 +47,8 @@ class LayerSpec:
             num_qo_heads=self.num_qo_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
+            value_dim=self.value_dim,
+            bytes_per_token=self.kv_format.bytes_per_token,
             device=str(device),
             window=self.window,
             max_partials=max_partials,

@@ -128,8 +128,8 @@ def _check_buffer(plan: AttentionPlan) -> None:
     """The buffer must hold the plan's arrays and the layout's; that it is well formed was checked when it was made."""
     layout, parts = plan.layout, sections(plan.buffer)
     mask = np.zeros(0, np.int32) if layout.mask_bits is None else layout.mask_bits.view(np.int32)
-    ours = {name: getattr(plan, name) for name in parts if hasattr(plan, name)}
-    ours |= {"node_len": layout.node_len, "row_pos": layout.row_pos, "mask": mask}
+    ours = {"node_len": layout.node_len, "row_pos": layout.row_pos, "mask": mask}
+    ours |= {name: getattr(plan, name) for name in parts if name not in ours}
     for name, part in parts.items():
         if not np.array_equal(ours[name], part):
             raise ValueError(f"buffer must hold the plan's arrays, got {part} for {ours[name]} ({name})")

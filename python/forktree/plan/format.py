@@ -139,6 +139,8 @@ SECTIONS = (
     Section("row_pos", Header.NUM_ROWS, "[R] position of each row of the layout"),
     Section("mask", Header.NUM_MASK_WORDS, "draft masks, as in the layout", element="uint32_t"),
 )
+HEADER_WIDTH = len(Header)
+_PLACES = [(x.name, int(x.offset), int(x.count), x.extra, x.width) for x in SECTIONS]  # enums are slow to look up
 
 
 def sections(buffer: IntArray) -> dict[str, IntArray]:
@@ -147,12 +149,12 @@ def sections(buffer: IntArray) -> dict[str, IntArray]:
     Args:
         buffer: a plan, int32; trusted (see `_core.check_plan_buffer`).
     """
-    header = buffer[: len(Header)].tolist()
+    header = buffer[:HEADER_WIDTH].tolist()
     views = {}
-    for section in SECTIONS:
-        begin, count = header[section.offset], header[section.count] + section.extra
-        view = buffer[begin : begin + count * section.width]
-        views[section.name] = view.reshape(count, section.width) if section.record else view
+    for name, offset, count, extra, width in _PLACES:
+        begin, size = header[offset], (header[count] + extra) * width
+        view = buffer[begin : begin + size]
+        views[name] = view.reshape(-1, width) if width > 1 else view
     return views
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from forktree import _core
 from forktree.plan.cost_model import CostModel, cost_model_for
-from forktree.plan.format import Header, Row, Seg, sections
+from forktree.plan.format import HEADER_WIDTH, Header, Row, Seg, sections
 from forktree.plan.layout import TreeLayout, ranges
 from forktree.types import IntArray
 
@@ -73,8 +73,9 @@ class PlanStats:
 class AttentionPlan:
     """Work items of one step, for layers of one head shape and window. Made by `plan`.
 
-    A plan is validated once, when it is made: kernels then trust its buffer, which is read-only from there on. Growing
-    rewrites `node_len` and `row_pos` alone, and checks those.
+    A plan is validated once, when it is made: by `_core.plan`, or here if it is put together otherwise. Kernels then
+    trust its buffer, which is read-only from there on. Growing rewrites `node_len` and `row_pos` alone, and checks
+    those.
 
     Attributes:
         layout: what rows may see.
@@ -82,10 +83,7 @@ class AttentionPlan:
         value_dim, bytes_per_token: format of K and V that it was priced for, see `plan`.
         device: where it will be executed.
         cost_model: prices that it was made with.
-        buffer: all of it, int32, as `forktree.plan.format` says; the arrays below are views.
-        item: [W, 5], seg: [Q, 8], row: [R, 6], see `format.Item`, `format.Seg`, `format.Row`.
-        merge_indptr: [T+1], merge_partial: [P], CSR: output token -> partials, in path order.
-        empty_tokens: [Z] output tokens that no item writes and nothing is merged for.
+        buffer: all of it, int32, as `forktree.plan.format` says.
         cache: what backends prepare once a plan.
         before: the plan that it grew from.
     """
@@ -100,12 +98,6 @@ class AttentionPlan:
     window: int | None
     cost_model: CostModel
     buffer: IntArray
-    item: IntArray
-    seg: IntArray
-    merge_indptr: IntArray
-    merge_partial: IntArray
-    empty_tokens: IntArray
-    row: IntArray
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
     before: weakref.ref[AttentionPlan] | None = field(default=None, repr=False)
 
@@ -118,7 +110,7 @@ class AttentionPlan:
         if not _is_sealed(self.buffer):
             object.__setattr__(self, "buffer", _sealed(self.buffer.copy()))
         _core.check_plan_buffer(self.buffer)
-        layout, header, parts = self.layout, self.buffer[: len(Header)].tolist(), sections(self.buffer)
+        layout, header, parts = self.layout, self.buffer[:HEADER_WIDTH].tolist(), sections(self.buffer)
         heads = (self.num_qo_heads, self.num_kv_heads, self.head_dim, self.window or 0)
         got = tuple(header[i] for i in (Header.NUM_QO_HEADS, Header.NUM_KV_HEADS, Header.HEAD_DIM, Header.WINDOW))
         if got != heads:
@@ -137,15 +129,49 @@ class AttentionPlan:
                 f"{seg[:, Seg.INDEX_BEGIN]}"
             )
 
+    @cached_property
+    def _sections(self) -> dict[str, IntArray]:
+        return sections(self.buffer)
+
+    @cached_property
+    def item(self) -> IntArray:
+        """[W, 5] see `format.Item`."""
+        return self._sections["item"]
+
+    @cached_property
+    def seg(self) -> IntArray:
+        """[Q, 8] see `format.Seg`."""
+        return self._sections["seg"]
+
+    @cached_property
+    def row(self) -> IntArray:
+        """[R, 6] see `format.Row`."""
+        return self._sections["row"]
+
+    @cached_property
+    def merge_indptr(self) -> IntArray:
+        """[T+1] where the partials of each output token begin in `merge_partial`."""
+        return self._sections["merge_indptr"]
+
+    @cached_property
+    def merge_partial(self) -> IntArray:
+        """[P] partials of output tokens, in path order."""
+        return self._sections["merge_partial"]
+
+    @cached_property
+    def empty_tokens(self) -> IntArray:
+        """[Z] output tokens that no item writes and nothing is merged for."""
+        return self._sections["empty_tokens"]
+
     @property
     def row_order(self) -> IntArray:
         """[R] layout row of each plan row."""
         return self.row[:, Row.ROW]
 
-    @property
+    @cached_property
     def num_partials(self) -> int:
         """P, rows of partials."""
-        return self.merge_partial.size
+        return int(self.buffer[Header.NUM_PARTIALS])
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The buffer and the layout's slot_index on a device, for kernels. On a GPU they arrive asynchronously."""
@@ -191,10 +217,9 @@ class AttentionPlan:
         buffer = self.buffer.copy()
         lengths, positions = self._growing
         buffer[lengths], buffer[positions] = layout.node_len, layout.row_pos
-        grown = object.__new__(AttentionPlan)  # `grown` checked all that changed
-        grown.__dict__.update({f.name: getattr(self, f.name) for f in fields(self)})
-        grown.__dict__.update(layout=layout, buffer=_sealed(buffer), cache={}, before=weakref.ref(self))
-        return grown
+        kept = {name: getattr(self, name) for name in _FIELDS}
+        # `layout.grown` checked all that changed.
+        return _trusted(kept | dict(layout=layout, buffer=_sealed(buffer), cache={}, before=weakref.ref(self)))
 
     @property
     def _growing(self) -> tuple[slice, slice]:
@@ -299,25 +324,29 @@ def plan(
             invariant,
         )
     )
-    parts = sections(buffer)
-    return AttentionPlan(
-        layout=layout,
-        num_qo_heads=num_qo_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        bytes_per_token=bytes_per_token,
-        device=str(device),
-        window=window,
-        cost_model=cost_model,
-        buffer=buffer,
-        item=parts["item"],
-        seg=parts["seg"],
-        merge_indptr=parts["merge_indptr"],
-        merge_partial=parts["merge_partial"],
-        empty_tokens=parts["empty_tokens"],
-        row=parts["row"],
+    return _trusted(
+        {
+            "layout": layout,
+            **heads,
+            "bytes_per_token": bytes_per_token,
+            "device": str(device),
+            "window": window,
+            "cost_model": cost_model,
+            "buffer": buffer,
+            "cache": {},
+            "before": None,
+        }
     )
+
+
+_FIELDS = [f.name for f in fields(AttentionPlan)]
+
+
+def _trusted(values: dict[str, Any]) -> AttentionPlan:
+    """A plan of these fields, whose buffer was validated by `_core.plan`, or is one that has only grown."""
+    made = object.__new__(AttentionPlan)
+    made.__dict__.update(values)
+    return made
 
 
 def _sealed(buffer: IntArray) -> IntArray:
