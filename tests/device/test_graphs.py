@@ -140,7 +140,7 @@ def test_more_partials_than_there_is_room_for(monkeypatch):
     """The runner's own plans keep to it; with others it runs eagerly."""
     monkeypatch.setattr(captured, "SCRATCH", 4 * 4 * (8 + 2) * 3)
     pair = Pair()
-    (kind,) = pair.captured.layer_specs
+    (layer,) = pair.captured.layer_specs
     assert pair.captured._captured.max_partials == [3]
     forest = pair.forest
     trunk = forest.root()
@@ -150,11 +150,11 @@ def test_more_partials_than_there_is_room_for(monkeypatch):
         forest.grow(branch, 1)
     tokens, positions, slots, layout = forest.step(dict.fromkeys(branches, 1))
     keen = replace(CPU, grain=0, item=0, partial=0, segment=0)  # to cut
-    heads = dict(num_qo_heads=kind.num_qo_heads, num_kv_heads=kind.num_kv_heads, head_dim=kind.head_dim)
+    heads = dict(num_qo_heads=layer.num_qo_heads, num_kv_heads=layer.format.num_kv_heads, head_dim=layer.format.k_dim)
     cut = plan(layout, **heads, cost_model=keen)
     assert cut.num_partials > 3
     replays = pair.graphs.replays
-    want, got = (r.forward(tokens, positions, slots, {kind: cut}) for r in (pair.eager, pair.captured))
+    want, got = (r.forward(tokens, positions, slots, {layer: cut}) for r in (pair.eager, pair.captured))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert pair.graphs.replays == replays
     got = pair.captured.forward(tokens, positions, slots, pair.captured.plans(layout))
@@ -195,10 +195,10 @@ def test_plans_of_another_step_are_refused():
     plans = pair.captured.plans(layout)
     with pytest.raises(InvalidInput, match=r"plans must be of a layout of 2 tokens, got \[3\]"):
         pair.captured.forward(tokens[:2], positions[:2], slots[:2], plans)
-    (kind,) = plans
+    (layer,) = plans
     wide = plan(layout, num_qo_heads=8, num_kv_heads=2, head_dim=8)
     with pytest.raises(ValueError, match=r"q must be \[3, 8, 8\]"):
-        pair.captured.forward(tokens, positions, slots, {kind: wide})
+        pair.captured.forward(tokens, positions, slots, {layer: wide})
     beyond = pair.captured.plans(layout.grown(layout.node_len, layout.row_pos, [*slots[:2], NUM_SLOTS]))
     with pytest.raises(ValueError, match=f"slot_index must be in .0, {NUM_SLOTS}., the pool"):
         pair.captured.forward(tokens, positions, slots, beyond)

@@ -108,7 +108,7 @@ def test_each_runs_as_in_transformers(setting: str) -> None:
     with mode():
         decoder = Decoder(model, num_slots=128)
         spec = decoder.worker.runner.spec
-        assert [kind.dtype for kind in spec.layers] == kv and spec.hidden_dtype == hidden
+        assert [layer.format.dtype for layer in spec.layers] == kv and spec.hidden_dtype == hidden
         assert [x.dtype for pool in decoder.worker.runner.pools for x in pool.tensors] == [x for x in kv for _ in "kv"]
         assert spec.bytes_per_slot == sum(2 * 2 * 8 * dtype.itemsize for dtype in kv)
         found = decoder.search([prompt], Greedy(), max_new_tokens=new)[0].best.token_ids

@@ -96,7 +96,7 @@ def test_hooks_that_change_nothing(name: str, captured: bool, dtype: torch.dtype
         got = hooked.random_steps(hooks=hooks)
         for ours, theirs in zip(got, want, strict=True):
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-        pools = ([p.tensors for p in x.runner.pools] for x in (hooked, plain))
+        pools = ([pool.tensors for pool in steps.runner.pools] for steps in (hooked, plain))
         torch.testing.assert_close(*pools, atol=0, rtol=0, equal_nan=True)
         if hooked.graphs is not None:
             assert hooked.graphs.replays == len(want) > hooked.graphs.captures

@@ -104,16 +104,17 @@ WINDOWS = {
 
 def test_windows_are_found(runner):
     name = runner.spec.name.removesuffix("_text")
-    assert [kind.window for kind in runner.spec.layers] == WINDOWS.get(name, [None] * 3)
+    assert [layer.window for layer in runner.spec.layers] == WINDOWS.get(name, [None] * 3)
 
 
 def test_sizes(runner, forest):
-    kinds = runner.spec.layers
-    assert runner.bytes_per_slot == sum(4 * k.num_kv_heads * (k.head_dim + k.value_dim) for k in kinds)
+    layers = runner.spec.layers
+    formats = [layer.format for layer in layers]
+    assert runner.bytes_per_slot == sum(4 * x.num_kv_heads * (x.k_dim + x.v_dim) for x in formats)
     assert (runner.vocab_size, runner.max_position) == (VOCAB, 128 if runner.spec.name == "gpt2" else NO_LIMIT)
     assert (runner.device.type, runner.dtype) == ("cpu", torch.float32)
     forest.grow(forest.root(), 1)
-    assert runner.plans(forest.step({0: 1})[-1]).keys() == set(kinds)  # one plan a kind, not a layer
+    assert runner.plans(forest.step({0: 1})[-1]).keys() == set(layers)  # one plan a spec, not a layer
 
 
 @pytest.mark.parametrize("runner", ["llama"], indirect=True)

@@ -13,7 +13,7 @@ import forktree
 
 PACKAGE = Path(forktree.__file__).parent
 SPEAKS_TO_GPUS = ("device", "ops")
-EXCEPT = {"cli/env.py", "demo/train.py"}
+EXCEPT = {"demo/train.py"}
 
 
 def loaded(statement: str) -> set[str]:

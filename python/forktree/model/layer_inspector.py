@@ -14,7 +14,7 @@ from forktree.model.positions import NO_LIMIT
 from forktree.model.refusal import Refusal
 from forktree.model.step import HostPlans, Step
 from forktree.model.verification_tree import VerificationStep, VerificationTree
-from forktree.ops.pool import KVPool
+from forktree.ops import KVFormat, KVPool
 from forktree.plan.plan import AttentionPlan
 
 
@@ -59,13 +59,13 @@ class LayerInspector:
                 f"{query.dtype}, {key.dtype} and {value.dtype} in layer {layer}; cast them in the model"
             )
         size = _verified_size(window, query.device)
-        spec = LayerSpec(size, num_qo_heads, num_kv_heads, head_dim, value_dim, key.dtype)
+        spec = LayerSpec(size, num_qo_heads, KVFormat(key.dtype, num_kv_heads, head_dim, value_dim))
         known = self.specs.setdefault(layer, spec)
         if known != spec:
             raise Refusal(f"expected layer {layer} to stay, got {known}, then {spec}")
         if layer not in self._pools:
             # NaN: reading a slot that nobody wrote spoils the logits
-            self._pools[layer] = spec.kv_format.pool(VerificationTree.num_tokens, self._packed.device)
+            self._pools[layer] = spec.format.pool(VerificationTree.num_tokens, self._packed.device)
             for tensor in self._pools[layer].tensors:
                 tensor.fill_(torch.nan)
         if spec not in self._plans:

@@ -18,23 +18,12 @@ class LayerSpec:
     Attributes:
         window: how many positions a token sees, itself included; None = all earlier ones.
         num_qo_heads: heads of queries and outputs.
-        num_kv_heads: heads of keys and values.
-        head_dim: of queries and keys.
-        value_dim: of values and outputs.
-        dtype: of keys and values.
+        format: how the layer's keys and values are stored.
     """
 
     window: int | None
     num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
-    dtype: torch.dtype
-
-    @property
-    def kv_format(self) -> KVFormat:
-        """How its pools store a token."""
-        return KVFormat(self.dtype, self.num_kv_heads, self.head_dim, self.value_dim)
+    format: KVFormat
 
     def plan(self, layout: TreeLayout, device: torch.device, max_partials: int | None = None) -> AttentionPlan:
         """The plan of a step for layers of this spec.
@@ -45,10 +34,10 @@ class LayerSpec:
         return plan(
             layout,
             num_qo_heads=self.num_qo_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            value_dim=self.value_dim,
-            bytes_per_token=self.kv_format.bytes_per_token,
+            num_kv_heads=self.format.num_kv_heads,
+            head_dim=self.format.k_dim,
+            value_dim=self.format.v_dim,
+            bytes_per_token=self.format.bytes_per_token,
             device=str(device),
             window=self.window,
             max_partials=max_partials,
@@ -57,7 +46,7 @@ class LayerSpec:
 
     def max_partials(self, scratch: int) -> int:
         """How many rows of partials fit `scratch` bytes."""
-        return scratch // (4 * self.num_qo_heads * (self.value_dim + 2))
+        return scratch // (4 * self.num_qo_heads * (self.format.v_dim + 2))
 
 
 def append_and_attend(

@@ -78,7 +78,7 @@ class Runner:
         if graphs is None and device.type == "cuda":
             graphs = CudaGraphs(device)
         first = FIRST_SLOTS if graphs is None else max(FIRST_SLOTS, FIRST_BYTES // spec.bytes_per_slot)
-        pools = [layer.kv_format.pool(min(self.num_slots, first), device) for layer in spec.layers]
+        pools = [layer.format.pool(min(self.num_slots, first), device) for layer in spec.layers]
         self._captured = None if graphs is None else CapturedSteps(spec, pools, graphs)
         self._graphs, self.pools = graphs, pools
         self._warn_at = spec.trained_positions  # once
@@ -186,7 +186,7 @@ class Runner:
     @torch.no_grad()
     def _grow(self, num_slots: int) -> None:
         for i, layer in enumerate(self.spec.layers):
-            pool = layer.kv_format.pool(num_slots, self.device)
+            pool = layer.format.pool(num_slots, self.device)
             for new, old in zip(pool.tensors, self.pools[i].tensors, strict=True):
                 new[: len(old)] = old
             self.pools[i] = pool

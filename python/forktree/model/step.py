@@ -11,7 +11,7 @@ from forktree.errors import InvalidInput
 from forktree.model.decoder_layers import hidden_of
 from forktree.model.hooks import LayerHook, Rows, overrides
 from forktree.model.layer_spec import append_and_attend, append_and_attend_captured
-from forktree.ops.pool import KVPool
+from forktree.ops import KVPool
 from forktree.plan.plan import AttentionPlan
 
 Inspect = Callable[[int, Tensor, Tensor, Tensor, Any], None]
