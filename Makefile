@@ -33,7 +33,7 @@ bench: $(STAMP)
 
 # The site, in build/site. A broken link, anchor or reference fails it.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/.docs: $(STAMP)
 	$(BIN)/pip install -q -e ".[docs]"
