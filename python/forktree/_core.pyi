@@ -3,7 +3,8 @@ with values."""
 
 from typing import TypedDict
 
-from forktree.plan.layout import IntArray, TreeLayout
+from forktree.plan.layout import TreeLayout
+from forktree.types import IntArray
 
 class Build(TypedDict):
     compiler: str

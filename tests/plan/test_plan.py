@@ -21,6 +21,7 @@ def plan(layout, **options):
     return planning.plan(layout, **HEADS, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost_model", [None, FREE, replace(FREE, units=99, lanes=2, max_lanes=4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_plans_of_random_layouts(kind, cost_model):

@@ -4,6 +4,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 
 from forktree import _core
 from forktree.plan.cost_model import CostModel
@@ -146,6 +147,7 @@ def random_model(rng):
     return Model(cost_model, heads, group, int(rng.choice([DIM, 24])), int(rng.choice([9, 40, 300])))
 
 
+@pytest.mark.slow
 def test_plans_of_tiny_trees_are_within_a_tenth_of_the_best():
     rng = np.random.default_rng(0)
     trees = cuts = 0

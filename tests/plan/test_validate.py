@@ -61,6 +61,7 @@ def walk(buffer):
     assert sorted(row[:, 0].tolist()) == list(range(rows)) and row_pos.min(initial=0) >= 0
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS), data=st.data())
 def test_hostile_buffers_are_refused_or_harmless(seed, kind, data):

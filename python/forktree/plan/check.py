@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from forktree.plan.format import LIVE, Item, Row, sections
-from forktree.plan.layout import Array, TreeLayout
+from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import AttentionPlan
+from forktree.types import AnyArray
 
 
 def check_plan(plan: AttentionPlan) -> None:
@@ -23,8 +24,8 @@ def check_plan(plan: AttentionPlan) -> None:
     if not (np.array_equal(seg_begin[1:], seg_end[:-1]) and seg_end[-1:].sum() == len(seg)):
         raise ValueError("items must own all segments, one after the other")
     partials: list[list[int]] = [[] for _ in range(layout.num_tokens)]
-    partial_reads: dict[int, tuple[int, list[Array]]] = {}  # partial: layout row, indices
-    reads: list[list[Array]] = [[] for _ in range(layout.num_rows)]
+    partial_reads: dict[int, tuple[int, list[AnyArray]]] = {}  # partial: layout row, indices
+    reads: list[list[AnyArray]] = [[] for _ in range(layout.num_rows)]
     direct = np.zeros(layout.num_tokens, np.int64)
     for w, (row_begin, row_end, seg_begin, seg_end, partial) in enumerate(item.tolist()):
         if not 0 <= row_begin < row_end <= layout.num_rows:
@@ -91,7 +92,7 @@ def check_plan(plan: AttentionPlan) -> None:
     _check_buffer(plan)
 
 
-def _sees(plan: AttentionPlan, r: int, node: int, offset: Array, pos: int) -> Array:
+def _sees(plan: AttentionPlan, r: int, node: int, offset: AnyArray, pos: int) -> AnyArray:
     """What executors do: whether plan row r sees these tokens of a segment."""
     row, _, tip, tail, last, mask = plan.row[r].tolist()
     seen = np.ones(offset.size, bool)
@@ -108,7 +109,7 @@ def _sees(plan: AttentionPlan, r: int, node: int, offset: Array, pos: int) -> Ar
     return seen
 
 
-def _check_path_order(layout: TreeLayout, token: int, merged: list[tuple[int, list[Array]]]) -> None:
+def _check_path_order(layout: TreeLayout, token: int, merged: list[tuple[int, list[AnyArray]]]) -> None:
     """Partials of a row that sees a single path must come top first."""
     for row in {row for row, _ in merged}:
         context = int(np.searchsorted(layout.row_indptr, row, side="right")) - 1

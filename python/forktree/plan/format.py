@@ -19,7 +19,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Self
 
-from forktree.plan.layout import IntArray, TreeLayout
+from forktree.plan.layout import TreeLayout
+from forktree.types import IntArray
 
 LIVE = TreeLayout.ALL  # stop of a segment that ends where its node does, also after growing
 MAGIC = 0x464B5432  # "FKT2": first entry of every plan

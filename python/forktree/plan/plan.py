@@ -34,7 +34,8 @@ from torch import Tensor
 from forktree import _core
 from forktree.plan.cost_model import CostModel, cost_model_for
 from forktree.plan.format import HEADER_WIDTH, Header, Row, Seg, sections
-from forktree.plan.layout import IntArray, TreeLayout, ranges
+from forktree.plan.layout import TreeLayout, ranges
+from forktree.types import IntArray
 
 
 @dataclass(frozen=True)
