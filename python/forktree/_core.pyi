@@ -1,5 +1,7 @@
-"""The compiled core, `csrc/bindings.cpp`: addresses, sizes, and strides in elements. ValueError names what is wrong
-with values."""
+"""The compiled core, `csrc/bindings.cpp`: addresses, sizes, and strides in elements.
+
+Values that are wrong raise a ValueError that names them.
+"""
 
 from typing import TypedDict
 

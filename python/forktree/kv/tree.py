@@ -273,8 +273,10 @@ class Tree(Nodes):
         self.arena.token[at] = tokens
 
     def undo_append(self, branches: Sequence[Branch]) -> None:
-        """Takes back the token that `append` gave each of the branches last. Unlike after a rewind, their random
-        numbers are what they would have been without it."""
+        """Takes back the token that `append` gave each of the branches last.
+
+        Unlike after a rewind, their random numbers are what they would have been without it.
+        """
         ids = self.ids(branches, distinct=True)
         old = self.branch_node[ids]
         if ((self.parent[old] < 0) & (self.branch_length[ids] == self.start[old] + 1)).any():
@@ -319,8 +321,11 @@ class Tree(Nodes):
     # ---------------------------------------------------------------- what is to be computed
 
     def ids(self, branches: Iterable[Branch], *, distinct: bool = False) -> Int64Array:
-        """Indices of the branch arrays, `[len(branches)]`. Raises `InvalidInput` unless all are live branches of this
-        tree and, if asked, no two are the same."""
+        """Indices of the branch arrays, `[len(branches)]`.
+
+        Raises:
+            InvalidInput: a branch is not a live one of this tree or, if `distinct`, two are the same.
+        """
         given = _listed(branches)
         try:
             ids = list(map(_ID, given))

@@ -32,6 +32,7 @@ class Field(IntEnum):
     note: str
 
     def __new__(cls, note: str) -> Self:
+        """The next place of the record."""
         field = int.__new__(cls, len(cls.__members__))
         field._value_ = len(cls.__members__)
         field.note = note
