@@ -9,8 +9,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from forktree.kv import Branch, Chunk, OutOfSlots, PrefixIndex, Tree, reassign, tree_layout
 from forktree.kv.nodes import MAX_RESERVATION
 from forktree.kv.tree import PENDING_TOKEN
+from forktree.plan.check import check_plan
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import check_plan, plan
+from forktree.plan.plan import plan
 
 NUM_SLOTS = 160
 
