@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from forktree.demo import task
+from forktree.device.properties import gpu_names
 
 PAD, EOS = "<pad>", "<eos>"
 VOCABULARY = {token: i for i, token in enumerate([PAD, EOS, *task.ALPHABET])}
@@ -171,7 +172,7 @@ def build_optimizers(model: nn.Module, head: nn.Module) -> list[torch.optim.Opti
 def train(out: Path, steps: int, own_steps: int, batch_size: int, seed: int) -> None:
     """Imitation and reward on the teacher's attempts; in the last `own_steps` of `steps` reward on own samples too."""
     torch.manual_seed(seed)
-    if torch.cuda.is_available():
+    if gpu_names():
         torch.set_default_device("cuda")
     tokenizer, model = build_tokenizer(), build_model()
     head = build_head(model.config.hidden_size)
