@@ -27,6 +27,7 @@ from forktree import (
     TokenLogits,
     ValueHead,
 )
+from forktree.engine.task import Task
 from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch
 from forktree.search import Search, SearchContext
@@ -66,6 +67,11 @@ def mixed() -> list[Search]:
 def outcome(result: SearchResult) -> list[tuple[str | None, str, int]]:
     """Everything about a result's candidates that does not depend on rounding."""
     return [(c.text, c.hypothesis.finish_reason, len(c.hypothesis.step_scores)) for c in result.candidates]
+
+
+def finished(task: Task) -> SearchResult:
+    """What `Decoder.search` would give for a task that is done."""
+    return SearchResult(0, "", task.result or [], task.counters, task.error)
 
 
 def alone(prompts: Sequence[str], searches: Sequence[Search], **options: Any) -> list[Any]:
@@ -306,9 +312,7 @@ def test_with_room_for_about_one_search_all_finish_with_the_same_text(prefix_cac
     assert [outcome(r) for r in results] == expected
     # all submitted at once, so that they do get in each other's way
     for prompt, search in zip(prompts, searches, strict=True):
-        tokens = tiny.tokenizer()(prompt).input_ids
-        start = lambda root, search=search: decoder._start(search, 12, root)  # noqa: E731
-        tasks.append(decoder.engine.submit(start, [tokens], text=prompt))
+        tasks.append(decoder.submit(prompt, search, max_new_tokens=12))
     preempted = 0
     while decoder.engine.active:
         decoder.engine.step()
@@ -317,7 +321,7 @@ def test_with_room_for_about_one_search_all_finish_with_the_same_text(prefix_cac
     assert preempted > 0, "this test is about searches that get in each other's way"
     for task, wanted in zip(tasks, expected, strict=True):
         assert task.error is None
-        assert outcome(decoder._result(0, [""], task)) == wanted
+        assert outcome(finished(task)) == wanted
     tiny.assert_all_returned(decoder.worker)
 
 
@@ -507,8 +511,7 @@ def test_cancelling_returns_every_slot_and_leaves_the_others_alone(
     decoder = tiny.decoder()
     tasks = []
     for prompt, search in zip(prompts, (sample, Scripted(script)), strict=True):
-        start = lambda root, search=search: decoder._start(search, 9, root)  # noqa: E731
-        tasks.append(decoder.engine.submit(start, [tiny.tokenizer()(prompt).input_ids], text=prompt))
+        tasks.append(decoder.submit(prompt, search, max_new_tokens=9))
     for _ in range(steps):
         decoder.engine.step()
     decoder.engine.cancel(tasks[1])
@@ -521,7 +524,7 @@ def test_cancelling_returns_every_slot_and_leaves_the_others_alone(
         assert isinstance(tasks[1].error, Cancelled | OSError)
     decoder.engine.cancel(tasks[1])  # once more is harmless
     assert list(decoder.engine.run()) == [tasks[0]]
-    assert outcome(decoder._result(0, prompts, tasks[0])) == expected
+    assert outcome(finished(tasks[0])) == expected
     tiny.assert_all_returned(decoder.worker)
 
 

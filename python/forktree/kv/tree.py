@@ -309,12 +309,12 @@ class Tree:
 
     # ---------------------------------------------------------------- text
 
-    def append(self, branches: Sequence[Branch], tokens: ArrayLike) -> None:
+    def append(self, branches: Sequence[Branch] | NDArray[np.int64], tokens: ArrayLike) -> None:
         """One more token for each of many branches. `tokens` int `[len(branches)]`."""
         ids = self._ids(branches, distinct=True)
         self._append_each(ids, integers("tokens", tokens, 0, MAX_TOKEN, count=len(ids)))
 
-    def append_unknown(self, branches: Sequence[Branch]) -> None:
+    def append_unknown(self, branches: Sequence[Branch] | NDArray[np.int64]) -> None:
         """One more token for each branch, `UNKNOWN` until `name_newest` or `retract`."""
         self._append_each(self._ids(branches, distinct=True), UNKNOWN)
 
@@ -341,7 +341,7 @@ class Tree:
         self.length[node] += len(tokens)
         self.branch_length[id] += len(tokens)
 
-    def name_newest(self, branches: Sequence[Branch], tokens: ArrayLike) -> None:
+    def name_newest(self, branches: Sequence[Branch] | NDArray[np.int64], tokens: ArrayLike) -> None:
         """The ids of tokens that were appended as `UNKNOWN`. `tokens` int `[len(branches)]`."""
         ids = self._ids(branches, distinct=True)
         tokens = integers("tokens", tokens, 0, MAX_TOKEN, count=len(ids))
@@ -350,7 +350,7 @@ class Tree:
         assert (self.token[at] == UNKNOWN).all(), "the newest token of a branch is known already"
         self.token[at] = tokens
 
-    def retract(self, branches: Sequence[Branch]) -> None:
+    def retract(self, branches: Sequence[Branch] | NDArray[np.int64]) -> None:
         """Takes back the token that `append` gave each of the branches last. Unlike after a rewind, their draws are
         what they would have been without it."""
         ids = self._ids(branches, distinct=True)
@@ -369,37 +369,77 @@ class Tree:
         pieces = [self.token[self.begin[n] : self.begin[n] + stop] for n, stop in self._path(self._id(branch))]
         return np.concatenate(pieces[::-1])
 
-    def positions_of(self, branches: Sequence[Branch]) -> tuple[Ints, Ints]:
+    def ids(self, branches: Sequence[Branch]) -> NDArray[np.int64]:
+        """Numbers of live branches of this tree, `[len(branches)]`. Every call here takes them instead of the branches,
+        and trusts them as long as none of these is dropped."""
+        return self._ids(branches)
+
+    def nodes_at(self, ids: NDArray[np.int64], positions: NDArray[np.integer]) -> Ints:
+        """Node that holds the token that each of the branches `ids` has at a position, int32 `[len(ids)]`."""
+        node = self.branch_node[ids]
+        while (earlier := self.start[node] > positions).any():
+            node = np.where(earlier, self.parent[node], node)
+        return node
+
+    def first_positions(self, ids: NDArray[np.int64]) -> Ints:
+        """Position of the first token of each of the branches `ids`, int32 `[len(ids)]`."""
+        node = self.branch_node[ids]
+        while (below := self.parent[node] >= 0).any():
+            node = np.where(below, self.parent[node], node)
+        return self.start[node]
+
+    def positions_of(self, branches: Sequence[Branch] | NDArray[np.int64]) -> tuple[Ints, Ints]:
         """Node of each branch and its length, int32 `[len(branches)]`: what `hidden_at` is compared with."""
         ids = self._ids(branches)
         return self.branch_node[ids], self.branch_length[ids]
 
     # ---------------------------------------------------------------- KV
 
-    def pending(self, branches: Sequence[Branch]) -> list[Chunk]:
-        """What must be computed before the last token of each branch has a hidden state: ancestors first.
+    def pending(
+        self, branches: Sequence[Branch] | NDArray[np.int64], positions: NDArray[np.integer] | None = None
+    ) -> list[Chunk]:
+        """What must be computed before tokens of the branches have hidden states: ancestors first.
 
-        One chunk a node. Where only the hidden state is missing (a rewind, a reused prefix), the chunk is the
-        last token alone, and `computed` already covers it.
+        positions: of the token that each branch is named for, `[len(branches)]`, which may name a branch more than
+        once; default: their last. A node has one chunk of tokens without KV. Where only hidden states are missing
+        (after a rewind, of a reused prefix), their tokens are computed again: `computed` already covers them, and a
+        node may have several such chunks.
         """
         ids = self._ids(branches)
         if self._unmerged:
             self._merge()
-        node, stop = self.branch_node[ids], self.branch_length[ids]
-        unseen = self.hidden_at[node] != stop - 1
-        node, upto = node[unseen], (stop - self.start[node])[unseen]
-        again = node[upto <= self.computed[node]]
+        if positions is None:
+            node, last = self.branch_node[ids], self.branch_length[ids] - 1
+        else:
+            node, last = self.nodes_at(ids, positions), positions.astype(np.int32)
+        unseen = self.hidden_at[node] != last
+        node, upto = node[unseen], (last - self.start[node])[unseen] + 1
+        again = upto <= self.computed[node]
         needs = self._view(node, upto)
         late = np.flatnonzero(needs > self.computed)
         late = late[np.argsort(self.start[late], kind="stable")]
         chunks = list(map(Chunk, late.tolist(), self.computed[late].tolist(), needs[late].tolist()))
-        if len(again):
-            again = np.unique(again)
-            again = again[needs[again] <= self.computed[again]]
-            chunks += map(Chunk, again.tolist(), (needs[again] - 1).tolist(), needs[again].tolist())
-        return chunks
+        return self._computed_again(node[again], upto[again] - 1, chunks) if again.any() else chunks
 
-    def view(self, branches: Sequence[Branch]) -> Ints:
+    def _computed_again(
+        self, node: NDArray[np.integer], offset: NDArray[np.integer], late: list[Chunk]
+    ) -> list[Chunk]:
+        """Chunks of tokens that have KV, at an offset in a node each, and behind them `late`, of tokens that have none;
+        one that goes on where such a chunk ends becomes one with it."""
+        first_late = {chunk.node: i for i, chunk in enumerate(late)}
+        token = np.unique(node.astype(np.int64) << 32 | offset)
+        runs = np.split(token, np.flatnonzero(np.diff(token) != 1) + 1)
+        chunks = []
+        for run in runs:
+            at, begin, stop = int(run[0] >> 32), int(run[0] & MAX_TOKEN), int(run[-1] & MAX_TOKEN) + 1
+            if at in first_late and stop == self.computed[at]:
+                i = first_late[at]
+                late[i] = late[i]._replace(begin=begin)
+            else:
+                chunks.append(Chunk(at, begin, stop))
+        return chunks + late
+
+    def view(self, branches: Sequence[Branch] | NDArray[np.int64]) -> Ints:
         """How many tokens of each node the branches see together, int32 `[num_nodes]`."""
         node, stop = self.positions_of(branches)
         return self._view(node, stop - self.start[node])
@@ -449,8 +489,10 @@ class Tree:
         self._release(np.flatnonzero(self.held > self.length), self.length)
 
     def mark_computed(self, chunks: Sequence[Chunk]) -> None:
-        """Records that a forward pass computed `chunks` and kept the hidden state of each one's last token."""
+        """Records that a forward pass computed `chunks` and kept the hidden state of each node's last token in them."""
         node, _, stop = _columns(chunks)
+        order = np.argsort(stop)  # of several chunks of a node, the last one counts
+        node, stop = node[order], stop[order]
         self.computed[node] = np.maximum(self.computed[node], stop)
         self.hidden_at[node] = self.start[node] + stop - 1
 
@@ -463,8 +505,7 @@ class Tree:
         """Slot that each token of the chunks is written to, -1 where its KV is already there. int32 `[T]`."""
         node, first, stop = _columns(chunks)
         slots = self.slot_index[spans(self.begin[node] + first, stop - first)].copy()
-        again = np.repeat(stop <= self.computed[node], stop - first)
-        slots[again] = -1
+        slots[spans(first, stop - first) < np.repeat(self.computed[node], stop - first)] = -1
         return slots
 
     def tokens_of(self, chunks: Sequence[Chunk]) -> tuple[Ints, Ints]:
@@ -589,8 +630,11 @@ class Tree:
 
     # ---------------------------------------------------------------- inner workings
 
-    def _ids(self, branches: Iterable[Branch], *, distinct: bool = False) -> NDArray[np.int64]:
-        """`[len(branches)]`. Raises unless all are live branches of this tree and, if asked, no two are the same."""
+    def _ids(self, branches: Iterable[Branch] | NDArray[np.int64], *, distinct: bool = False) -> NDArray[np.int64]:
+        """`[len(branches)]`. Raises unless all are live branches of this tree and, if asked, no two are the same. What
+        `ids` gave is let through."""
+        if isinstance(branches, np.ndarray):
+            return branches
         given = _listed(branches)
         try:
             ids = list(map(_ID, given))
