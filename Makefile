@@ -4,18 +4,29 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test proof kernels lint bench sanitize clean
+.PHONY: demo check test lint quick proof kernels bench docs sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/forktree demo
 
+# While one works: lint, types, and the tests that take no more than a few seconds each. Within a minute on two cores.
+check: $(STAMP)
+	@$(MAKE) --no-print-directory -j2 lint quick
+
+# Everything that needs no GPU and no sanitizer. One process a core, of one thread each.
 test: $(STAMP) lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -regex '.*\.\(hpp\|cpp\|cuh\|cu\)')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -regex '.*\.\(hpp\|cpp\|cuh\|cu\|h\)')
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
+
+QUICK := tests/plan tests/kv tests/search tests/rewards tests/device
+
+quick: $(STAMP)
+	$(BIN)/pytest -q -m "not slow" $(QUICK)
 
 bench: $(STAMP)
 	$(BIN)/python bench/decode.py

@@ -305,12 +305,15 @@ def shell(words: list[str]) -> str:
     return ninja_syntax.escape(shlex.join(words))
 
 
+# `triton_kernels/` is at the top of the tree but is only ever imported as forktree.triton_kernels: Triton has a package
+# of the bare name.
+TRITON = "triton_kernels"
+KERNELS_PACKAGE = f"forktree.{TRITON}"
+
 sources = [f"csrc/{name}.cpp" for name in COMMON + KERNELS]
 setup(
-    # `triton_kernels/` lies at the top of the tree but is only ever imported as forktree.triton_kernels: the bare name
-    # belongs to Triton's own package.
-    packages=[*find_packages("python"), "forktree.triton_kernels"],
-    package_dir={"": "python", "forktree.triton_kernels": "triton_kernels"},
+    packages=[*find_packages("python"), KERNELS_PACKAGE, *(f"{KERNELS_PACKAGE}.{p}" for p in find_packages(TRITON))],
+    package_dir={"": "python", KERNELS_PACKAGE: TRITON},
     ext_modules=[Extension("forktree._core", sources)],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -32,7 +32,7 @@ from torch import Tensor
 from workloads import EXTENT, FIVE, STARS, Tree, layout, levels, slots, star, trace
 
 from forktree import TreeLayout, ops
-from forktree.plan.cost_model import Target, multiprocessors, narrow_gpu, wide_gpu
+from forktree.plan.cost_model import CostModel, compute_bound_gpu, memory_bound_gpu, multiprocessors
 from forktree.plan.plan import AttentionPlan, plan
 
 HEADS = (32, 8, 128)
@@ -63,8 +63,8 @@ def ours(p: Problem, names: list[str]) -> tuple[dict[str, Side], dict[str, float
     device, sms = p.q.device, multiprocessors(p.q.device)
     chosen = made_for(p, tree)
     found = {"forktree": Side(partial(attend, p, chosen, ""))}
-    for kind, target in (("narrow", narrow_gpu(sms)), ("wide", wide_gpu(sms))):
-        held = made_for(p, tree, target)
+    for kind, cost_model in (("narrow", memory_bound_gpu(sms)), ("wide", compute_bound_gpu(sms))):
+        held = made_for(p, tree, cost_model)
         found |= {f"forktree {name} {kind}": Side(partial(attend, p, held, name)) for name in names}
     costs = dict(
         plan_us=host_us(lambda: made_for(p, tree).on(device)),
@@ -74,10 +74,10 @@ def ours(p: Problem, names: list[str]) -> tuple[dict[str, Side], dict[str, float
     return found, costs
 
 
-def made_for(p: Problem, tree: TreeLayout, target: Target | None = None) -> AttentionPlan:
+def made_for(p: Problem, tree: TreeLayout, cost_model: CostModel | None = None) -> AttentionPlan:
     """A plan for the problem's heads and device."""
     heads = dict(num_qo_heads=p.q.shape[1], num_kv_heads=p.k_slots.shape[1], head_dim=p.q.shape[2])
-    return plan(tree, **heads, device=p.q.device, target=target)
+    return plan(tree, **heads, device=p.q.device, cost_model=cost_model)
 
 
 def attend(p: Problem, made: AttentionPlan, name: str) -> Tensor:

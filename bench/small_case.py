@@ -11,7 +11,7 @@ from workloads import layout, levels, slots
 
 from forktree import ops
 from forktree.ops import reference
-from forktree.plan.cost_model import narrow_gpu
+from forktree.plan.cost_model import memory_bound_gpu
 from forktree.plan.plan import plan
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
@@ -28,8 +28,8 @@ def main() -> None:
     rows = len(tree.rows)
     step = layout(tree, slot_of)
     # work is cut wherever it can be: partials, and tokens that several blocks finish
-    eager = narrow_gpu()
-    made = plan(step, num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, device=device, target=eager)
+    eager = memory_bound_gpu()
+    made = plan(step, num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, device=device, cost_model=eager)
     q = torch.randn(rows, HEADS, DIM, dtype=torch.bfloat16)
     new = torch.randn(2, slot_of.size, KV_HEADS, DIM, dtype=torch.bfloat16)
     shift, inv_freq = torch.arange(rows), torch.rand(DIM // 2)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from forktree.kv import Tree, reassign
+from forktree.kv import Tree, reassign, tree_layout
 
 BRANCHES, PROMPT, STEPS = 256, 1024, 400
 
@@ -42,7 +42,7 @@ def main() -> None:
         timed("append", tree.append, branches, tokens)
         chunks = timed("pending", tree.pending, branches)
         timed("reserve", tree.reserve, chunks)
-        timed("layout", tree.layout, chunks)
+        timed("layout", tree_layout, tree, chunks)
         tree.mark_computed(chunks)
         weights = rng.random(BRANCHES) ** 2
         parents = np.sort(rng.choice(BRANCHES, BRANCHES, p=weights / weights.sum()))

@@ -259,7 +259,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("cuda_tree_attention", &cuda_tree_attention, Unlocked());
 #endif
     m.def("plan", &plan);
-    m.def("plan_count", &plan_count, py::arg("buffer"), py::arg("target"));
+    m.def("plan_count", &plan_count, py::arg("buffer"), py::arg("cost_model"));
     m.def(
         "check_plan_buffer", [](const Ints& buffer) { forktree::plan_view(buffer.data(), buffer.size()); },
         py::arg("buffer"));

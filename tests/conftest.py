@@ -1,6 +1,13 @@
+"""Settings and fixtures of all tests."""
+
 import math
 import os
 import sys
+
+# OpenMP reads these when it is loaded, so they come before torch. One thread is enough for tensors as small as these;
+# tests of threads ask for more. Waiting threads sleep: spinning, they would hold up the very threads they wait for.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import pytest

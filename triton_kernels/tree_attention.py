@@ -17,7 +17,7 @@ from forktree.ops.checks import check_plan_tensors, check_scores, check_tree_att
 from forktree.ops.dispatch import MAX_DIM
 from forktree.ops.dtypes import dtype_number
 from forktree.ops.watched import is_watched
-from forktree.plan.cost_model import NARROW, multiprocessors
+from forktree.plan.cost_model import ROOFLINE_ROWS, multiprocessors
 from forktree.plan.plan import AttentionPlan
 from forktree.triton_kernels.device import architecture, device_of
 from forktree.triton_kernels.merge_states import LANES, LISTED, _merge
@@ -602,7 +602,7 @@ def config(arch: int, itemsize: int, dim: int, packed_rows: int, biased: bool) -
         return Config(16, 32 if dim <= 128 else 16, 4, 2)
     if dim > 128:
         return Config(64, 32, 8, 2)
-    if packed_rows <= NARROW:
+    if packed_rows <= ROOFLINE_ROWS:
         return Config(64, 64, 8, 3) if dim <= 64 else Config(64, 32, 8, 4)
     return Config(128, 64 if dim > 64 and 90 <= arch < 120 and not biased else 32, 8, 3)
 

@@ -184,7 +184,7 @@ private:
                 Piece p{int32_t(i), from.start, from.stop, from.lo, from.hi, false, 0};
                 most += price.finest(p.hi - p.lo, tokens(p));
                 if (most * price.heads > (long double)(INT64_MAX / 4))
-                    throw std::invalid_argument("target must price this step below 2**61 ps, got prices that do not");
+                    throw std::invalid_argument("cost_model must price this step below 2**61 ps, got prices that do not");
                 if (clip(p, p.lo, p.hi)) pieces.push_back(p);
             }
             add(std::move(pieces));

@@ -22,9 +22,9 @@ from forktree.engine.task import Task
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput, NonFinite, OutOfMemory
 from forktree.kv import Branch, Tree
-from forktree.kv.slots import spans
 from forktree.model import ModelSpec, attached
 from forktree.ops.token_request import Ragged, TokenRequest
+from forktree.plan.layout import ranges
 from forktree.prompts import unpadded
 from forktree.search.request import score_tokens
 
@@ -294,7 +294,7 @@ class _Scoring:
         wanted = np.append(walk.row[part], stop)
         ends = np.append(first[1:], stop)
         begin = np.minimum(wanted[np.searchsorted(wanted, first)], ends - 1)  # rows before are of prompts
-        row = spans(begin, ends - begin)
+        row = ranges(begin, ends - begin)
         indptr = np.searchsorted(walk.row[part], np.append(row, stop))
         select = Ragged(upload(indptr, device), upload(walk.target[part], device))
         request = TokenRequest(select=select, lse=True)

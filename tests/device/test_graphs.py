@@ -149,7 +149,7 @@ def test_more_partials_than_there_is_room_for(monkeypatch):
     tokens, positions, slots, layout = forest.step(dict.fromkeys(branches, 1))
     keen = replace(CPU, grain=0, item=0, partial=0, segment=0)  # to cut
     heads = dict(num_qo_heads=kind.num_qo_heads, num_kv_heads=kind.num_kv_heads, head_dim=kind.head_dim)
-    cut = plan(layout, **heads, target=keen)
+    cut = plan(layout, **heads, cost_model=keen)
     assert cut.num_partials > 3
     replays = pair.graphs.replays
     want, got = (r.forward(tokens, positions, slots, {kind: cut}) for r in (pair.eager, pair.captured))

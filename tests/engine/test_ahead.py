@@ -13,7 +13,7 @@ from forktree import BestOfN, Cancelled, Decoder, Greedy, NonFinite, OutOfMemory
 from forktree.device.transfer import Download
 from forktree.engine.engine import Engine
 from forktree.kv import Branch
-from forktree.kv.tree import UNKNOWN
+from forktree.kv.tree import PENDING_TOKEN
 from forktree.search import Search, SearchContext
 from forktree.search.request import Extension, extend, next_logits
 
@@ -67,7 +67,7 @@ def watched(made: Decoder, events: list[tuple[str, int]]) -> Decoder:
     forward, tree = made.worker.forward, made.worker.tree
 
     def watch(chunks: Any) -> None:
-        events.append(("pass", int((tree.tokens_of(chunks)[0] == UNKNOWN).sum())))
+        events.append(("pass", int((tree.tokens_of(chunks)[0] == PENDING_TOKEN).sum())))
         forward(chunks)
 
     made.worker.forward = watch
@@ -265,7 +265,7 @@ def test_a_search_that_is_cancelled_knows_all_its_tokens(steps: int) -> None:
     made.engine.cancel(tasks[1])
     made.worker.tree.check()
     assert isinstance(tasks[1].error, Cancelled) and not made.worker.tree.owned(tasks[1].index)
-    assert all(UNKNOWN not in tokens for tokens in seen[0]) and len(seen[0][0]) == len(prompts[1]) + steps
+    assert all(PENDING_TOKEN not in tokens for tokens in seen[0]) and len(seen[0][0]) == len(prompts[1]) + steps
     assert list(made.engine.run()) == [tasks[0]]
     assert_same(finished(tasks[0]), want)
     tiny.assert_all_returned(made.worker)

@@ -14,10 +14,10 @@ def test_random_takes(limit: int) -> None:
         count = int(rng.integers(0, 9)) if rng.random() < 0.9 else int(rng.integers(0, 1500))
         if count > limit - len(used):
             with pytest.raises(OutOfSlots, match=f"{count} KV slots needed, {limit - len(used)} free of {limit}"):
-                slots.take(count)
+                slots.allocate(count)
         else:
             extent = int(rng.integers(1, count + 1)) if count and rng.random() < 0.5 else 0
-            taken = slots.take(count, extent).tolist()
+            taken = slots.allocate(count, extent).tolist()
             assert len(set(taken)) == count and not used & set(taken) and all(0 <= slot < limit for slot in taken)
             longest = np.diff([-1, *sorted(used), furthest + 1]).max() - 1
             assert extent or (np.diff(taken) == 1).all() or count > longest, "a contiguous run would have fit"
@@ -26,7 +26,7 @@ def test_random_takes(limit: int) -> None:
             most, furthest = max(most, len(used)), max([furthest, *taken])
         for i in sorted(rng.permutation(len(pieces))[: int(rng.integers(0, 3))].tolist(), reverse=True):
             gone = pieces.pop(i)
-            slots.give(gone)
+            slots.free(gone)
             used -= set(gone.tolist())
         assert (slots.in_use, slots.num_free) == (len(used), limit - len(used))
         assert used == set(np.flatnonzero(~slots.is_free()).tolist())

@@ -5,8 +5,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from forktree.kv import Branch, OutOfSlots, PrefixIndex, Tree, reassign
-from forktree.kv.tree import MAX_RESERVATION, UNKNOWN, Chunk
+from forktree.kv import Branch, Chunk, OutOfSlots, PrefixIndex, Tree, reassign, tree_layout
+from forktree.kv.nodes import MAX_RESERVATION
+from forktree.kv.tree import PENDING_TOKEN
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import check_plan, plan
 
@@ -14,7 +15,7 @@ NUM_SLOTS = 160
 
 
 class Token:
-    """One written token. `joins` are the texts that it, and everything behind it, sees too."""
+    """One written token. `joins` are the texts that it, and everything after it, sees too."""
 
     def __init__(self, id: int, position: int, joins: tuple[list["Token"], ...] = ()) -> None:
         self.id, self.position, self.joins = id, position, joins
@@ -31,7 +32,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.prefixes = PrefixIndex(self.tree)
         self.naive: dict[Branch, list[Token]] = {}
         self.kept: dict[bytes, list[Token]] = {}
-        self.marked: dict[int, list[Token]] = {}  # what a branch saw when it was given this mark
+        self.tagged: dict[int, list[Token]] = {}  # what a branch saw when it was given this tag
 
     @rule(target=branches, tokens=st.lists(st.integers(0, 3), min_size=1, max_size=12))
     def root(self, tokens: list[int]) -> Branch:
@@ -46,7 +47,7 @@ class TreeMachine(RuleBasedStateMachine):
         in_use = self.tree.slots.in_use
         forks = branch.fork(n)
         assert self.tree.slots.in_use == in_use, "a fork took slots"
-        assert set(self.marks(forks)) == set(self.marks([branch])), "a fork inherits its mark"
+        assert set(self.tags(forks)) == set(self.tags([branch])), "a fork inherits its tag"
         for fork in forks:
             self.naive[fork] = list(self.naive[branch])
         return multiple(*forks)
@@ -58,16 +59,17 @@ class TreeMachine(RuleBasedStateMachine):
             path = self.naive[branch]
             path += [Token(t, path[-1].position + 1 + i) for i, t in enumerate(tokens)]
 
-    def marks(self, some: list[Branch]) -> list[int]:
-        return self.tree.marks_of(some)[0].tolist()
+    def tags(self, some: list[Branch]) -> list[int]:
+        return self.tree.tags.tag[self.tree.ids(some)].tolist()
 
     @rule(data=st.data())
-    def mark(self, data: st.DataObject) -> None:
+    def tag(self, data: st.DataObject) -> None:
         if self.naive:
             some = data.draw(st.lists(st.sampled_from(list(self.naive)), unique=True))
-            marks = self.tree.mark(some).tolist()
-            assert not set(marks) & set(self.marked) and len(set(marks)) == len(some)
-            self.marked.update((mark, list(self.naive[b])) for mark, b in zip(marks, some, strict=True))
+            ids = self.tree.ids(some)
+            tags = self.tree.tags.renew(ids, self.tree.branch_length[ids]).tolist()
+            assert not set(tags) & set(self.tagged) and len(set(tags)) == len(some)
+            self.tagged.update((tag, list(self.naive[b])) for tag, b in zip(tags, some, strict=True))
 
     @rule(data=st.data())
     def append_one_to_many(self, data: st.DataObject) -> None:
@@ -85,18 +87,18 @@ class TreeMachine(RuleBasedStateMachine):
             return
         some = data.draw(st.lists(st.sampled_from(list(self.naive)), min_size=1, unique=True))
         keys = [b.key for b in some]
-        self.tree.append_unknown(some)
-        newest = [Token(UNKNOWN, self.naive[b][-1].position + 1) for b in some]
+        self.tree.append_pending(some)
+        newest = [Token(PENDING_TOKEN, self.naive[b][-1].position + 1) for b in some]
         for branch, token in zip(some, newest, strict=True):
             self.naive[branch].append(token)
         self.compute(data)
         if wanted:
             self.evict(data, wanted)
-        self.tree.name_newest(some, [i % 4 for i in range(len(some))])
+        self.tree.resolve_last_tokens(some, [i % 4 for i in range(len(some))])
         for i, token in enumerate(newest):
             token.id = i % 4
         gone = data.draw(st.lists(st.sampled_from(some), unique=True))
-        self.tree.retract(gone)
+        self.tree.undo_append(gone)
         for branch in gone:
             self.naive[branch].pop()
         assert [b.key for b in some] == keys, "draws are what they would have been"
@@ -106,10 +108,10 @@ class TreeMachine(RuleBasedStateMachine):
         if branch.alive:
             path = self.naive[branch]
             length = data.draw(st.integers(path[0].position + 1, path[-1].position + 1))
-            mark = self.marks([branch])[0]
+            tag = self.tags([branch])[0]
             branch.rewind(length)
-            kept = mark >= 0 and length > self.marked[mark][-1].position
-            assert self.marks([branch]) == [mark if kept else -1]
+            kept = tag >= 0 and length > self.tagged[tag][-1].position
+            assert self.tags([branch]) == [tag if kept else -1]
             self.naive[branch] = path[: length - path[0].position]
 
     @rule(branch=consumes(branches))
@@ -124,9 +126,9 @@ class TreeMachine(RuleBasedStateMachine):
         some = data.draw(st.lists(st.sampled_from(list(self.naive)), min_size=1, unique=True))
         parents = data.draw(st.lists(st.integers(0, len(some) - 1), min_size=1, max_size=len(some) + 2))
         paths = [list(self.naive[some[p]]) for p in parents]
-        in_use, marks = self.tree.slots.in_use, self.marks(some)
+        in_use, tags = self.tree.slots.in_use, self.tags(some)
         out = reassign(some, parents)
-        assert self.marks(out) == [marks[p] for p in parents]
+        assert self.tags(out) == [tags[p] for p in parents]
         assert self.tree.slots.in_use <= in_use
         for gone in some[len(parents) :]:
             del self.naive[gone]
@@ -175,23 +177,28 @@ class TreeMachine(RuleBasedStateMachine):
 
     def _arena(self, branch: Branch) -> list[int]:
         """Where each token of a branch lies in the arena."""
-        path = self.tree._path(branch.id)[::-1]
-        return [int(self.tree.begin[node]) + i for node, stop in path for i in range(stop)]
+        return self._run(*(int(x[0]) for x in self.tree.tips([branch])))
+
+    def _run(self, node: int, length: int) -> list[int]:
+        """The same of the text of this length that ends in `node`."""
+        path = self.tree.path(node, length)[::-1]
+        return [int(self.tree.arena.begin[at]) + i for at, count in path for i in range(count)]
 
     def _places(self) -> tuple[dict[Token, int], list[list[Token]]]:
         """Where each live token lies, and all live texts; a token that lies in two places is an error."""
-        todo = list(self.naive.items())
-        todo += [(b, self.kept[b.tokens.tobytes()]) for b in self.prefixes.branches()]
+        live = [*self.naive.items(), *((b, self.kept[b.tokens.tobytes()]) for b in self.prefixes.branches())]
+        ends = [x.tolist() for x in self.tree.tips([b for b, _ in live])]
+        todo = list(zip(*ends, [path for _, path in live], strict=True))
         place: dict[Token, int] = {}
         texts = []
         while todo:
-            branch, path = todo.pop()
+            node, length, path = todo.pop()
             texts.append(path)
-            for token, at in zip(path, self._arena(branch), strict=True):
+            for token, at in zip(path, self._run(node, length), strict=True):
                 assert place.setdefault(token, at) == at, "a shared token lies in two places"
             if path[0].joins:
-                root = self.tree._path(branch.id)[-1][0]
-                todo += zip(self.tree._sources[root], path[0].joins, strict=True)
+                root = self.tree.path(node, length)[-1][0]
+                todo += zip(*(x.tolist() for x in self.tree.sources_of(root)), path[0].joins, strict=True)
         assert len(set(place.values())) == len(place), "two tokens lie in one place"
         return place, texts
 
@@ -209,12 +216,12 @@ class TreeMachine(RuleBasedStateMachine):
                 return
             slots = self.tree.slots_of(chunks)
             assert len(np.unique(slots[slots >= 0])) == (slots >= 0).sum()
-            layout = self.tree.layout(chunks)
+            layout = tree_layout(self.tree, chunks)
             self._check_layout(layout, chunks)
             self.tree.mark_computed(chunks)
             self.tree.check()
-            node, length = self.tree.positions_of(some)
-            ready = self.tree.hidden_at[node] == length - 1
+            node, length = self.tree.tips(some)
+            ready = self.tree.hidden_position[node] == length - 1
             assert ready.any(), "a pass served nobody"
             some = [b for b, r in zip(some, ready, strict=True) if not r]
 
@@ -226,7 +233,7 @@ class TreeMachine(RuleBasedStateMachine):
         row = 0
         for chunk in chunks:
             for offset in range(chunk.begin, chunk.stop):
-                sees = _visible(through[int(self.tree.begin[chunk.node]) + offset])
+                sees = _visible(through[int(self.tree.arena.begin[chunk.node]) + offset])
                 index, position = layout.visible(row)
                 assert sorted(index.tolist()) == sorted(place[t] for t in sees)
                 assert dict(zip(index, position, strict=True)) == {place[t]: t.position for t in sees}
@@ -250,8 +257,9 @@ class TreeMachine(RuleBasedStateMachine):
 
     def _is_computed(self, place: int) -> bool:
         """Whether the token at this place of the arena has its KV."""
-        node = int(np.flatnonzero((self.tree.begin <= place) & (place < self.tree.begin + self.tree.length))[0])
-        return place - int(self.tree.begin[node]) < int(self.tree.computed[node])
+        begin = self.tree.arena.begin
+        node = int(np.flatnonzero((begin <= place) & (place < begin + self.tree.length))[0])
+        return place - int(begin[node]) < int(self.tree.num_computed[node])
 
     @invariant()
     def bookkeeping_holds(self) -> None:
@@ -264,11 +272,11 @@ class TreeMachine(RuleBasedStateMachine):
             assert branch.length == path[-1].position + 1
 
     @invariant()
-    def marked_branches_still_see_what_they_saw(self) -> None:
-        marks, lengths = self.tree.marks_of(list(self.naive))
-        for path, mark, length in zip(self.naive.values(), marks.tolist(), lengths.tolist(), strict=True):
-            if mark >= 0:
-                text = self.marked[mark]
+    def tagged_branches_still_see_what_they_saw(self) -> None:
+        tags, lengths = self.tags(list(self.naive)), self.tree.tags.length[self.tree.ids(self.naive)]
+        for path, tag, length in zip(self.naive.values(), tags, lengths.tolist(), strict=True):
+            if tag >= 0:
+                text = self.tagged[tag]
                 assert path[: len(text)] == text and length == text[-1].position + 1
 
     @invariant()
@@ -280,7 +288,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.prefixes.clear()
         self.tree.drop(list(self.naive))
         self.tree.check()
-        assert self.tree.slots.in_use == 0 and not self.tree._sources
+        assert self.tree.slots.in_use == 0 and not len(self.tree.source_of)
 
 
 def _visible(path: list[Token]) -> set[Token]:

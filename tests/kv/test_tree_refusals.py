@@ -32,7 +32,8 @@ def grown(seed: int) -> tuple[Tree, list[Branch]]:
             tree.reserve(chunks := tree.pending([branch]))
             tree.mark_computed(chunks)
         elif action == 4:
-            tree.mark(branches[: int(rng.integers(len(branches)))])
+            ids = tree.ids(branches[: int(rng.integers(len(branches)))])
+            tree.tags.renew(ids, tree.branch_length[ids])
         elif len(branches) > 4:
             branches.pop(int(rng.integers(len(branches)))).drop()
     branches.append(tree.join(branches[:2], [5]))
@@ -42,7 +43,8 @@ def grown(seed: int) -> tuple[Tree, list[Branch]]:
 
 
 def snapshot(tree: Tree) -> dict[str, Any]:
-    state = {k: v.copy() if isinstance(v, np.ndarray | list | set | dict) else v for k, v in vars(tree).items()}
+    parts = {**vars(tree), **vars(tree.arena), **{f"tags.{k}": v for k, v in vars(tree.tags).items()}}
+    state = {k: v.copy() if isinstance(v, np.ndarray | list | set | dict) else v for k, v in parts.items()}
     return {**state, "slots": tree.slots.is_free(), "free": tree.slots.num_free}
 
 
@@ -59,14 +61,14 @@ def of_branches(tree: Tree, mine: list[Branch]) -> dict[str, Call]:
         "append": lambda given: tree.append(given, [1] * len(given)),
         "kv.append": lambda given: append([mine[0], *given], [1] * (1 + len(given))),
         "kv.reassign": lambda given: reassign([mine[0], *given], [0]),
-        "append_unknown": tree.append_unknown,
-        "retract": tree.retract,
-        "name_newest": lambda given: tree.name_newest(given, [1] * len(given)),
+        "append_pending": tree.append_pending,
+        "undo_append": tree.undo_append,
+        "resolve_last_tokens": lambda given: tree.resolve_last_tokens(given, [1] * len(given)),
         "reassign": lambda given: tree.reassign(given, [0]),
         "join": lambda given: tree.join(given, [1]),
-        "mark": tree.mark,
-        "marks_of": tree.marks_of,
-        "positions_of": tree.positions_of,
+        "ids": tree.ids,
+        "distinct ids": lambda given: tree.ids(given, distinct=True),
+        "tips": tree.tips,
         "pending": tree.pending,
         "view": tree.view,
         "drop": tree.drop,
@@ -102,7 +104,7 @@ def test_branches_that_are_not_the_trees_own(seed: int) -> None:
                 call([*mine[:2], branch])
             assert message in str(error.value), (name, kind)
             assert same(before, snapshot(tree)) and same(others, snapshot(other)), (name, kind)
-    for call in (tree.append_unknown, tree.retract, tree.mark, tree.view, tree.drop, tree.positions_of):
+    for call in (tree.append_pending, tree.undo_append, tree.ids, tree.view, tree.drop, tree.tips):
         for sequence in (None, 3, mine[0]):
             with pytest.raises(InvalidInput, match="sequence of branches"):
                 call(sequence)
@@ -115,11 +117,11 @@ def test_a_branch_named_twice_is_refused_with_its_place_or_harmless() -> None:
     tree, mine = grown(1)
     twice, before = [mine[0], mine[1], mine[0]], snapshot(tree)
     for name, call in of_branches(tree, mine).items():
-        if name in ("append", "append_unknown", "retract", "name_newest", "reassign", "mark"):
+        if name in ("append", "append_pending", "undo_append", "resolve_last_tokens", "reassign", "distinct ids"):
             with pytest.raises(InvalidInput, match="branch 2 of 3 a second time"):
                 call(twice)
             assert same(before, snapshot(tree)), name
-    nodes, lengths = tree.positions_of(twice)
+    nodes, lengths = tree.tips(twice)
     assert nodes[0] == nodes[2] and lengths[0] == lengths[2]
     assert tree.pending(twice) == tree.pending(twice[:2]) and (tree.view(twice) == tree.view(twice[:2])).all()
     joined = tree.join([mine[0], mine[0]], [1])
@@ -144,7 +146,7 @@ def test_values_that_are_no_such_integers(seed: int) -> None:
             lambda bad=bad: tree.join(mine, bad),
             lambda bad=bad: tree.append([branch], bad),
             lambda bad=bad: append([branch], bad),
-            lambda bad=bad: tree.name_newest([branch], bad),
+            lambda bad=bad: tree.resolve_last_tokens([branch], bad),
             lambda bad=bad: reassign(mine[:1], bad),
         ]
     for bad in NO_INTEGER:
@@ -170,7 +172,7 @@ def test_values_that_are_no_such_integers(seed: int) -> None:
         lambda: branch.fork(2**40),
         lambda: branch.rewind(root),
         lambda: branch.rewind(branch.length + 1),
-        lambda: tree.retract([tree_of_one]),
+        lambda: tree.undo_append([tree_of_one]),
     ]
     tree_of_one = tree.root([3])
     before = snapshot(tree)

@@ -241,7 +241,7 @@ def attention_arguments(data, dims=(1, 2, 3, 8), value_dims=(0, 1, 2, 3, 8)):
         num_kv_heads=kv_heads,
         head_dim=dim,
         window=data.draw(st.none() | st.integers(1, 9)),
-        target=replace(CPU, grain=1, units=data.draw(st.sampled_from([1, 1000]))),
+        cost_model=replace(CPU, grain=1, units=data.draw(st.sampled_from([1, 1000]))),
     )
     arguments = {
         "q": values(case.layout.num_rows, heads, dim, dtype=dtype),

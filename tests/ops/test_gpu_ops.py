@@ -11,7 +11,7 @@ from test_tree_attention import tensors
 from forktree import ops
 from forktree.ops import reference
 from forktree.ops.dispatch import choose, missing
-from forktree.plan.cost_model import narrow_gpu, wide_gpu
+from forktree.plan.cost_model import compute_bound_gpu, memory_bound_gpu
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import plan
 from layouts import KINDS, naive_attention, random_layout, shared_prompt
@@ -23,8 +23,8 @@ BACKENDS = ("triton", "cuda")
 CUDA_DTYPES = (torch.bfloat16, torch.float16)  # its tree_attention is for tensor cores
 # Largest error of outputs of size 1: rounding the output, and the weights before they are multiplied with values.
 TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-CUTS = replace(narrow_gpu(), item=0, grain=0, partial=0)  # cut wherever it can be: many small items, many partials
-TARGETS = {"narrow": narrow_gpu(), "wide": wide_gpu(), "cut": CUTS}
+CUTS = replace(memory_bound_gpu(), item=0, grain=0, partial=0)  # cut wherever it can be: many partials
+COST_MODELS = {"narrow": memory_bound_gpu(), "wide": compute_bound_gpu(), "cut": CUTS}
 
 
 @pytest.fixture(params=BACKENDS)
@@ -55,18 +55,18 @@ def on_device(*values):
     return [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in values]
 
 
-def attend(layout, q, k, v, *, window=None, target=None, **options):
+def attend(layout, q, k, v, *, window=None, cost_model=None, **options):
     """out and lse on the CPU."""
     heads = dict(num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2])
-    made = plan(layout, **heads, device=DEVICE, window=window, target=target)
+    made = plan(layout, **heads, device=DEVICE, window=window, cost_model=cost_model)
     options = dict(zip(options, on_device(*options.values()), strict=True))
     with sentinels():
         out, lse = ops.tree_attention(*on_device(q, k, v), made, return_lse=True, **options)
     return out.cpu(), lse.cpu()
 
 
-def compare(case, q, k, v, *, target=None, **options):
-    out, lse = attend(case.layout, q, k, v, target=target, **options)
+def compare(case, q, k, v, *, cost_model=None, **options):
+    out, lse = attend(case.layout, q, k, v, cost_model=cost_model, **options)
     expected, expected_lse = naive_attention(case, q, k, v, **options)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     np.testing.assert_allclose(out.double().numpy(), expected, rtol=0, atol=TOLERANCE[q.dtype])
@@ -85,13 +85,13 @@ def unless_refused(backend, dtype, dim=64, value_dim=64):
 # ---------------------------------------------------------------------- tree_attention
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("cost_model", COST_MODELS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_layouts(kind, target, dtype, backend):
+def test_random_layouts(kind, cost_model, dtype, backend):
     unless_refused(backend, dtype)
     for seed in range(3):
         case = random_layout(seed, kind, room=seed % 3, num_nodes=5 + 12 * seed, max_len=9 + 30 * seed)
-        compare(case, *tensors(case, 4, 2, 64, dtype=dtype, seed=seed), target=TARGETS[target])
+        compare(case, *tensors(case, 4, 2, 64, dtype=dtype, seed=seed), cost_model=COST_MODELS[cost_model])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_options_and_windows(used, window, backend):
     for seed, kind in enumerate(["random", "joins", "drafts", "chunks"]):
         case = random_layout(seed, kind, num_nodes=16, max_len=20)
         q, k, v = tensors(case, 4, 2, 64, dtype=torch.bfloat16, seed=seed)
-        compare(case, q, k, v, window=window, target=TARGETS["cut" if seed % 2 else "wide"], **options)
+        compare(case, q, k, v, window=window, cost_model=COST_MODELS["cut" if seed % 2 else "wide"], **options)
 
 
 LARGE = {
@@ -140,16 +140,16 @@ LARGE = {
 
 
 @pytest.mark.parametrize("heads", [(32, 8, 128), (14, 2, 64)], ids=str)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("cost_model", COST_MODELS)
 @pytest.mark.parametrize("name", LARGE)
-def test_large_steps(name, target, heads, backend, monkeypatch):
+def test_large_steps(name, cost_model, heads, backend, monkeypatch):
     """Hundreds of segments an item, of rows, and partials of many blocks; beside PyTorch in fp64."""
     layout = LARGE[name]()
     g = torch.Generator().manual_seed(0)
     slots = int(layout.slot_bounds[1]) + 1
     q = torch.randn(layout.num_rows, heads[0], heads[2], generator=g).bfloat16()
     k, v = torch.randn(2, slots, heads[1], heads[2], generator=g).bfloat16()
-    out, lse = attend(layout, q, k, v, target=TARGETS[target])
+    out, lse = attend(layout, q, k, v, cost_model=COST_MODELS[cost_model])
     monkeypatch.setenv("FORKTREE_BACKEND", "torch")
     expected, expected_lse = attend(layout, q.double(), k.double(), v.double())
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=TOLERANCE[torch.bfloat16])
@@ -160,7 +160,7 @@ def test_room_beyond_the_plan_is_cleared(backend):
     """As when a captured graph serves fewer tokens than it was captured for."""
     case = random_layout(5, "joins", num_nodes=20)
     q, k, v = tensors(case, 4, 2, 64, dtype=torch.bfloat16)
-    made = plan(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=64, device=DEVICE, target=CUTS)
+    made = plan(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=64, device=DEVICE, cost_model=CUTS)
     tokens, extra = case.layout.num_tokens, 9
     q, k, v = on_device(torch.cat([q, torch.full_like(q[:1].repeat(extra, 1, 1), torch.nan)]), k, v)
     for sinks in (None, torch.tensor([0.5, -1.0, 2.0, 0.0])):
@@ -177,7 +177,7 @@ def test_room_beyond_the_plan_is_cleared(backend):
 def test_the_same_bits_under_load(backend):
     """An error that moves is a race."""
     layout = shared_prompt(1, 48, 3001, 19)
-    made = plan(layout, num_qo_heads=16, num_kv_heads=4, head_dim=128, device=DEVICE, target=CUTS)
+    made = plan(layout, num_qo_heads=16, num_kv_heads=4, head_dim=128, device=DEVICE, cost_model=CUTS)
     assert made.num_partials > 100
     q = torch.randn(layout.num_rows, 16, 128, device=DEVICE, dtype=torch.bfloat16)
     k, v = torch.randn(2, layout.slot_index.size, 4, 128, device=DEVICE, dtype=torch.bfloat16)
@@ -195,7 +195,7 @@ def test_the_same_bits_under_load(backend):
 def test_two_streams_at_once(backend):
     """Each has counters of its own."""
     layout = shared_prompt(1, 48, 3001, 19)
-    made = plan(layout, num_qo_heads=16, num_kv_heads=4, head_dim=128, device=DEVICE, target=CUTS)
+    made = plan(layout, num_qo_heads=16, num_kv_heads=4, head_dim=128, device=DEVICE, cost_model=CUTS)
     q = torch.randn(2, layout.num_rows, 16, 128, device=DEVICE, dtype=torch.bfloat16)
     k, v = torch.randn(2, layout.slot_index.size, 4, 128, device=DEVICE, dtype=torch.bfloat16)
     expected = [ops.tree_attention(one, k, v, made).clone() for one in q]
@@ -222,7 +222,7 @@ def test_a_captured_graph_serves_other_plans(backend):
         kind = ("random", "star", "deep")[seed % 3]
         case = random_layout(seed, kind, num_nodes=8 + 5 * seed, num_contexts=4 + seed, uneven=False)
         heads = dict(num_qo_heads=4, num_kv_heads=2, head_dim=64)
-        made = plan(case.layout, **heads, device=DEVICE, target=CUTS, max_partials=partials)
+        made = plan(case.layout, **heads, device=DEVICE, cost_model=CUTS, max_partials=partials)
         buffer, index = made.on(q.device)
         plan_room[: len(buffer)] = buffer
         slot_room[: len(index)] = index

@@ -40,7 +40,7 @@ def merged() -> Tensor:
 def attended() -> Tensor:
     """Several items, and partials to be merged."""
     layout = shared_prompt(1, 2, 6000, 70)
-    made = plan(layout, num_qo_heads=8, num_kv_heads=4, head_dim=64, target=replace(CPU, grain=10**7))
+    made = plan(layout, num_qo_heads=8, num_kv_heads=4, head_dim=64, cost_model=replace(CPU, grain=10**7))
     assert len(made.item) > 4 and made.num_partials
     k, v = torch.randn(2, layout.slot_index.size, 4, 64).bfloat16()
     out = ops.tree_attention(torch.randn(2, 8, 64).bfloat16(), k, v, made)

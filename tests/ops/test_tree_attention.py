@@ -48,20 +48,20 @@ def tensors(case, heads=4, kv_heads=2, dim=8, value_dim=None, dtype=torch.float3
     return q, k, v
 
 
-def attend(case, q, k, v, window=None, target=None, **options):
+def attend(case, q, k, v, window=None, cost_model=None, **options):
     made = plan(
         case.layout,
         num_qo_heads=q.shape[1],
         num_kv_heads=k.shape[1],
         head_dim=q.shape[2],
         window=window,
-        target=target,
+        cost_model=cost_model,
     )
     return ops.tree_attention(q, k, v, made, return_lse=True, **options)
 
 
-def compare(case, q, k, v, *, rtol=2e-5, target=None, **options):
-    out, lse = attend(case, q, k, v, target=target, **options)
+def compare(case, q, k, v, *, rtol=2e-5, cost_model=None, **options):
+    out, lse = attend(case, q, k, v, cost_model=cost_model, **options)
     expected, expected_lse = naive_attention(case, q, k, v, **options)
     assert out.dtype == q.dtype and lse.dtype == torch.float32 and out.shape == expected.shape
     np.testing.assert_allclose(out.double().numpy(), expected, rtol=rtol, atol=rtol)
@@ -128,11 +128,11 @@ def test_cut_and_folded_work(kind, monkeypatch):
         ("MAX_ELEMENTS", 99),
     ):
         monkeypatch.setattr(executor, name, value)
-    target = replace(CPU, units=64, lanes=2, max_lanes=8, item=100, segment=1, grain=1)
+    cost_model = replace(CPU, units=64, lanes=2, max_lanes=8, item=100, segment=1, grain=1)
     for seed in range(8):
         case = random_layout(seed, kind, max_len=20)
-        compare(case, *tensors(case), target=target)
-        compare(case, *tensors(case), window=9, target=target)
+        compare(case, *tensors(case), cost_model=cost_model)
+        compare(case, *tensors(case), window=9, cost_model=cost_model)
 
 
 def test_large_chunk_over_a_long_prompt(monkeypatch):
@@ -402,14 +402,14 @@ def test_any_layout_option_and_split(data):
         "sinks": draw(st.none() | st.just(torch.linspace(-1, 2, heads))),
         "alibi_slopes": draw(st.none() | st.just(torch.linspace(0.0, 0.1, heads))),
     }
-    target = replace(CPU, units=draw(st.sampled_from([1, 16, 1000])), grain=draw(st.sampled_from([1, CPU.grain])))
+    cost_model = replace(CPU, units=draw(st.sampled_from([1, 16, 1000])), grain=draw(st.sampled_from([1, CPU.grain])))
     case = random_layout(seed, kind, max_len=draw(st.sampled_from([9, 150])), room=draw(st.integers(0, 2)))
     q, k, v = tensors(case, heads, kv_heads, dim, value_dim, dtype, seed)
     before = _core.isa()
     try:
         _core.use_isa(isa)
         with patch.object(torch.Tensor, "new_empty", new_nan):
-            out, lse = attend(case, q, k, v, window, target, **options)
+            out, lse = attend(case, q, k, v, window, cost_model, **options)
     finally:
         _core.use_isa(before)
     made = plan(case.layout, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim, window=window)
@@ -425,14 +425,14 @@ def test_any_layout_option_and_split(data):
 def test_same_bits_whatever_the_number_of_threads(dtype, backend, threads):
     if backend != "cpu":
         pytest.skip("promised of the compiled backend")
-    target = replace(CPU, grain=10**6)  # enough to do for all
+    cost_model = replace(CPU, grain=10**6)  # enough to do for all
     for layout in (shared_prompt(2, 40, 900, 70), shared_prompt(1, 1, 5000, 1), shared_prompt(30, 1, 90, 30)):
         case = Case(layout, [], int(layout.slot_index.max()) + 1, set(layout.slot_index.tolist()))
         q, k, v = tensors(case, 8, 4, 32, dtype=dtype)
         results = []
         for number in threads:
             torch.set_num_threads(number)
-            results.append(attend(case, q, k, v, target=target))
+            results.append(attend(case, q, k, v, cost_model=cost_model))
         for out, lse in results[1:]:
             assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
@@ -461,10 +461,11 @@ def test_damage_stays_with_the_rows_that_see_it(kind, backend):
         dtype = list(DTYPES)[(seed + KINDS.index(kind)) % 3]
         case = random_layout(seed, kind, max_len=(9, 150)[seed // 2], room=seed % 2)
         q, k, v = tensors(case, 6, 2, 32, 24, dtype, seed)
-        target = replace(CPU, units=64, grain=1) if seed % 2 else None
+        cost_model = replace(CPU, units=64, grain=1) if seed % 2 else None
         if backend == "reference" and seed > 1:
             break  # slow, and reads nothing but what rows see
-        check_damage(case, k, v, 6, partial(attend, case, q, target=target, **options), options.get("window"), seed)
+        attended = partial(attend, case, q, cost_model=cost_model, **options)
+        check_damage(case, k, v, 6, attended, options.get("window"), seed)
 
 
 def test_a_chunk_whose_last_token_is_damaged(backend):

@@ -55,9 +55,9 @@ def tensors(case, heads, kv_heads, dim, dtype, seed=0):
     return q, k, v
 
 
-def attend(case, q, k, v, *, window=None, target=None, **options):
+def attend(case, q, k, v, *, window=None, cost_model=None, **options):
     heads = dict(num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2])
-    made = plan(case.layout, window=window, target=target, **heads)
+    made = plan(case.layout, window=window, cost_model=cost_model, **heads)
     with patch.object(torch.Tensor, "new_empty", new_nan):
         return ops.tree_attention(q, k, v, made, return_lse=True, **options)
 
@@ -71,8 +71,8 @@ def specified(case, q, k, v, *, window=None, scale=None, softcap=None, sinks=Non
     return reference.tree_attention(q.double(), k.double(), v.double(), made, **options)
 
 
-def compare(case, q, k, v, *, expected=specified, target=None, **options):
-    out, lse = attend(case, q, k, v, target=target, **options)
+def compare(case, q, k, v, *, expected=specified, cost_model=None, **options):
+    out, lse = attend(case, q, k, v, cost_model=cost_model, **options)
     out_expected, lse_expected = expected(case, q, k, v, **options)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     np.testing.assert_allclose(out.double(), out_expected, rtol=TOLERANCE[q.dtype], atol=TOLERANCE[q.dtype])
@@ -92,8 +92,8 @@ def test_random_layouts(kind, dim, dtype):
 def test_groups(group):
     for kind in ("random", "chunks"):
         case = random_layout(group, kind)
-        for target in (None, FINE):
-            compare(case, *tensors(case, 2 * group, 2, 64, torch.float16), target=target)
+        for cost_model in (None, FINE):
+            compare(case, *tensors(case, 2 * group, 2, 64, torch.float16), cost_model=cost_model)
 
 
 @pytest.mark.parametrize(("dim", "window"), [(64, None), (64, 1), (64, 90), (128, 70), (256, None), (256, 90)])
@@ -103,12 +103,12 @@ def test_long_nodes_and_windows(kind, dim, window):
     case = random_layout(5, kind, max_len=140)
     q, k, v = tensors(case, 2, 1, dim, torch.float16)
     compare(case, q, k, v, window=window)
-    compare(case, q, k, v, window=window, target=replace(FINE, units=16))
+    compare(case, q, k, v, window=window, cost_model=replace(FINE, units=16))
 
 
 @pytest.mark.parametrize("used", ["negative scale", "no scale", "scale", "softcap", "sinks", "alibi_slopes", "all"])
-@pytest.mark.parametrize("target", [None, FINE])
-def test_options(used, target):
+@pytest.mark.parametrize("cost_model", [None, FINE])
+def test_options(used, cost_model):
     options = {
         "scale": 0.3,
         "softcap": 1.5,
@@ -119,7 +119,7 @@ def test_options(used, target):
     for seed, kind in enumerate(("random", "drafts", "joins")):
         case = random_layout(seed, kind, max_len=40)
         q, k, v = tensors(case, 4, 2, 64, torch.float16)
-        compare(case, q, k, v, target=target, **chosen.get(used, {used: options.get(used)}))
+        compare(case, q, k, v, cost_model=cost_model, **chosen.get(used, {used: options.get(used)}))
 
 
 @pytest.mark.parametrize("dim", DIMS)
@@ -170,7 +170,7 @@ def test_chunks(dim):
     """A causal chunk of several tiles of rows over a prompt."""
     case = case_of(chunk(150))
     compare(case, *tensors(case, 2, 1, dim, torch.float16))
-    compare(case, *tensors(case, 3, 1, dim, torch.float16), window=70, target=FINE)
+    compare(case, *tensors(case, 3, 1, dim, torch.float16), window=70, cost_model=FINE)
 
 
 @settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
@@ -188,9 +188,9 @@ def test_any_layout_option_and_split(data):
         "sinks": draw(st.none() | st.just(torch.linspace(-1, 2, heads))),
         "alibi_slopes": draw(st.none() | st.just(torch.linspace(0.0, 0.1, heads))),
     }
-    target = replace(CPU, units=draw(st.sampled_from([1, 16, 1000])), grain=draw(st.sampled_from([1, CPU.grain])))
+    cost_model = replace(CPU, units=draw(st.sampled_from([1, 16, 1000])), grain=draw(st.sampled_from([1, CPU.grain])))
     case = random_layout(seed, kind, max_len=draw(st.sampled_from([9, 150])), room=draw(st.integers(0, 2)))
-    compare(case, *tensors(case, heads, kv_heads, dim, dtype, seed), target=target, **options)
+    compare(case, *tensors(case, heads, kv_heads, dim, dtype, seed), cost_model=cost_model, **options)
 
 
 @pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, 2.0])])
@@ -198,9 +198,9 @@ def test_room_for_a_larger_plan(sinks):
     """Buckets of captured graphs: more rows of q, tokens, partials, plan and slots than the plan has."""
     case = random_layout(3, "random", max_len=60)
     q, k, v = tensors(case, 2, 1, 64, torch.float16)
-    made = plan(case.layout, num_qo_heads=2, num_kv_heads=1, head_dim=64, target=FINE)
-    assert made.num_partials and made.clear.size
-    expected, expected_lse = attend(case, q, k, v, target=FINE, sinks=sinks)
+    made = plan(case.layout, num_qo_heads=2, num_kv_heads=1, head_dim=64, cost_model=FINE)
+    assert made.num_partials and made.empty_tokens.size
+    expected, expected_lse = attend(case, q, k, v, cost_model=FINE, sinks=sinks)
     buffer, slots = made.on(q.device)
     larger = [torch.cat([x, torch.full((50,), 10**9, dtype=torch.int32)]) for x in (buffer, slots)]
     launch = ops.choice.launcher("cuda", "tree_attention")
@@ -231,9 +231,9 @@ def test_same_bits_in_any_order_of_blocks():
     """Blocks run in another order every time."""
     case = random_layout(7, "joins", max_len=90)
     q, k, v = tensors(case, 3, 1, 64, torch.bfloat16)
-    first = attend(case, q, k, v, target=FINE)
+    first = attend(case, q, k, v, cost_model=FINE)
     for _ in range(4):
-        for x, y in zip(first, attend(case, q, k, v, target=FINE), strict=True):
+        for x, y in zip(first, attend(case, q, k, v, cost_model=FINE), strict=True):
             assert torch.equal(x, y)
 
 
@@ -242,7 +242,7 @@ def test_damage_stays_with_the_rows_that_see_it(number, kind):
     options = {"window": 5, "softcap": 2.0} if number % 2 else {}
     case = random_layout(number, kind, num_contexts=4)
     q, k, v = tensors(case, 4, 2, DIMS[number % 4], DTYPES[number % 2])
-    attended = partial(attend, case, q, target=FINE if number > 3 else None, **options)
+    attended = partial(attend, case, q, cost_model=FINE if number > 3 else None, **options)
     check_damage(case, k, v, 4, attended, options.get("window"), number)
 
 

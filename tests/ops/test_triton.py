@@ -62,29 +62,29 @@ def case_of(layout):
     return Case(layout, [], int(layout.slot_index.max()) + 1, set(layout.slot_index.tolist()))
 
 
-def make(case, q, k, window=None, target=None):
+def make(case, q, k, window=None, cost_model=None):
     heads = dict(num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2])
-    return plan(case.layout, window=window, target=target, **heads)
+    return plan(case.layout, window=window, cost_model=cost_model, **heads)
 
 
-def attend(case, q, k, v, window=None, target=None, **options):
-    return ops.tree_attention(q, k, v, make(case, q, k, window, target), return_lse=True, **options)
+def attend(case, q, k, v, window=None, cost_model=None, **options):
+    return ops.tree_attention(q, k, v, make(case, q, k, window, cost_model), return_lse=True, **options)
 
 
-def compare(case, q, k, v, *, target=None, **options):
-    out, lse = attend(case, q, k, v, target=target, **options)
+def compare(case, q, k, v, *, cost_model=None, **options):
+    out, lse = attend(case, q, k, v, cost_model=cost_model, **options)
     expected, expected_lse = naive_attention(case, q, k, v, **options)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     np.testing.assert_allclose(out.double().numpy(), expected, rtol=DTYPES[q.dtype], atol=DTYPES[q.dtype])
     np.testing.assert_allclose(lse.double().numpy(), expected_lse, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("target", [CPU, SCATTERED], ids=["whole", "scattered"])
+@pytest.mark.parametrize("cost_model", [CPU, SCATTERED], ids=["whole", "scattered"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_layouts(kind, target):
+def test_random_layouts(kind, cost_model):
     for seed in range(2):
         case = random_layout(seed, kind, room=seed, num_contexts=5)
-        compare(case, *tensors(case, seed=seed), target=target, window=[None, 6][seed])
+        compare(case, *tensors(case, seed=seed), cost_model=cost_model, window=[None, 6][seed])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,8 +104,8 @@ def test_options(used):
     }
     case = random_layout(0, "drafts")
     chosen = options if used == "all" else {used: options[used]}
-    for target in (CPU, SCATTERED):
-        compare(case, *tensors(case), target=target, window=7 if used == "all" else None, **chosen)
+    for cost_model in (CPU, SCATTERED):
+        compare(case, *tensors(case), cost_model=cost_model, window=7 if used == "all" else None, **chosen)
 
 
 @settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -168,10 +168,10 @@ def forest(branches, levels, length, seed=0):
     )
 
 
-def against_reference(layout, window=None, target=None, dim=16, heads=4, kv_heads=2, **options):
+def against_reference(layout, window=None, cost_model=None, dim=16, heads=4, kv_heads=2, **options):
     case = case_of(layout)
     q, k, v = tensors(case, heads, kv_heads, dim)
-    out, lse = attend(case, q, k, v, window, target, **options)
+    out, lse = attend(case, q, k, v, window, cost_model, **options)
     made = make(case, q, k, window)
     arguments = dict(scale=dim**-0.5, softcap=None, sinks=None, alibi_slopes=None)
     expected, expected_lse = reference.tree_attention(q.double(), k.double(), v.double(), made, **arguments | options)
@@ -205,10 +205,10 @@ def test_row_tiles_of_all_sizes(branches):
 
 
 def test_a_few_outputs_wait_for_many_partials():
-    target = replace(SCATTERED, units=64)
+    cost_model = replace(SCATTERED, units=64)
     layout = shared_prompt(1, 3, 400, 2)
-    assert make(case_of(layout), *tensors(case_of(layout))[:2], None, target).num_partials > 15
-    against_reference(layout, target=target, sinks=torch.tensor([0.5, 0.0, -1.0, 2.0]))
+    assert make(case_of(layout), *tensors(case_of(layout))[:2], None, cost_model).num_partials > 15
+    against_reference(layout, cost_model=cost_model, sinks=torch.tensor([0.5, 0.0, -1.0, 2.0]))
 
 
 def bucket(made: AttentionPlan, q, k, v, tokens, partials, **options):
@@ -222,7 +222,7 @@ def test_a_bucket_larger_than_the_plan():
     """Rooms of captured graphs: rows, tokens and partials exceed the plan's; what is beyond is cleared."""
     case = random_layout(3, "random", num_contexts=5)
     q, k, v = tensors(case)
-    made = make(case, q, k, target=SCATTERED)
+    made = make(case, q, k, cost_model=SCATTERED)
     expected = bucket(made, q, k, v, case.layout.num_tokens, made.num_partials)
     more = torch.cat([q, torch.full((5, *q.shape[1:]), torch.nan)])
     sinks = torch.tensor([0.5, 0.0, -1.0, 2.0])
@@ -240,7 +240,7 @@ def test_tokens_nobody_writes_are_cleared():
     assert ops.tree_attention(torch.ones(0, 2, 4), pool, pool, made).shape == (0, 2, 4)
     case = random_layout(0, "random")
     case.layout = replace(case.layout, row_token=case.layout.row_token + 3)
-    assert make(case, *tensors(case)[:2]).clear.size >= 3
+    assert make(case, *tensors(case)[:2]).empty_tokens.size >= 3
     compare(case, *tensors(case))
     compare(case, *tensors(case), sinks=torch.tensor([0.5, 0.0, -1.0, 2.0]))
 
@@ -248,19 +248,19 @@ def test_tokens_nobody_writes_are_cleared():
 def test_same_bits_in_any_order_of_programs():
     case = random_layout(7, "joins", num_contexts=4)
     q, k, v = tensors(case)
-    results = [attend(case, q, k, v, target=SCATTERED) for _ in range(2)]
+    results = [attend(case, q, k, v, cost_model=SCATTERED) for _ in range(2)]
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
-@pytest.mark.parametrize(("kind", "target"), [("random", CPU), ("chunks", CPU), ("drafts", SCATTERED)])
-def test_damage_stays_with_the_rows_that_see_it(kind, target):
+@pytest.mark.parametrize(("kind", "cost_model"), [("random", CPU), ("chunks", CPU), ("drafts", SCATTERED)])
+def test_damage_stays_with_the_rows_that_see_it(kind, cost_model):
     """The second time tiles are smaller, and sums are added in another order."""
-    options = {"window": 6} if target is SCATTERED else {}
+    options = {"window": 6} if cost_model is SCATTERED else {}
     case = random_layout(1, kind, num_contexts=3)
     q, k, v = tensors(case, 4, 2, 16)
     same = partial(torch.allclose, rtol=2e-6, atol=2e-6)
-    attended = partial(attend, case, q, target=target, **options)
+    attended = partial(attend, case, q, cost_model=cost_model, **options)
     check_damage(case, k, v, 4, attended, options.get("window"), 0, same)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forktree.plan.cost_model import CPU, Target
+from forktree.plan.cost_model import CPU, CostModel
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import CONTIGUOUS, LAST, LIVE, PARTIAL, ROW, START, STOP, TOKEN, check_plan
 from layouts import KINDS, random_layout, shared_prompt
@@ -20,18 +20,18 @@ def plan(layout, **options):
     return planning.plan(layout, **HEADS, **options)
 
 
-@pytest.mark.parametrize("target", [None, FREE, replace(FREE, units=99, lanes=2, max_lanes=4)])
+@pytest.mark.parametrize("cost_model", [None, FREE, replace(FREE, units=99, lanes=2, max_lanes=4)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_plans_of_random_layouts(kind, target):
+def test_plans_of_random_layouts(kind, cost_model):
     for seed in range(25):
         layout = random_layout(seed, kind, room=seed % 3).layout
         for window in (None, 1, 6):
-            check_plan(plan(layout, window=window, target=target))
+            check_plan(plan(layout, window=window, cost_model=cost_model))
 
 
 PRICE = st.sampled_from([0, 1, 10, 100])
-TARGETS = st.builds(
-    Target,
+COST_MODELS = st.builds(
+    CostModel,
     units=st.integers(1, 20),
     heads_per_item=st.integers(1, 3),
     lanes=st.sampled_from([1, 2, 4, 16]),
@@ -53,20 +53,20 @@ TARGETS = st.builds(
     kind=st.sampled_from(KINDS),
     max_len=st.sampled_from([1, 9, 300]),
     window=st.sampled_from([None, 1, 6, 70]),
-    target=TARGETS,
+    cost_model=COST_MODELS,
     max_partials=st.none() | st.integers(0, 20),
     invariant=st.booleans(),
 )
-def test_plans_at_any_price(seed, kind, max_len, window, target, max_partials, invariant):
+def test_plans_at_any_price(seed, kind, max_len, window, cost_model, max_partials, invariant):
     layout = random_layout(seed, kind, room=seed % 3, max_len=max_len).layout
-    options = dict(window=window, target=target, invariant=invariant)
+    options = dict(window=window, cost_model=cost_model, invariant=invariant)
     unbound = plan(layout, **options)
     check_plan(unbound)
     assert np.array_equal(plan(layout, **options).buffer, unbound.buffer)
     assert unbound.stats().attended == sum(layout.visible(r, window)[0].size for r in range(layout.num_rows))
     group = HEADS["num_qo_heads"] // HEADS["num_kv_heads"]
     for row_begin, row_end, *_ in unbound.item.tolist():
-        assert row_end - row_begin == 1 or (row_end - row_begin) * group <= target.max_lanes
+        assert row_end - row_begin == 1 or (row_end - row_begin) * group <= cost_model.max_lanes
     if max_partials is None:
         return
     several = np.bincount(layout.row_token, minlength=layout.num_tokens)
@@ -83,13 +83,13 @@ def test_plans_at_any_price(seed, kind, max_len, window, target, max_partials, i
 
 def test_a_cap_on_partials_is_kept_by_reading_again():
     layout = shared_prompt(1, 4, 5000, 10)
-    free = plan(layout, target=FREE)
+    free = plan(layout, cost_model=FREE)
     assert free.num_partials > 40 and free.stats().planned_tokens == free.stats().distinct_tokens
     for cap in (0, 7, 8, 15, 40):
-        made = plan(layout, target=FREE, max_partials=cap)
+        made = plan(layout, cost_model=FREE, max_partials=cap)
         check_plan(made)
         assert made.num_partials <= cap
-    assert plan(layout, target=FREE, max_partials=0).stats().planned_tokens == 4 * 5010
+    assert plan(layout, cost_model=FREE, max_partials=0).stats().planned_tokens == 4 * 5010
 
 
 def test_rows_of_one_token_need_partials():
@@ -171,11 +171,11 @@ def story(made, row, origin=0):
     kind=st.sampled_from(KINDS),
     max_len=st.sampled_from([9, 3000]),
     window=st.sampled_from([None, 6]),
-    target=TARGETS,
+    cost_model=COST_MODELS,
 )
-def test_invariant_plans_do_not_depend_on_strangers(seed, kind, max_len, window, target):
+def test_invariant_plans_do_not_depend_on_strangers(seed, kind, max_len, window, cost_model):
     layouts = [random_layout(seed + i, kind, max_len=max_len, uneven=max_len < 10).layout for i in range(3)]
-    options = dict(window=window, target=target, invariant=True)
+    options = dict(window=window, cost_model=cost_model, invariant=True)
     both, rows, origin = together(layouts, np.random.default_rng(seed))
     made = plan(both, **options)
     if max_len < 10:
@@ -258,7 +258,7 @@ def test_growth_keeps_the_plan():
         layout = random_layout(seed, room=4).layout
         for window in (None, 5):
             made = plan(layout, window=window)
-            fixed = np.isin(np.arange(layout.num_nodes), layout.tip[layout.uneven])
+            fixed = np.isin(np.arange(layout.num_nodes), layout.tip[layout.partially_visible])
             for _ in range(4):
                 grown = made.grow(made.layout.node_len + ~fixed, made.layout.row_pos + 1)
                 assert np.array_equal(grown.item, made.item) and np.array_equal(grown.seg, made.seg)
@@ -327,15 +327,16 @@ def test_bad_options(options, message):
         ({"memory": -1}, r"memory must be in \[0, 1048576\], got -1"),
     ],
 )
-def test_bad_targets(change, message):
+def test_bad_cost_models(change, message):
     with pytest.raises(ValueError, match=message):
         replace(CPU, **change)
 
 
 def test_prices_that_overflow():
-    target = replace(CPU, item=1 << 40, lanes=1 << 16, mac=1 << 20, memory=1 << 20)
-    with pytest.raises(ValueError, match="target must price this step below"):
-        planning.plan(shared_prompt(1, 2000, 10**6, 1), num_qo_heads=8, num_kv_heads=8, head_dim=8192, target=target)
+    cost_model = replace(CPU, item=1 << 40, lanes=1 << 16, mac=1 << 20, memory=1 << 20)
+    with pytest.raises(ValueError, match="cost_model must price this step below"):
+        heads = dict(num_qo_heads=8, num_kv_heads=8, head_dim=8192)
+        planning.plan(shared_prompt(1, 2000, 10**6, 1), **heads, cost_model=cost_model)
 
 
 def edited(made, name, row, column, value):
@@ -377,7 +378,7 @@ def test_check_plan_catches_corruption():
 
 def test_check_plan_catches_wrong_merges():
     """Four items over 64 + 64 + 64 + 8 shared tokens, the last with all that is private as well."""
-    made = plan(shared_prompt(1, 3, 200, 10), target=replace(FREE, units=8))
+    made = plan(shared_prompt(1, 3, 200, 10), cost_model=replace(FREE, units=8))
     check_plan(made)
     assert made.item[:, PARTIAL].tolist() == [0, 3, 6, 9] and made.merge_partial[:4].tolist() == [0, 3, 6, 9]
     with pytest.raises(ValueError, match="merge list of token 0 must be"):

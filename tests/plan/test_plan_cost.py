@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from forktree import _core
-from forktree.plan.cost_model import Target
+from forktree.plan.cost_model import CostModel
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import NODE, PARTIAL, ROW_HI, ROW_LO, START, plan
 
@@ -15,25 +15,25 @@ DIM = 8
 
 @dataclass
 class Model:
-    target: Target
+    cost_model: CostModel
     heads: int  # KV heads
     group: int
 
     def lane_groups(self, rows):
-        return -(-rows * self.group // self.target.lanes)
+        return -(-rows * self.group // self.cost_model.lanes)
 
     def segment(self, rows, tokens, again):
-        t = self.target
+        t = self.cost_model
         read = 4 * DIM * ((tokens - again) * t.memory + again * t.cache)
         math = tokens * self.lane_groups(rows) * (2 * DIM * t.mac + t.exp)
         return max(read, math) + -(-tokens // 64) * self.lane_groups(rows) * DIM * t.segment
 
     def item(self, rows, partial=False):
-        start = self.target.item + self.lane_groups(rows) * DIM * self.target.segment
-        return start + partial * rows * self.group * (DIM + 2) * 4 * self.target.partial
+        start = self.cost_model.item + self.lane_groups(rows) * DIM * self.cost_model.segment
+        return start + partial * rows * self.group * (DIM + 2) * 4 * self.cost_model.partial
 
     def time(self, costs):
-        return max(-(-sum(costs) * self.heads // self.target.units), max(costs))
+        return max(-(-sum(costs) * self.heads // self.cost_model.units), max(costs))
 
 
 def of_plan(made, items, model):
@@ -121,7 +121,7 @@ def tiny_tree(rng):
 
 def random_model(rng):
     lanes = int(rng.choice([1, 2, 4]))
-    target = Target(
+    cost_model = CostModel(
         units=int(rng.integers(1, 9)),
         heads_per_item=1,
         lanes=lanes,
@@ -135,7 +135,7 @@ def random_model(rng):
         item=int(rng.choice([1000, 100_000])),
         grain=0,
     )
-    return Model(target, int(rng.integers(1, 3)), int(rng.integers(1, 3)))
+    return Model(cost_model, int(rng.integers(1, 3)), int(rng.integers(1, 3)))
 
 
 def test_plans_of_tiny_trees_are_within_a_tenth_of_the_best():
@@ -144,7 +144,7 @@ def test_plans_of_tiny_trees_are_within_a_tenth_of_the_best():
     while trees < 200:
         layout, model = tiny_tree(rng), random_model(rng)
         options = dict(num_qo_heads=model.heads * model.group, num_kv_heads=model.heads, head_dim=DIM)
-        whole = plan(layout, **options, target=Target(**{**vars(model.target), "grain": 1 << 40}))
+        whole = plan(layout, **options, cost_model=CostModel(**{**vars(model.cost_model), "grain": 1 << 40}))
         assert (whole.item[:, PARTIAL] < 0).all()
         stretches = [
             (int(s[ROW_LO]), int(s[ROW_HI]), int(t)) for s, t in zip(whole.seg, whole.seg_tokens, strict=True) if t
@@ -153,9 +153,10 @@ def test_plans_of_tiny_trees_are_within_a_tenth_of_the_best():
         if len(stretches) > 6 or choices > 3000:
             continue
         trees += 1
-        made = plan(layout, **options, target=model.target)
+        made = plan(layout, **options, cost_model=model.cost_model)
         items = made.item.tolist()
-        assert sum(of_plan(made, items, model)) * model.heads == _core.plan_count(made.buffer, model.target.values)[6]
+        counts = _core.plan_count(made.buffer, model.cost_model.values)
+        assert sum(of_plan(made, items, model)) * model.heads == counts[6]
         cuts += len(made.item) - len(whole.item)
         best = best_time(stretches, layout.num_rows, model)
         costs = of_plan(made, sorted(items), model)  # who reads first changes little, but a little: row order, as below

@@ -60,7 +60,7 @@ def walk(buffer):
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS), data=st.data())
 def test_hostile_buffers_are_refused_or_harmless(seed, kind, data):
     layout = random_layout(seed, kind, num_nodes=4, num_contexts=4).layout
-    made = plan(layout, **HEADS, window=data.draw(st.sampled_from([None, 6])), target=TINY)
+    made = plan(layout, **HEADS, window=data.draw(st.sampled_from([None, 6])), cost_model=TINY)
     buffer = made.buffer.copy()
     walk(buffer)
     values = (

@@ -139,8 +139,8 @@ def sketch(decoder: Decoder, search: Task) -> RichTree:
     """The nodes that a search's branches see: text of each, and how many branches it serves."""
     tree = decoder.worker.tree
     branches = tree.owned(search.index)
-    tips, _ = tree.positions_of(branches)
-    nodes = tree.nodes_seen(tips)
+    tips, _ = tree.tips(branches)
+    nodes = tree.visible_nodes(tips)
     serves = dict.fromkeys(nodes.tolist(), 0)
     for tip in tips.tolist():
         while tip >= 0:
@@ -161,8 +161,8 @@ def sketch(decoder: Decoder, search: Task) -> RichTree:
 
 
 def _text_of(decoder: Decoder, tree: Tree, node: int) -> str:
-    begin, length = int(tree.begin[node]), int(tree.length[node])
-    text = decoder.tokenizer.decode(tree.token[begin : begin + length].tolist())
+    begin, length = int(tree.arena.begin[node]), int(tree.length[node])
+    text = decoder.tokenizer.decode(tree.arena.token[begin : begin + length].tolist())
     return text.replace("\n", "\u23ce") or "(new)"
 
 

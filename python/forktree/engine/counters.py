@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from forktree.kv import Tree
-from forktree.kv.tree import Chunk
+from forktree.kv import Chunk, Tree
 
 
 @dataclass
@@ -51,8 +50,8 @@ def charge(
 def update_peaks(tree: Tree, by_owner: Mapping[int, Counters]) -> None:
     """Raises `peak_slots` to what the nodes of each search hold now."""
     least = min(by_owner)
-    node = np.flatnonzero((tree.held > 0) & (tree.owner >= least))
-    held = np.bincount(tree.owner[node] - least, weights=tree.held[node], minlength=1)
+    node = np.flatnonzero((tree.num_slots > 0) & (tree.owner >= least))
+    held = np.bincount(tree.owner[node] - least, weights=tree.num_slots[node], minlength=1)
     now: dict[int, int] = {}
     for owner, counters in by_owner.items():
         if owner - least < len(held):

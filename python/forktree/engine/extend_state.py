@@ -27,7 +27,7 @@ class ExtendState(RequestState):
         n = len(request.branches)
         self.request = request
         self.sampling = [request.sampling] * n if isinstance(request.sampling, Sampling) else list(request.sampling)
-        _, self._begin = worker.tree.positions_of(self.ids)  # their lengths
+        _, self._begin = worker.tree.tips(self.ids)  # their lengths
         beyond = self._begin + request.max_tokens - 1 > worker.runner.max_position  # the last token is not computed
         if beyond.any():
             bad = int(np.argmax(beyond))

@@ -26,7 +26,7 @@ from forktree.engine.users import Run
 from forktree.engine.worker import ModelWorker
 from forktree.engine.workers import Workers
 from forktree.errors import Cancelled
-from forktree.kv.tree import Chunk
+from forktree.kv import Chunk
 
 
 class Loop:

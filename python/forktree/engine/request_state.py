@@ -13,8 +13,8 @@ from forktree.engine.token_rows import in_order, joined, rows_of
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput, NonFinite, ScorerError
 from forktree.kv import Branch
-from forktree.kv.slots import spans
 from forktree.ops.token_request import TokenScores
+from forktree.plan.layout import ranges
 from forktree.rewards.scoring import Reading, Subject
 from forktree.search.request import NextLogits, Rewards, ScoreSuffixes, ScoreTokens, SuffixScores
 
@@ -89,7 +89,7 @@ class RowsState(RequestState):
         self._length = worker.tree.branch_length[self.ids].astype(np.int64)
         since = self._length - 1 if since is None else since
         self.indptr = np.concatenate([[0], np.cumsum(self._length - since)])
-        self._id, self.position = np.repeat(self.ids, self._length - since), spans(since, self._length - since)
+        self._id, self.position = np.repeat(self.ids, self._length - since), ranges(since, self._length - since)
         self.restart()
 
     def restart(self) -> None:

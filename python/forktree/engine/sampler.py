@@ -52,7 +52,7 @@ class SampledTokens:
         tree = self.worker.tree
         there = self._unchanged()
         if self.appended:
-            tree.name_newest(self.ids[there], tokens[there])
+            tree.resolve_last_tokens(self.ids[there], tokens[there])
         stays = np.zeros(len(tokens), bool)
         failed: Failures = {}
         for state, rows, part in self._parts():

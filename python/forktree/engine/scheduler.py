@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from forktree.engine.request_state import RequestState
 from forktree.engine.worker import ModelWorker
 from forktree.errors import OutOfMemory
-from forktree.kv import OutOfSlots, Tree
-from forktree.kv.tree import Chunk
+from forktree.kv import Chunk, OutOfSlots, Tree
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def _within_budget(tree: Tree, chunks: list[Chunk], budget: int) -> list[Chunk]:
     """Decode rows first, then prefills, the last one cut; nothing whose ancestors would not be there."""
     if sum(c.stop - c.begin for c in chunks) <= budget:
         return chunks
-    late = {c.node for c in chunks if c.stop > tree.computed[c.node]}
+    late = {c.node for c in chunks if c.stop > tree.num_computed[c.node]}
     waits = tree.sees_any([c.node for c in chunks], late)
     chosen: list[Chunk] = []
     for i in sorted(range(len(chunks)), key=lambda i: (waits[i], chunks[i].stop - chunks[i].begin > 1)):
@@ -108,6 +107,6 @@ def _within_budget(tree: Tree, chunks: list[Chunk], budget: int) -> list[Chunk]:
         stop = min(chunk.stop, chunk.begin + budget)
         chosen.append(chunk._replace(stop=stop))
         budget -= stop - chunk.begin
-        if stop == chunk.stop > tree.computed[chunk.node]:
+        if stop == chunk.stop > tree.num_computed[chunk.node]:
             late.discard(chunk.node)
     return chosen

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from forktree.checks import integers
 from forktree.device.transfer import upload
-from forktree.kv.slots import spans
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import Draw, Edits, Ragged, TokenRequest, TokenScores
+from forktree.plan.layout import ranges
 
 Rows = NDArray[np.int64]
 
@@ -39,7 +39,7 @@ def _rows_of_draw(draw: Draw, rows: Rows) -> Draw:
         sampling = [sampling[row] for row in rows]
     if edits is not None:
         count = np.diff(edits.indptr)[rows]
-        at = spans(edits.indptr[rows], count)
+        at = ranges(edits.indptr[rows], count)
         edits = Edits(np.concatenate([[0], np.cumsum(count)]), edits.ids[at], edits.ops[at], edits.values[at])
     if allowed is not None:
         allowed = allowed[upload(rows, allowed.device)]
@@ -50,7 +50,7 @@ def _ragged(select: Ragged, rows: Rows) -> tuple[Rows, Rows]:
     """Where the ids of some rows are among all, row by row, and how many each of these rows has, `[n]`."""
     indptr = select.indptr.cpu().numpy().astype(np.int64)
     count = np.diff(indptr)[rows]
-    return spans(indptr[rows], count), count
+    return ranges(indptr[rows], count), count
 
 
 def joined(parts: Sequence[tuple[Rows, TokenScores]], request: TokenRequest) -> TokenScores:
@@ -61,7 +61,7 @@ def joined(parts: Sequence[tuple[Rows, TokenScores]], request: TokenRequest) -> 
     order, ragged = np.argsort(rows), np.zeros(0, np.int64)
     if isinstance(request.select, Ragged):
         _, count = _ragged(request.select, rows)
-        ragged = spans((np.cumsum(count) - count)[order], count[order])
+        ragged = ranges((np.cumsum(count) - count)[order], count[order])
     found: dict[str, Tensor | None] = {}
     for name in (field.name for field in fields(TokenScores)):
         values = [value for _, scores in parts if (value := getattr(scores, name)) is not None]

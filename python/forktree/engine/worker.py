@@ -14,9 +14,9 @@ from torch import Tensor
 
 from forktree.device.transfer import upload
 from forktree.errors import DecoderInUse, InvalidInput
-from forktree.kv import Branch, PrefixIndex, Tree
+from forktree.kv import Branch, Chunk, PrefixIndex, Tree, tree_layout
 from forktree.kv.slots import Ints
-from forktree.kv.tree import NOBODY, UNKNOWN, Chunk
+from forktree.kv.tree import NO_OWNER, PENDING_TOKEN
 from forktree.model import Fingerprint, ModelSpec, Runner, attach
 from forktree.ops.checks import check_token_request
 from forktree.ops.token_request import TokenRequest
@@ -67,7 +67,7 @@ class ModelWorker:
         self.forwards = 0
         self._prefix_cache = prefix_cache
         self._hidden = torch.empty(0, self.runner.hidden_size, dtype=self.runner.dtype, device=self.runner.device)
-        self._sampled = torch.empty(0, dtype=torch.long, device=self.runner.device)  # of a node whose last is UNKNOWN
+        self._sampled = torch.empty(0, dtype=torch.long, device=self.runner.device)  # for PENDING_TOKEN
         self._plans: Any = None
         self._used = np.zeros(0, np.int64)  # nodes of the last layout
         self._planned_for: tuple[int, list[int]] | None = None
@@ -117,7 +117,7 @@ class ModelWorker:
         """Says that the model has changed where it cannot be seen."""
         self._proved = None
 
-    def open(self, tokens: ArrayLike, *, key: int = 0, owner: int = NOBODY) -> Branch:
+    def open(self, tokens: ArrayLike, *, key: int = 0, owner: int = NO_OWNER) -> Branch:
         """A branch that sees `tokens`, on the longest prefix the tree already has."""
         text = np.asarray(tokens)
         branch = self.tree.match(text, key=key, owner=owner) if self._prefix_cache else None
@@ -151,19 +151,19 @@ class ModelWorker:
 
     def is_ready(self, branches: Branches) -> NDArray[np.bool_]:
         """Whether the hidden state of each branch's last token is kept, `[n]`."""
-        node, length = self.tree.positions_of(branches)
-        return self.tree.hidden_at[node] == length - 1
+        node, length = self.tree.tips(branches)
+        return self.tree.hidden_position[node] == length - 1
 
     def hidden(self, branches: Branches) -> Tensor:
         """Last hidden state of each branch, `[n, H]`; all must be ready."""
-        node, _ = self.tree.positions_of(branches)
+        node, _ = self.tree.tips(branches)
         return self._hidden[upload(node.astype(np.int64), self._hidden.device)]
 
     def kept(self, ids: NDArray[np.int64], positions: NDArray[np.integer]) -> tuple[NDArray[np.bool_], Tensor]:
         """Which of the tokens, one at a position of each of the branches `ids`, have a hidden state that is kept,
         `[n]`, and these states, `[k, H]`."""
         node = self.tree.nodes_at(ids, positions)
-        found = self.tree.hidden_at[node] == positions
+        found = self.tree.hidden_position[node] == positions
         return found, self._hidden[upload(node[found].astype(np.int64), self._hidden.device)]
 
     def computed(self, ids: NDArray[np.int64], positions: NDArray[np.integer]) -> tuple[NDArray[np.bool_], Tensor]:
@@ -178,9 +178,9 @@ class ModelWorker:
 
     def append_sampled(self, branches: Branches, tokens: Tensor) -> None:
         """One more token for each branch, int64 `[n]`, which the device knows and the host does not: it can be
-        computed, and is `UNKNOWN` to the tree until that is told (`Tree.name_newest`) or it is retracted."""
-        self.tree.append_unknown(branches)
-        node, _ = self.tree.positions_of(branches)
+        computed, and is `PENDING_TOKEN` to the tree until it is resolved or undone."""
+        self.tree.append_pending(branches)
+        node, _ = self.tree.tips(branches)
         self._make_room()
         self._sampled[upload(node.astype(np.int64), self._sampled.device)] = tokens
 
@@ -188,14 +188,14 @@ class ModelWorker:
         """Takes back the newest token of each branch. hidden `[n, H]`: states of the tokens before, which computing
         the newest may have replaced."""
         tree = self.tree
-        tree.retract(branches)
-        node, length = tree.positions_of(branches)
+        tree.undo_append(branches)
+        node, length = tree.tips(branches)
         node, first = np.unique(node, return_index=True)
-        lost = tree.hidden_at[node] < 0
+        lost = tree.hidden_position[node] < 0
         node, first = node[lost].astype(np.int64), first[lost]
         to, row = upload(np.stack([node, first]), hidden.device)
         self._hidden[to] = hidden[row]
-        tree.hidden_at[node] = length[first] - 1
+        tree.hidden_position[node] = length[first] - 1
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """One forward pass over `chunks`, whose slots are reserved and whose ancestors are computed or among them.
@@ -206,10 +206,10 @@ class ModelWorker:
         self._passed = passed = _Pass(chunks)
         to, end = upload(passed.tips, device)
         tokens: Ints | Tensor = ids
-        if ids.min() == UNKNOWN:
+        if ids.min() == PENDING_TOKEN:
             tokens = upload(ids.astype(np.int64), device)
             newest = tokens[end]
-            tokens[end] = torch.where(newest == UNKNOWN, self._sampled[to], newest)
+            tokens[end] = torch.where(newest == PENDING_TOKEN, self._sampled[to], newest)
         hidden = self.runner.forward(tokens, positions, tree.slots_of(chunks), self._plans_for(chunks))
         passed.hidden = hidden
         self._hidden[to] = hidden[end]
@@ -231,16 +231,17 @@ class ModelWorker:
         nodes = [c.node for c in chunks]
         tree = self.tree
         # a token computed again, for its hidden state alone, is planned as a fixed range: that plan cannot grow
-        steady = all(c.begin == tree.computed[c.node] and c.stop == c.begin + 1 == tree.length[c.node] for c in chunks)
+        computed = tree.num_computed
+        steady = all(c.begin == computed[c.node] and c.stop == c.begin + 1 == tree.length[c.node] for c in chunks)
         key = (tree.version, nodes) if steady else None
         length = tree.length[self._used]
         if key is not None and key == self._planned_for and length.sum() <= 1.25 * self._planned_tokens:
             positions = (tree.start[nodes] + tree.length[nodes] - 1).astype(np.int32)
-            grown = {kind: plan.grow(length, positions, tree.slot_index) for kind, plan in self._plans.items()}
+            grown = {kind: plan.grow(length, positions, tree.arena.slot_index) for kind, plan in self._plans.items()}
             self._plans = grown
         else:
-            self._used = tree.nodes_seen(nodes)
+            self._used = tree.visible_nodes(nodes)
             self._planned_tokens = int(tree.length[self._used].sum())
-            self._plans = self.runner.plans(tree.layout(chunks))
+            self._plans = self.runner.plans(tree_layout(tree, chunks))
         self._planned_for = key
         return self._plans

@@ -14,8 +14,7 @@ from forktree.engine.request_state import RequestState, RewardState, TokensState
 from forktree.engine.task import NUMBERS, Root, Task
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
-from forktree.kv import Branch
-from forktree.kv.tree import Chunk
+from forktree.kv import Branch, Chunk
 from forktree.rewards.scoring import Subject
 from forktree.search.base import needs_scorer
 from forktree.search.request import Extend, NextLogits, Request, Score, ScoreSuffixes, ScoreTokens
@@ -89,7 +88,7 @@ class Workers:
     def _worker_of(self, branches: Sequence[Branch]) -> ModelWorker:
         """The worker whose tree has the first branch; the policy if none has, which then refuses it."""
         first = next(iter(branches), None)
-        owns = (w for w in self.named.values() if isinstance(first, Branch) and first._tree is w.tree)
+        owns = (w for w in self.named.values() if isinstance(first, Branch) and first.tree is w.tree)
         return next(owns, self.main)
 
     def charge(self, worker: ModelWorker, tasks: Sequence[Task], chunks: Sequence[Chunk]) -> None:

@@ -6,7 +6,7 @@ prefixes stay alive when no search reads them any more.
 
 from collections import OrderedDict
 
-from forktree.kv.tree import NOBODY, Branch, Tree
+from forktree.kv.tree import NO_OWNER, Branch, Tree
 
 
 class PrefixIndex:
@@ -23,7 +23,7 @@ class PrefixIndex:
         """Keeps the tokens that `branch` sees; a prefix already kept becomes the most recently used."""
         key = self._tree.tokens(branch).tobytes()
         if key not in self._kept:
-            self._kept[key] = self._tree.fork(branch, 1, owner=NOBODY)[0]
+            self._kept[key] = self._tree.fork(branch, 1, owner=NO_OWNER)[0]
         self._kept.move_to_end(key)
 
     def branches(self) -> list[Branch]:

@@ -3,6 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from forktree.plan.layout import ranges
+
 Ints = NDArray[np.int32]
 
 
@@ -14,15 +16,8 @@ class OutOfSlots(Exception):
         self.needed, self.free, self.total = needed, free, total
 
 
-def spans(begin: NDArray[np.integer], length: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Concatenation of `begin[i], begin[i] + 1, …, begin[i] + length[i] - 1` over all i."""
-    ends = np.cumsum(length, dtype=np.int64)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(begin - (ends - length), length)
-
-
 class SlotAllocator:
-    """`num_slots` slots, low ones first. `take` obtains all it is asked for or raises `OutOfSlots`.
+    """`num_slots` slots, low ones first. `allocate` obtains all it is asked for or raises `OutOfSlots`.
 
     A bitmap says which are free, as far as slots were ever looked at; beyond it all are.
     """
@@ -34,13 +29,13 @@ class SlotAllocator:
         self.num_free = num_slots
         self._free = np.ones(0, dtype=bool)
         self._lowest = 0  # no slot below it is free
-        self._end = 0  # no slot from it on was ever taken
+        self._end = 0  # no slot from it on was ever allocated
 
     @property
     def in_use(self) -> int:
         return self.num_slots - self.num_free
 
-    def take(self, count: int, extent: int = 0) -> Ints:
+    def allocate(self, count: int, extent: int = 0) -> Ints:
         """`count` slots: the lowest contiguous run that holds them all, else the longest runs first.
 
         extent: the longest piece that the caller wants contiguous, at most and by default `count`. The search of
@@ -57,7 +52,7 @@ class SlotAllocator:
             taken = np.arange(first, first + count, dtype=np.int32)
         else:
             longest = np.argsort(-length, kind="stable")
-            taken = spans(begin[longest], length[longest])[:count].astype(np.int32)
+            taken = ranges(begin[longest], length[longest])[:count].astype(np.int32)
         self._free[taken] = False
         self._end = max(self._end, int(taken.max(initial=-1)) + 1)
         self.num_free -= count
@@ -74,8 +69,8 @@ class SlotAllocator:
         edges = np.flatnonzero(np.diff(self._free[begin:stop].astype(np.int8), prepend=0, append=0)) + begin
         return edges[::2], edges[1::2] - edges[::2]
 
-    def give(self, slots: Ints) -> None:
-        """Takes back slots that were handed out by `take`."""
+    def free(self, slots: Ints) -> None:
+        """Takes back slots that were handed out by `allocate`."""
         assert not self._free[slots].any(), "a slot was given back twice"
         self._free[slots] = True
         self._lowest = min(self._lowest, int(slots.min(initial=self.num_slots)))

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from forktree import _core
-from forktree.plan.cost_model import NARROW
+from forktree.plan.cost_model import ROOFLINE_ROWS
 
 BACKENDS = {
     "reference": "forktree.ops.reference",
@@ -119,7 +119,7 @@ def _best(operation: str, x: Tensor, *others: Any) -> str:
     if max(dim, value_dim) > MAX_DIM:
         return "torch"
     fits = dim == value_dim and dim in CUDA_DIMS and x.dtype != torch.float32
-    narrow = fits and rows * heads <= NARROW * kv_heads
+    narrow = fits and rows * heads <= ROOFLINE_ROWS * kv_heads
     return cuda if narrow and in_chunks(others[0]) and in_chunks(others[1]) else triton
 
 

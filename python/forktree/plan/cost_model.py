@@ -1,4 +1,4 @@
-"""What work costs on a machine: the constants of the planner's model (`csrc/plan_cost.hpp`)."""
+"""What work costs on a machine: the constants of the planner's model (`csrc/plan/cost_model.hpp`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Target:
+class CostModel:
     """What work costs, in picoseconds. A segment of r rows and t tokens costs, for each KV head,
 
         max(bytes of K and V, multiply-adds and exponentials) + rescaled sums, once every 64 tokens,
@@ -45,7 +45,7 @@ class Target:
 
 COUNTS = ("units", "heads_per_item", "lanes", "max_lanes")
 TIMES = ("item", "grain")
-CPU = Target(
+CPU = CostModel(
     units=16,
     heads_per_item=1,
     lanes=16,
@@ -65,10 +65,10 @@ CPU = Target(
 SMS = 132  # streaming multiprocessors, where there is no device to ask
 
 
-def narrow_gpu(sms: int = SMS) -> Target:
+def memory_bound_gpu(sms: int = SMS) -> CostModel:
     """For steps bound by memory, on `mma.sync`: two blocks of 64 packed rows a multiprocessor, all together about
     350 TFLOP/s."""
-    return Target(
+    return CostModel(
         units=2 * sms,
         heads_per_item=1,
         lanes=16,
@@ -84,10 +84,10 @@ def narrow_gpu(sms: int = SMS) -> Target:
     )
 
 
-def wide_gpu(sms: int = SMS) -> Target:
+def compute_bound_gpu(sms: int = SMS) -> CostModel:
     """For steps bound by arithmetic, on `wgmma`: one block of 128 packed rows a multiprocessor, all together about
     450 TFLOP/s."""
-    return Target(
+    return CostModel(
         units=sms,
         heads_per_item=1,
         lanes=16,
@@ -106,14 +106,14 @@ def wide_gpu(sms: int = SMS) -> Target:
 # Packed rows (query rows x heads of a group) of a step up to which reading K and V takes longer than arithmetic. A
 # packed row does 4 FLOP for an element of K and one of V, 4 bytes: an H200 with 790 TFLOP/s in bf16 and 4.3 TB/s needs
 # 790 / 4.3 = 180 of them to be busy.
-NARROW = 180
+ROOFLINE_ROWS = 180
 
 
-def target_for(device: torch.device, packed_rows: int) -> Target:
-    """The target of a device for a step of that many query rows x heads of a group."""
+def cost_model_for(device: torch.device, packed_rows: int) -> CostModel:
+    """The cost model of a device for a step of that many query rows x heads of a group."""
     if device.type == "cpu":
         return CPU
-    return (narrow_gpu if packed_rows <= NARROW else wide_gpu)(multiprocessors(device))
+    return (memory_bound_gpu if packed_rows <= ROOFLINE_ROWS else compute_bound_gpu)(multiprocessors(device))
 
 
 @lru_cache

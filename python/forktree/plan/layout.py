@@ -88,7 +88,7 @@ class TreeLayout:
         return masked
 
     @cached_property
-    def uneven(self) -> npt.NDArray[np.bool_]:
+    def partially_visible(self) -> npt.NDArray[np.bool_]:
         """[C] whether rows of the context see different parts of the tip's last `rows` tokens."""
         chunks: npt.NDArray[np.bool_] = (self.causal == 1) & (self.context_rows > 1)
         return chunks | self.masked
@@ -275,7 +275,7 @@ class TreeLayout:
         self._check_contexts()
         self._check_paths()
         self._check_masks()
-        self._check_uneven()
+        self._check_partially_visible()
 
     def _check_nodes(self) -> None:
         n = self.num_nodes
@@ -354,11 +354,11 @@ class TreeLayout:
             "no words or rows * ceil(rows / 32) words a context",
         )
 
-    def _check_uneven(self) -> None:
-        if self.uneven.any():
+    def _check_partially_visible(self) -> None:
+        if self.partially_visible.any():
             _expect(
                 "row_indptr",
-                ~self.uneven | (self.context_rows <= self.tip_len),
+                ~self.partially_visible | (self.context_rows <= self.tip_len),
                 self.context_rows,
                 "no more rows than the context sees tokens of its tip, as it is causal or masked",
             )

@@ -4,7 +4,7 @@
     seg  [Q, 8]  index_begin, start, stop or LIVE, node, row_lo, row_hi, pos, contiguous
     row  [R, 6]  row of the layout, token, tip, tail, last, mask
     merge        CSR: output token -> partials, in path order
-    clear [Z]    output tokens that no item writes and nothing is merged for
+    empty_tokens [Z]  output tokens that no item writes and nothing is merged for
 
 Rows are numbered in plan order: contexts depth-first over the tree, so that the readers of every stretch of a
 node are consecutive. An item is a range of rows (a subtree of queries) that walks its segments, top first. A
@@ -18,7 +18,7 @@ At first a root tree is one item (joins make several trees one). The planner (`c
 costliest item in two until all cost less than their share, choosing what makes the predicted time least:
 - by rows: what rows on both sides see is read again, from cache;
 - by tokens: rows that see tokens on both sides write partials, to be merged.
-The predicted time is that of all items spread over `Target.units`, or that of the longest one if that is more.
+The predicted time is that of all items spread over `CostModel.units`, or that of the longest one if that is more.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from forktree import _core
-from forktree.plan.cost_model import Target, target_for
+from forktree.plan.cost_model import CostModel, cost_model_for
 from forktree.plan.layout import Array, IntArray, TreeLayout, ranges
 
 LIVE = TreeLayout.ALL  # stop of a segment that ends where its node does, also after growing
@@ -70,13 +70,13 @@ class AttentionPlan:
     head_dim: int
     device: str
     window: int | None
-    target: Target
+    cost_model: CostModel
     buffer: IntArray  # all of it, as `csrc/plan_view.hpp` says; the arrays below are views of it
     item: IntArray  # [W, 5]
     seg: IntArray  # [Q, 8]
     merge_indptr: IntArray  # [T+1]
     merge_partial: IntArray  # [P]
-    clear: IntArray  # [Z]
+    empty_tokens: IntArray  # [Z]
     row: IntArray  # [R, 6]
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # what backends prepare once a plan
     before: weakref.ref[AttentionPlan] | None = field(default=None, repr=False)  # what it grew from
@@ -93,7 +93,7 @@ class AttentionPlan:
     @cached_property
     def growing(self) -> slice:
         """Where the buffer has what growing changes: node_len [N], then row_pos [R]."""
-        fixed = (self.item, self.seg, self.merge_indptr, self.merge_partial, self.clear, self.row)
+        fixed = (self.item, self.seg, self.merge_indptr, self.merge_partial, self.empty_tokens, self.row)
         begin = HEADER + sum(x.size for x in fixed)
         return slice(begin, begin + self.layout.num_nodes + self.layout.num_rows)
 
@@ -123,7 +123,7 @@ class AttentionPlan:
         """The same plan after tips grew and their rows moved on, see `TreeLayout.grown`."""
         layout = self.layout.grown(node_len, row_pos, slot_index)
         grew = layout.node_len > self.layout.node_len
-        fixed = self.layout.tip[self.layout.uneven]
+        fixed = self.layout.tip[self.layout.partially_visible]
         if grew[fixed].any():
             node = int(fixed[np.argmax(grew[fixed])])
             raise ValueError(
@@ -148,7 +148,7 @@ class AttentionPlan:
     def stats(self, itemsize: int = 2) -> PlanStats:
         """Itemsize: bytes of one element of K or V."""
         distinct, planned, attended, computed, padded, predicted, total, longest = _core.plan_count(
-            self.buffer, self.target.values
+            self.buffer, self.cost_model.values
         )
         size = 2 * self.num_kv_heads * self.head_dim * itemsize
         return PlanStats(
@@ -161,7 +161,7 @@ class AttentionPlan:
             partials=self.num_partials,
             partial_bytes=self.num_partials * self.num_qo_heads * (self.head_dim + 2) * 4,
             padding=padded * self.num_kv_heads / max(1, attended * self.num_qo_heads),
-            imbalance=max(1.0, longest * self.target.units / max(1, total)),
+            imbalance=max(1.0, longest * self.cost_model.units / max(1, total)),
             predicted=predicted / 1e6,
         )
 
@@ -174,7 +174,7 @@ def plan(
     head_dim: int,
     device: Any = "cpu",
     window: int | None = None,
-    target: Target | None = None,
+    cost_model: CostModel | None = None,
     max_partials: int | None = None,
     invariant: bool = False,
 ) -> AttentionPlan:
@@ -182,7 +182,7 @@ def plan(
 
     Args:
         device: where it will be executed.
-        target: what work costs; default: that of the device.
+        cost_model: what work costs; default: that of the device.
         max_partials: rows of partials there may be; tokens with several rows need one for each.
         invariant: plan each root tree as if it were alone in the step, so that a row's bits do not depend on
             strangers. Costs balance where many trees are large, nothing where there is one.
@@ -196,8 +196,8 @@ def plan(
         raise ValueError(f"window must be in [1, 2**31) or None, got {window}")
     if max_partials is not None and max_partials < 0:
         raise ValueError(f"max_partials must be at least 0 or None, got {max_partials}")
-    if target is None:
-        target = target_for(torch.device(device), layout.num_rows * num_qo_heads // num_kv_heads)
+    if cost_model is None:
+        cost_model = cost_model_for(torch.device(device), layout.num_rows * num_qo_heads // num_kv_heads)
     buffer = _core.plan(
         layout.slot_index,
         layout.node_begin,
@@ -220,7 +220,7 @@ def plan(
         num_kv_heads,
         head_dim,
         window or 0,
-        target.values,
+        cost_model.values,
         2**31 - 1 if max_partials is None else max_partials,
         invariant,
     )
@@ -232,7 +232,7 @@ def plan(
         head_dim,
         str(device),
         window,
-        target,
+        cost_model,
         buffer,
         item,
         seg,
@@ -334,8 +334,8 @@ def check_plan(plan: AttentionPlan) -> None:
                 f"token {token} must be written once, got {direct[token]} direct items and {len(expected)} partials"
             )
         _check_path_order(layout, token, [partial_reads[p] for p in got])
-    if plan.clear.tolist() != [t for t, expected in enumerate(partials) if not expected and not direct[t]]:
-        raise ValueError(f"clear must be the tokens that nothing writes, got {plan.clear}")
+    if plan.empty_tokens.tolist() != [t for t, expected in enumerate(partials) if not expected and not direct[t]]:
+        raise ValueError(f"empty_tokens must be the tokens that nothing writes, got {plan.empty_tokens}")
     ids = np.sort(plan.merge_partial)
     if not np.array_equal(ids, np.arange(ids.size)):
         raise ValueError(f"merge_partial must name each partial once, got {ids}")
@@ -382,7 +382,7 @@ def _check_buffer(plan: AttentionPlan) -> None:
         raise ValueError(f"buffer must have the plan's heads and window, {heads}, got {buffer[9:13]}")
     mask = np.zeros(0, np.int32) if layout.mask_bits is None else layout.mask_bits.view(np.int32)
     sections = (*_sections(buffer), layout.node_len, layout.row_pos, mask)
-    parts = (plan.item, plan.seg, plan.merge_indptr, plan.merge_partial, plan.clear, plan.row, *sections[6:])
+    parts = (plan.item, plan.seg, plan.merge_indptr, plan.merge_partial, plan.empty_tokens, plan.row, *sections[6:])
     for part, section in zip(parts, sections, strict=True):
         if not np.array_equal(part, section):
             raise ValueError(f"buffer must hold the plan's arrays, got {section} for {part}")

@@ -40,7 +40,7 @@ from forktree.kv import Branch
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
-_STATES = "_forktree_states"  # attribute of a processor that has `fork`: the mark behind each state, int64
+_STATES = "_forktree_states"  # attribute of a processor that has `fork`: the tag of each state's text, int64
 
 
 def process(processors: Sequence[Processor], branches: Sequence[Branch], input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -76,18 +76,19 @@ def check_processors(name: str, value: object) -> None:
 
 
 def _tell(processors: Sequence[Any], branches: Sequence[Branch]) -> None:
-    """Calls `fork` of each. A state is known by the mark that its branch got when it was last asked."""
-    tree = branches[0]._tree
-    marks, lengths = tree.marks_of(branches)
-    added = np.array([branch.length for branch in branches]) - lengths
-    fresh = tree.mark(branches)
-    live = tree.branch_mark[tree.branch_node >= 0]
+    """Calls `fork` of each. A state is known by the tag that its branch got when it was last asked."""
+    tree = branches[0].tree
+    ids = tree.ids(branches, distinct=True)
+    tags, length = tree.tags.tag[ids], tree.branch_length[ids]
+    added = length - tree.tags.length[ids]
+    fresh = tree.tags.renew(ids, length)
+    live = tree.tags.tag[tree.branch_node >= 0]
     for processor in processors:
         known = vars(processor).get(_STATES, live[:0])
         waiting = known[np.isin(known, live)]
-        goes_on = np.isin(marks, known)
-        place = {mark: i for i, mark in enumerate(known.tolist())}
-        parents = [place.get(mark, -1) for mark in [*marks.tolist(), *waiting.tolist()]]
+        goes_on = np.isin(tags, known)
+        place = {tag: i for i, tag in enumerate(known.tolist())}
+        parents = [place.get(tag, -1) for tag in [*tags.tolist(), *waiting.tolist()]]
         new = [n if on else len(b.tokens) for n, on, b in zip(added.tolist(), goes_on, branches, strict=True)]
         processor.fork(torch.tensor(parents), torch.tensor(new))
         vars(processor)[_STATES] = np.concatenate([fresh, waiting])

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-
-import forktree
 import test_compile
 import test_models
 import test_sequences
+import torch
+
+import forktree
 import tiny
 from forktree import sequences
 from forktree.model import Runner, attach

@@ -181,3 +181,18 @@ def test_a_call_without_a_device_says_so(tmp_path: Path) -> None:
     subprocess.run([*command, "-o", tmp_path / "main"], check=True)
     result = subprocess.run([tmp_path / "main"], capture_output=True, text=True)
     assert result.stdout.startswith("no CUDA device: cudaGetDeviceCount says ")
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+def test_every_module_is_installed(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    sources = {ROOT / "python/forktree": "forktree", ROOT / "triton_kernels": "forktree/triton_kernels"}
+    expected = {
+        f"{package}/{path.relative_to(folder).as_posix()}"
+        for folder, package in sources.items()
+        for path in folder.rglob("*.py")
+    }
+    installed = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {name for name in installed if name.endswith(".py")} == expected
+    assert {"forktree/py.typed", "forktree/_core.pyi", "forktree/demo/model/model.safetensors"} <= installed
