@@ -23,13 +23,21 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
-QUICK := tests/plan tests/kv tests/search tests/rewards tests/device
+QUICK := tests/kv tests/plan tests/search tests/rewards
 
 quick: $(STAMP)
 	$(BIN)/pytest -q -m "not slow" $(QUICK)
 
 bench: $(STAMP)
 	$(BIN)/python bench/decode.py
+
+# The site, in build/site. A broken link, anchor or reference fails it.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/pip install -q -e ".[docs]"
+	touch $@
 
 # The core again under sanitizers, each build with a copy of the package, and the tests of what the core does. What a
 # sanitizer finds ends the run. ThreadSanitizer cannot see OpenMP's locks, and older ones want addresses that are not

@@ -9,66 +9,16 @@ Prints a table and writes bench/results/decode-<device>.json.
 """
 
 import argparse
-import json
-import platform
-import shutil
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
 
-import forktree
-
-SHAPES = {  # what the name says; random weights
-    "qwen2-0.5b": (
-        Qwen2Config,
-        dict(
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-            vocab_size=151936,
-        ),
-    ),
-    "llama-3.2-1b": (
-        LlamaConfig,
-        dict(
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            vocab_size=128256,
-        ),
-    ),
-    "tiny": (
-        Qwen2Config,
-        dict(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=1000,
-        ),
-    ),
-}
-
-
-class Case(NamedTuple):
-    search: str  # "beams" or "samples"
-    prompt: int  # tokens
-    rounds: int  # the median is reported
-
+from common.decoding import SHAPES, Case, build, sides
+from common.measure import about, write
 
 CASES = [Case("beams", 1024, 2), Case("samples", 1024, 2), Case("samples", 4096, 1)]
 
@@ -79,65 +29,6 @@ def case(text: str) -> Case:
     if search not in ("beams", "samples"):
         raise ValueError(f"a case must search by beams or samples, got {text!r}")
     return Case(search, int(prompt), int(rounds))
-
-
-def build(shape: str, device: str) -> PreTrainedModel:
-    """A random bf16 model without an end-of-sequence token, so that every run makes all its tokens."""
-    torch.manual_seed(0)
-    config_class, sizes = SHAPES[shape]
-    config = config_class(
-        **sizes, max_position_embeddings=32768, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None
-    )
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-
-
-def sides(
-    case: Case, model: PreTrainedModel, args: argparse.Namespace, proofs: list[float]
-) -> dict[str, Callable[[], int]]:
-    """Calls by name; each returns the bytes of its KV. `proofs` gets the seconds of the model's proof."""
-    n = args.width
-    prompt = torch.randint(0, model.config.vocab_size, (1, case.prompt), device=args.device)
-    slots = case.prompt + n * args.new
-    began = time.perf_counter()
-    decoder = forktree.Decoder(model, num_slots=slots, prefix_cache=False)
-    proofs.append(time.perf_counter() - began)
-    beams = case.search == "beams"
-    how = dict(num_beams=n, do_sample=False) if beams else dict(num_return_sequences=n, do_sample=True, top_k=0)
-    search = forktree.BeamSearch(num_beams=n) if beams else forktree.Sample(num_return_sequences=n)
-
-    def theirs() -> int:
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=args.new,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            **how,
-        )
-        assert all(len(row) == case.prompt + args.new for row in out.sequences.tolist())  # waits for the device
-        return sum(t.nbytes for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
-
-    def ours() -> int:
-        (result,) = decoder.search(prompt[0].tolist(), search, max_new_tokens=args.new)
-        assert all(len(c.token_ids) == args.new for c in result.candidates), result.error
-        return slots * decoder.worker.runner.bytes_per_slot
-
-    return {"transformers": theirs, "forktree": ours}
-
-
-def about(args: argparse.Namespace) -> dict[str, Any]:
-    """What a report says of its run."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return dict(
-        commit=commit,
-        machine=torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
-        threads=args.threads,
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        arguments=vars(args),
-    )
 
 
 def main() -> None:
@@ -180,7 +71,8 @@ def main() -> None:
     print(f"proof of the model, once: {proof:.1f} s")
     if args.shape != "tiny":
         path = Path(__file__).parent / "results" / f"decode-{args.device}.json"
-        path.write_text(json.dumps(dict(**about(args), proof_seconds=proof, cases=report), indent=1) + "\n")
+        run = about(args.device) | dict(threads=args.threads, arguments=vars(args))
+        write(path, run | dict(proof_seconds=proof, cases=report))
 
 
 if __name__ == "__main__":

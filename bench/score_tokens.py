@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import Stopwatch, about, summary, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from common.measure import Stopwatch, about, summary, write
 from forktree import Draw, Sampling, TokenRequest, _core
 from forktree.ops import score_tokens
 

@@ -13,7 +13,6 @@ and writes bench/results/step-<device>.json.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,12 +21,13 @@ from timeit import repeat
 from typing import Any
 
 import torch
-from decode import SHAPES, about, build
 from rich.console import Console
 from rich.table import Table
 from transformers import AttentionInterface
 
 import forktree
+from common.decoding import SHAPES, build
+from common.measure import about, write
 from forktree.model import interface
 
 PARTS = ("model", "head", "attention", "planning", "packing", "tree", "search", "engine")
@@ -130,7 +130,8 @@ def main() -> None:
     print(f"looking whether weights have changed: {look:.2f} ms a call, {look / step:.1%} of a step")
     if args.shape != "tiny":
         path = Path(__file__).parent / "results" / f"step-{args.device}.json"
-        path.write_text(json.dumps(dict(**about(args), ms_per_step=report, ms_per_look=look), indent=1) + "\n")
+        run = about(args.device) | dict(threads=args.threads, arguments=vars(args))
+        write(path, run | dict(ms_per_step=report, ms_per_look=look))
 
 
 if __name__ == "__main__":

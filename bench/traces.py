@@ -3,7 +3,7 @@
     python bench/traces.py     # a minute of CPU; writes bench/traces/beam.json and particles.json
 
 A trace holds the nodes' parents and lengths and the nodes that look. The recorded searches are short (a prompt of some
-20 tokens, at most 48 new ones): `workloads.trace` says how lengths are scaled.
+20 tokens, at most 48 new ones): `common.workloads.trace` says how lengths are scaled.
 """
 
 import json
@@ -11,9 +11,9 @@ from itertools import islice
 
 import numpy as np
 import torch
-from workloads import TRACES, Tree, from_paths
 
 import forktree
+from common.workloads import TRACES, Tree, from_paths
 from forktree.demo import run, task
 
 WIDTH = 64  # beams, particles
@@ -47,7 +47,7 @@ def main() -> None:
     searches = {
         "beam": forktree.BeamSearch(num_beams=WIDTH),
         "particles": forktree.ParticleFilter(
-            scorer=head, num_particles=WIDTH, temperature=run.TEMPERATURE, step_delimiter="\n"
+            reward=head, num_particles=WIDTH, temperature=run.TEMPERATURE, step_delimiter="\n"
         ),
     }
     TRACES.mkdir(exist_ok=True)

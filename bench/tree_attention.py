@@ -1,8 +1,8 @@
-"""The attention of one layer and step beside PyTorch's, all sides interleaved in one run.
+"""The attention of one layer and step beside PyTorch's, all sides in turns within one run.
 
     python bench/tree_attention.py                      # every case, 2 threads, a few minutes
     python bench/tree_attention.py --case "64 branches" # those whose name contains it; writes no file
-    # on a GPU: bench/gpu_attention.py
+    # on a GPU: bench/gpu/attention.py
 
 Sides: `forktree` (the op, its plan made beforehand), `avx2` (the same, held to AVX2), `grouped` (forktree's PyTorch
 backend), and `scaled_dot_product_attention` on the batch of all branches: `sdpa` as users write it, with enable_gqa,
@@ -17,13 +17,8 @@ Prints a table and writes bench/results/tree_attention-cpu.json.
 """
 
 import argparse
-import json
 import os
-import platform
-import shutil
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -31,18 +26,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import workloads
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from workloads import Tree, levels, star
 
+from common import baselines, workloads
+from common.baselines import Problem
+from common.measure import Call, Stopwatch, about, host_us, write
+from common.workloads import Tree, levels, star
 from forktree import TreeLayout, _core
 from forktree.ops import tree_attention
 from forktree.plan.plan import AttentionPlan, plan
 
-SECONDS = 3.0  # a side gets no more rounds once it took this long, but three at least
+SECONDS = 3.0  # a side gets no more rounds once it took this long, but five at least
 BF16, FP32 = torch.bfloat16, torch.float32
 TOLERANCE = {BF16: 0.02, FP32: 1e-4}  # of the largest output
 
@@ -66,25 +63,28 @@ CASES = [
 ]
 
 
-def layout(case: Case) -> TreeLayout:
-    """One row a leaf, or one chunk. Tips that grew from another node have their slots in scattered extents."""
-    made = workloads.layout(case.tree, workloads.slots(case.tree, workloads.EXTENT))
+def layout(case: Case, p: Problem) -> TreeLayout:
+    """One row a leaf, or one chunk."""
+    made = workloads.layout(case.tree, p.slot_of)
     if not case.chunk:
         return made
     rows = np.arange(case.tree.length[0])
     return replace(made, row_indptr=[0, rows.size], causal=[1], row_token=rows, row_pos=rows)
 
 
-def sides(case: Case, dtype: torch.dtype, made: AttentionPlan) -> dict[str, Callable[[], Tensor]]:
+def problem(case: Case, dtype: torch.dtype) -> Problem:
+    """Tips that grew from another node have their slots in scattered extents."""
+    slot_of = workloads.slots(case.tree, workloads.EXTENT)
+    p = baselines.problem(case.tree, slot_of, *case.heads, "cpu", dtype)
+    heads, _, dim = case.heads
+    return replace(p, q=torch.randn(case.tree.length[0], heads, dim, dtype=dtype)) if case.chunk else p
+
+
+def sides(case: Case, p: Problem, made: AttentionPlan) -> dict[str, Call]:
     """Calls by name; all return [rows, Hq, D] values, SDPA's in a shape of its own."""
-    heads, kv_heads, dim = case.heads
-    torch.manual_seed(0)
-    tree = made.layout
-    q = torch.randn(tree.num_rows, heads, dim, dtype=dtype)
-    k_slots, v_slots = torch.randn(2, tree.slot_index.size, kv_heads, dim, dtype=dtype)
 
     def ours() -> Tensor:
-        out = tree_attention(q, k_slots, v_slots, made)
+        out = tree_attention(p.q, p.k_slots, p.v_slots, made)
         assert isinstance(out, Tensor)
         return out
 
@@ -103,24 +103,21 @@ def sides(case: Case, dtype: torch.dtype, made: AttentionPlan) -> dict[str, Call
         finally:
             del os.environ["FORKTREE_BACKEND"]
 
+    calls: dict[str, Call] = {"forktree": ours, "avx2": avx2, "grouped": grouped}
+    batch = baselines.expanded(p)
     if case.chunk:
-        batch, q_batch = [tree.visible(tree.num_rows - 1)[0]], q.transpose(0, 1)[None]
+        q = p.q.transpose(0, 1)[None]
+        group = case.heads[0] // case.heads[1]
+        k, v = (x.repeat_interleave(group, 1) for x in (batch.k, batch.v))
+        calls["sdpa"] = lambda: sdpa(q, batch.k, batch.v, is_causal=True, enable_gqa=True)
+        calls["sdpa fast"] = lambda: sdpa(q, k, v, is_causal=True)
     else:
-        batch, q_batch = [tree.visible(row)[0] for row in range(tree.num_rows)], q[:, :, None]
-    slots = torch.from_numpy(tree.slot_index[np.stack(batch)]).long()
-    k, v = (pool[slots].transpose(1, 2).contiguous() for pool in (k_slots, v_slots))  # [B, Hk, L, D]
-    calls = {"forktree": ours, "avx2": avx2, "grouped": grouped}
-    calls["sdpa"] = lambda: sdpa(q_batch, k, v, is_causal=case.chunk, enable_gqa=True)
-    if case.chunk:
-        wide_k, wide_v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
-        calls["sdpa fast"] = lambda: sdpa(q_batch, wide_k, wide_v, is_causal=True)
-    else:
-        q_rows = q.view(-1, kv_heads, heads // kv_heads, dim)
-        calls["sdpa fast"] = lambda: sdpa(q_rows, k, v)
+        calls["sdpa"] = baselines.sdpa_batch(p, batch).run
+        calls["sdpa fast"] = baselines.sdpa_grouped(p, batch).run
     return calls
 
 
-def check(case: Case, dtype: torch.dtype, calls: dict[str, Callable[[], Tensor]]) -> None:
+def check(case: Case, dtype: torch.dtype, calls: dict[str, Call]) -> None:
     """That all sides compute the same."""
     outs = {name: call() for name, call in calls.items()}
     heads, _, dim = case.heads
@@ -132,56 +129,26 @@ def check(case: Case, dtype: torch.dtype, calls: dict[str, Callable[[], Tensor]]
         assert worst < TOLERANCE[dtype], f"{case.name}: {name} differs from sdpa by {worst:.2g} of the largest output"
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
-    """Of one call."""
-    began = time.perf_counter()
-    call()
-    return (time.perf_counter() - began) * 1e3
-
-
-def measure(calls: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each side's calls, in turns."""
-    caches = torch.zeros(64 << 20, dtype=torch.uint8)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if len(times[name]) >= 3 and sum(times[name]) > SECONDS * 1e3:
-                continue
-            caches.view(torch.int64).sum()
-            times[name].append(milliseconds(call))
-    return times
-
-
-def planning(case: Case) -> tuple[AttentionPlan, float]:
+def planning(case: Case, tree: TreeLayout) -> tuple[AttentionPlan, float]:
     """The plan and the microseconds that making it takes."""
     heads, kv_heads, dim = case.heads
-    tree = layout(case)
-    times = []
-    for _ in range(15):
-        began = time.perf_counter()
-        made = plan(tree, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
-        times.append(time.perf_counter() - began)
-    return made, median(times) * 1e6
+
+    def made() -> AttentionPlan:
+        return plan(tree, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
+
+    return made(), host_us(made, 15)
 
 
 def machine() -> dict[str, float]:
     """What it does at best: GB/s read, GFLOP/s of matrix products."""
     large = torch.ones(128 << 20)
-    rates = {"read": max(large.nbytes / milliseconds(large.sum) for _ in range(8)) / 1e6}
+    rates = {"read": max(large.nbytes / host_us(large.sum, 1) for _ in range(8)) / 1e3}
     size = 2048
     for name, dtype in (("bf16", BF16), ("fp32", FP32)):
         x = torch.randn(size, size, dtype=dtype)
         x @ x
-        rates[name] = max(2 * size**3 / milliseconds(lambda x=x: x @ x) for _ in range(5)) / 1e6
+        rates[name] = max(2 * size**3 / host_us(lambda x=x: x @ x, 1) for _ in range(5)) / 1e3
     return rates
-
-
-def processor() -> str:
-    """Its name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def measured(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[dict[str, Any]]:
@@ -189,11 +156,13 @@ def measured(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[dict
     for case in CASES:
         if args.case not in case.name:
             continue
-        made, plan_us = planning(case)
         for dtype in case.dtypes:
-            calls = sides(case, dtype, made)
+            p = problem(case, dtype)
+            made, plan_us = planning(case, layout(case, p))
+            calls = sides(case, p, made)
             check(case, dtype, calls)
-            times = measure(calls, args.repeat)
+            us = Stopwatch("cpu").turns(calls, args.repeat, SECONDS)
+            times = {side: [x / 1e3 for x in of_side] for side, of_side in us.items()}
             stats = made.stats(dtype.itemsize)
             name = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
             seconds = median(times["forktree"]) / 1e3
@@ -247,26 +216,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    isa = _core.isa()
-    name, rates = processor(), machine()
+    run = about("cpu")
+    rates = machine()
     report = list(measured(args, rates))
-    show(report, f"tree_attention, {name}, {args.threads} threads, {isa}")
+    show(report, f"tree_attention, {run['machine']}, {args.threads} threads, {_core.isa()}")
     if not args.case:
-        git = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-        about = dict(
-            commit=commit,
-            machine=name,
-            isa=isa,
-            threads=args.threads,
-            torch=torch.__version__,
-            numpy=np.__version__,
-            python=platform.python_version(),
-            rates=rates,
-            cases=report,
-        )
         path = Path(__file__).parent / "results" / "tree_attention-cpu.json"
-        path.write_text(json.dumps(about, indent=1) + "\n")
+        write(path, run | dict(isa=_core.isa(), threads=args.threads, rates=rates, cases=report))
 
 
 if __name__ == "__main__":

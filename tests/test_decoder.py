@@ -11,16 +11,16 @@ import tiny
 from forktree import (
     BestOfN,
     Decoder,
+    FunctionReward,
     Greedy,
     InvalidInput,
     MajorityVote,
     OutOfMemory,
+    RewardError,
     Sample,
-    ScorerError,
     SearchResult,
-    TextScorer,
 )
-from forktree.model.layer_spec import LayerKind
+from forktree.model.layer_spec import LayerSpec
 
 PROMPTS = ["12+3=", "a", "\n\n-- 7.", "0123456789abcd+-=. " * 4]
 
@@ -137,12 +137,12 @@ def test_an_answer_that_cannot_be_had_costs_its_branch_only() -> None:
     assert {(c.text[:1] in few) for c in bad} == {True, False}
     for c in bad:
         reason = "LookupError: no answer here" if (c.text[:1] in few) else "TypeError: "
-        assert isinstance(c.hypothesis.error, ScorerError) and np.isnan(c.score)
+        assert isinstance(c.hypothesis.error, RewardError) and np.isnan(c.score)
         assert "answer" in str(c.hypothesis.error) and f"raised {reason}" in str(c.hypothesis.error)
     answers = [answer(c.text) for c in good]
     assert [c.score for c in good] == [answers.count(a) / 40 for a in answers] and len(set(answers)) == 2
     failed = decoder.search(["1="], MajorityVote(answer=lambda text: [text], num_samples=3), max_new_tokens=4)[0]
-    assert isinstance(failed.error, ScorerError) and "no branch has a score left" in str(failed.error)
+    assert isinstance(failed.error, RewardError) and "no branch has a reward left" in str(failed.error)
 
 
 def bare(**options: Any) -> Decoder:
@@ -189,9 +189,9 @@ BAD: dict[str, tuple[Callable[[], list[SearchResult]], list[str]]] = {
     "no slots": (lambda: bare(num_slots=0), ["num_slots", "got 0"]),
     "no budget": (lambda: bare(max_batch_tokens=0), ["max_batch_tokens", "got 0"]),
     "one stop text": (lambda: tiny.decoder().search(["1"], Greedy(stop="END")), ["stop", "tuple of texts", "'END'"]),
-    "a scoring function": (lambda: tiny.decoder().search(["1"], BestOfN(scorer=len)), ["scorer", "TextScorer"]),
+    "a scoring function": (lambda: tiny.decoder().search(["1"], BestOfN(reward=len)), ["reward", "FunctionReward"]),
     "no samples": (
-        lambda: tiny.decoder().search(["1"], BestOfN(scorer=TextScorer(len), num_samples=0)),
+        lambda: tiny.decoder().search(["1"], BestOfN(reward=FunctionReward(len), num_samples=0)),
         ["num_samples"],
     ),
     "no sequences": (lambda: tiny.decoder().search(["1"], Sample(num_return_sequences=0)), ["num_return_sequences"]),
@@ -253,7 +253,7 @@ def test_no_memory_for_larger_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.pools_of_nan(monkeypatch, first=64)
     decoder = tiny.decoder()
     (want,) = decoder.search(["12+3="], Greedy(), max_new_tokens=20)
-    pool, calls = LayerKind.pool, []
+    pool, calls = LayerSpec.pool, []
 
     def scarce(*args: Any) -> Any:
         calls.append(args)
@@ -261,13 +261,13 @@ def test_no_memory_for_larger_pools(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return pool(*args)
 
-    monkeypatch.setattr(LayerKind, "pool", scarce)
+    monkeypatch.setattr(LayerSpec, "pool", scarce)
     for _ in range(2):
         with pytest.raises(
             OutOfMemory, match=r"no memory for the KV of \d+ tokens \(\d+ bytes each\), up from 64: CUDA"
         ):
             decoder.search(prompts, search, max_new_tokens=20)
-    monkeypatch.setattr(LayerKind, "pool", pool)
+    monkeypatch.setattr(LayerSpec, "pool", pool)
     (got,) = decoder.search(["12+3="], Greedy(), max_new_tokens=20)
     assert (got.best.token_ids, got.best.score) == (want.best.token_ids, pytest.approx(want.best.score, abs=1e-4))
     assert all(result.error is None for result in decoder.search(prompts, search, max_new_tokens=20))

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import test_compile
-import test_models
-import test_sequences
 import torch
 
 import forktree
+import log_probs
+import models
 import tiny
 from forktree import sequences
 from forktree.model import Runner, attach
@@ -22,14 +22,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 DEVICE = "cuda"
 EXPERTS = ("gpt_oss", "qwen2_moe", "qwen3_moe")  # where their routing waits for the device, steps run eagerly
-SCORER = forktree.TokenLogits([1, 2])
+REWARD = forktree.TokenProbability([1, 2])
 SEARCHES: list[forktree.search.Search] = [
     forktree.Greedy(),
     forktree.Sample(num_return_sequences=4),
-    forktree.BestOfN(num_samples=4, scorer=SCORER),
+    forktree.BestOfN(num_samples=4, reward=REWARD),
     forktree.MajorityVote(num_samples=4, answer=lambda text: text[:1]),
     forktree.BeamSearch(num_beams=4, num_return_sequences=2),
-    forktree.ParticleFilter(num_particles=4, max_step_tokens=3, scorer=SCORER),
+    forktree.ParticleFilter(num_particles=4, max_step_tokens=3, reward=REWARD),
 ]
 
 
@@ -100,7 +100,7 @@ def test_drawing_on_the_gpu_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 def test_given_texts_have_the_log_probs_they_have_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """And no pass waits for the one before."""
-    texts = test_sequences.family(1, tiny.VOCAB)
+    texts = log_probs.family(1, tiny.VOCAB)
     expected = forktree.sequence_logprobs(tiny.model(), texts)
     inner, calls = sequences._log_probs, []
 
@@ -114,7 +114,7 @@ def test_given_texts_have_the_log_probs_they_have_on_the_cpu(monkeypatch: pytest
 
     monkeypatch.setattr(sequences, "_log_probs", strict)
     found = forktree.sequence_logprobs(tiny.new_model().to(DEVICE), texts, max_batch_tokens=32)
-    test_sequences.assert_close(found, expected)
+    log_probs.assert_close(found, expected)
     assert len(calls) > 3
 
 
@@ -127,17 +127,17 @@ def test_searches_side_by_side_equal_those_alone() -> None:
     assert tiny.texts(both) == tiny.texts(alone)
 
 
-@pytest.mark.parametrize("name", test_models.CONFIGS)
+@pytest.mark.parametrize("name", models.CONFIGS)
 @torch.no_grad()
 def test_a_model_on_the_gpu_equals_itself_on_the_cpu(name: str) -> None:
     """Random trees through prefill, forks and steps of several tokens, in fp32; by captured graphs where possible."""
-    model = test_models.tiny(name)
-    cpu = Runner(attach(model), num_slots=test_models.NUM_SLOTS)
-    gpu = Runner(attach(test_models.tiny(name).to(DEVICE)), num_slots=test_models.NUM_SLOTS)
+    model = models.tiny(name)
+    cpu = Runner(attach(model), num_slots=models.NUM_SLOTS)
+    gpu = Runner(attach(models.tiny(name).to(DEVICE)), num_slots=models.NUM_SLOTS)
     for pool in (p for runner in (cpu, gpu) for pools in runner.pools for p in pools):
         pool.fill_(torch.nan)
     rng = np.random.default_rng(2)
-    forest = test_models.Forest(rng)
+    forest = models.Forest(rng)
     branches = [forest.root(), forest.root()]
     pending = dict.fromkeys(branches, 12)
     for _ in range(10):
@@ -146,7 +146,7 @@ def test_a_model_on_the_gpu_equals_itself_on_the_cpu(name: str) -> None:
         with warnings.catch_warnings():
             if name not in EXPERTS:
                 warnings.filterwarnings("error", message=".*run eagerly")
-            expected, got = (test_models.compute(runner, forest, pending) for runner in (cpu, gpu))
+            expected, got = (models.compute(runner, forest, pending) for runner in (cpu, gpu))
         torch.testing.assert_close(got.cpu(), expected, atol=2e-3, rtol=1e-3)
         parent = branches[rng.integers(len(branches))]
         branches.append(forest.fork(parent, int(rng.integers(1, forest.length(parent) + 1))))
@@ -159,13 +159,13 @@ def test_a_model_on_the_gpu_equals_itself_on_the_cpu(name: str) -> None:
 def test_narrow_dtypes_are_as_near_to_fp32_as_eager_attention(dtype: torch.dtype, backend: str) -> None:
     if backend == "cuda":
         pytest.skip("the tiny model's head dim is not one of its own")
-    exact = test_models.tiny("llama").to(DEVICE)
-    model = test_models.tiny("llama").to(DEVICE, dtype)
-    runner = Runner(attach(model), num_slots=test_models.NUM_SLOTS)
-    forest = test_models.Forest(np.random.default_rng(0))
+    exact = models.tiny("llama").to(DEVICE)
+    model = models.tiny("llama").to(DEVICE, dtype)
+    runner = Runner(attach(model), num_slots=models.NUM_SLOTS)
+    forest = models.Forest(np.random.default_rng(0))
     root = forest.root()
     forest.grow(root, 30)
-    got = test_models.compute(runner, forest, {root: 30}).float()
+    got = models.compute(runner, forest, {root: 30}).float()
     ids = torch.tensor([forest.path(root)], device=DEVICE)
     theirs, expected = (m(ids).logits[0].float() for m in (model, exact))
     ours, allowed = ((x - expected).square().mean().sqrt() for x in (got, theirs))

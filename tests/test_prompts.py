@@ -12,9 +12,9 @@ import transformers as hf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 import tiny
-from forktree import BestOfN, Decoder, Greedy, InvalidInput, MajorityVote, ParticleFilter, Sample, TextScorer
+from forktree import BestOfN, Decoder, FunctionReward, Greedy, InvalidInput, MajorityVote, ParticleFilter, Sample
+from forktree.detokenise import response_text
 from forktree.prompts import read_prompts, tokenise
-from forktree.search.stopping import response_text
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
@@ -244,13 +244,13 @@ def test_a_bos_of_the_text_and_one_of_the_tokenizer_are_warned_of_once() -> None
 
 
 def test_a_tokenizer_may_know_more_tokens_than_the_model_embeds() -> None:
-    """Judged are the ids that occur: in prompts, and what a stop or a scorer reads."""
+    """Judged are the ids that occur: in prompts, and what a stop or a reward reads."""
     model, tokenizer = tiny.model(), characters(extra=5, pad_token="[PAD0]")
     assert len(tokenizer) == tiny.VOCAB + 5
     decoder, plain = Decoder(model, tokenizer, num_slots=1024), tiny.decoder()
     searches = [
         Sample(num_return_sequences=4, stop=("5", "[PAD1]")),
-        ParticleFilter(scorer=TextScorer(lambda p, r: 0.5), num_particles=3, step_delimiter="5", max_step_tokens=3),
+        ParticleFilter(reward=FunctionReward(lambda p, r: 0.5), num_particles=3, step_delimiter="5", max_step_tokens=3),
     ]
     for search in searches:
         found = [d.search(["12+3="], search, max_new_tokens=9)[0] for d in (decoder, plain)]
@@ -305,7 +305,7 @@ def test_a_character_cut_by_the_end_of_the_prompt_counts_to_the_response() -> No
         assert response_text(tokenizer, many[:cut])(many[cut:]).endswith("本")
 
 
-def test_scorers_votes_and_candidates_see_one_text_of_prompt_and_response() -> None:
+def test_rewards_votes_and_candidates_see_one_text_of_prompt_and_response() -> None:
     """With its spaces and, for a prompt given as ids, with its special tokens."""
     tokenizer = llama_tokenizer()
     decoder = Decoder(tiny.model(vocab=len(tokenizer)), tokenizer, num_slots=4096)
@@ -314,12 +314,12 @@ def test_scorers_votes_and_candidates_see_one_text_of_prompt_and_response() -> N
     options = dict(num_samples=24, logits_processor=(lambda ids, scores: likely.expand_as(scores),))
     calls: list[tuple[str, str]] = []
     answers: list[str] = []
-    reward = TextScorer(lambda p, r: calls.append((p, r)) or 0.5)
+    reward = FunctionReward(lambda p, r: calls.append((p, r)) or 0.5)
     vote = MajorityVote(answer=lambda text: answers.append(text) or text, **options)
     for prompt, seen in [("12 + 3", "12 + 3"), (tokenizer("12</s>").input_ids, "<s> 12</s>")]:
         ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
         calls.clear()
-        best = decoder.search([prompt], BestOfN(scorer=reward, **options), max_new_tokens=6)[0]
+        best = decoder.search([prompt], BestOfN(reward=reward, **options), max_new_tokens=6)[0]
         expected = [by_decoding_all(tokenizer, ids, c.token_ids) for c in best.candidates]
         assert [c.text for c in best.candidates] == expected and any(t.startswith(" ") for t in expected)
         assert {p for p, _ in calls} == {seen} and sorted(r for _, r in calls) == sorted(expected)

@@ -8,19 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import Scripted, alone, endless, mixed, outcome, together
-from test_offenders import Custom, Rewarding
 
 import tiny
 from forktree import (
     Decoder,
+    FunctionReward,
     Greedy,
     MajorityVote,
     ParticleFilter,
     RewardModel,
     Sample,
     Sampling,
-    TextScorer,
     ValueHead,
     sequence_logprobs,
 )
@@ -28,13 +26,14 @@ from forktree.engine.worker import ModelWorker
 from forktree.errors import DecoderInUse
 from forktree.kv import Branch
 from forktree.search import SearchContext
-from forktree.search.request import extend, score
+from forktree.search.request import extend, reward_branches
 from forktree.sequences import scored_sequences
+from searches import Custom, Rewarding, Scripted, alone, endless, mixed, outcome, together
 
 PROMPTS = tiny.prompts(3, seed=21)
 SEARCHES = [
     Sample(num_return_sequences=3),
-    ParticleFilter(scorer=TextScorer(lambda p, r: 0.5), max_step_tokens=3),
+    ParticleFilter(reward=FunctionReward(lambda p, r: 0.5), max_step_tokens=3),
     Greedy(),
 ]
 OPTIONS: dict[str, Any] = dict(max_new_tokens=8, seed=2)
@@ -154,8 +153,10 @@ def callers(decoder: Decoder, tried: list[Any]) -> dict[str, Any]:
         await extend(branches, Sampling(), max_tokens=3, **options)
         return branches
 
-    async def in_scorer(context: SearchContext) -> list[Branch]:
-        await score(branches := context.root.fork(2), Custom(lambda s: (again(), Rewarding(2, close=again))[1]))
+    async def in_reward(context: SearchContext) -> list[Branch]:
+        await reward_branches(
+            branches := context.root.fork(2), Custom(lambda s: (again(), Rewarding(2, close=again))[1])
+        )
         return branches
 
     def answer(text: str) -> str:
@@ -168,12 +169,12 @@ def callers(decoder: Decoder, tried: list[Any]) -> dict[str, Any]:
         "processor": Scripted(
             lambda context: in_request(context, processors=[lambda ids, scores: (again(), scores)[1]])
         ),
-        "scorer": Scripted(in_scorer),
+        "reward": Scripted(in_reward),
         "answer": MajorityVote(answer=answer, num_samples=2),
     }
 
 
-@pytest.mark.parametrize("where", ["run", "stop", "processor", "scorer", "answer"])
+@pytest.mark.parametrize("where", ["run", "stop", "processor", "reward", "answer"])
 def test_code_that_a_search_calls_is_refused_and_all_goes_on(where: str) -> None:
     decoder, tried = tiny.decoder(), []
     caller = callers(decoder, tried)[where]
@@ -185,8 +186,8 @@ def test_code_that_a_search_calls_is_refused_and_all_goes_on(where: str) -> None
 
 def test_a_function_that_scores_in_its_thread_is_refused() -> None:
     decoder = tiny.decoder()
-    scorer = TextScorer(lambda prompt, response: decoder.search(["1="], Greedy(), max_new_tokens=2)[0].best.score)
-    search = ParticleFilter(scorer=scorer, num_particles=2, max_step_tokens=3)
+    reward = FunctionReward(lambda prompt, response: decoder.search(["1="], Greedy(), max_new_tokens=2)[0].best.score)
+    search = ParticleFilter(reward=reward, num_particles=2, max_step_tokens=3)
     *results, own = together(decoder, [*PROMPTS, "1+"], [*SEARCHES, search], **OPTIONS)
     assert "in use in another thread" in str(own.error)
     assert_undisturbed(results)
@@ -264,8 +265,8 @@ def test_a_reward_model_serves_one_thread_at_a_time() -> None:
     worker = ModelWorker(tiny.new_model("qwen3", seed=5), num_slots=2048)
     rng = np.random.default_rng(0)
     weight = torch.from_numpy(rng.normal(size=(1, worker.runner.hidden_size)).astype(np.float32))
-    scorer = RewardModel(worker, tiny.tokenizer(), ValueHead([(weight, None)]))
-    search = ParticleFilter(scorer=scorer, num_particles=4, max_step_tokens=2)
+    reward = RewardModel(worker, tiny.tokenizer(), ValueHead([(weight, None)]))
+    search = ParticleFilter(reward=reward, num_particles=4, max_step_tokens=2)
     decoders = [tiny.decoder(), tiny.decoder()]
     expected = [[outcome(r) for r in d.search(PROMPTS, search, **OPTIONS)] for d in decoders]
     refused = 0

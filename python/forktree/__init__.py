@@ -13,7 +13,7 @@ from forktree.errors import (
     InvalidInput,
     NonFinite,
     OutOfMemory,
-    ScorerError,
+    RewardError,
     UnsupportedModel,
 )
 from forktree.ops.sampling import Sampling
@@ -25,8 +25,13 @@ if TYPE_CHECKING:
     from forktree import rewards, search
     from forktree.decoder import Candidate, Decoder, SearchResult
     from forktree.integrations.generate import generate
-    from forktree.rewards.scoring import RewardModel, Scorer, TextScorer, TokenLogits, ValueHead, load_scorer
+    from forktree.rewards.base import Reward
+    from forktree.rewards.function import FunctionReward
+    from forktree.rewards.load import load_reward
+    from forktree.rewards.reward_model import RewardModel
     from forktree.rewards.step_format import StepFormat
+    from forktree.rewards.token_probability import TokenProbability
+    from forktree.rewards.value_head import ValueHead
     from forktree.search import BeamSearch, BestOfN, Greedy, Hypothesis, MajorityVote, ParticleFilter, Sample
     from forktree.sequences import sequence_logprobs
 
@@ -42,6 +47,7 @@ __all__ = [
     "Draw",
     "Edits",
     "ForktreeError",
+    "FunctionReward",
     "Greedy",
     "Head",
     "Hypothesis",
@@ -51,15 +57,14 @@ __all__ = [
     "OutOfMemory",
     "ParticleFilter",
     "Ragged",
+    "Reward",
+    "RewardError",
     "RewardModel",
     "Sample",
     "Sampling",
-    "Scorer",
-    "ScorerError",
     "SearchResult",
     "StepFormat",
-    "TextScorer",
-    "TokenLogits",
+    "TokenProbability",
     "TokenRequest",
     "TokenScores",
     "TreeLayout",
@@ -67,7 +72,7 @@ __all__ = [
     "ValueHead",
     "check_plan",
     "generate",
-    "load_scorer",
+    "load_reward",
     "ops",
     "plan",
     "rewards",
@@ -85,16 +90,16 @@ _LAZY = {
     "Hypothesis": "search",
     "MajorityVote": "search",
     "ParticleFilter": "search",
-    "RewardModel": "rewards.scoring",
+    "RewardModel": "rewards.reward_model",
     "Sample": "search",
-    "Scorer": "rewards.scoring",
+    "Reward": "rewards.base",
     "SearchResult": "decoder",
     "StepFormat": "rewards.step_format",
-    "TextScorer": "rewards.scoring",
-    "TokenLogits": "rewards.scoring",
-    "ValueHead": "rewards.scoring",
+    "FunctionReward": "rewards.function",
+    "TokenProbability": "rewards.token_probability",
+    "ValueHead": "rewards.value_head",
     "generate": "integrations.generate",
-    "load_scorer": "rewards.scoring",
+    "load_reward": "rewards.load",
     "sequence_logprobs": "sequences",
 }
 _LAZY_PACKAGES = ("rewards", "search")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from forktree.checks import integer, integers, shown
+from forktree.detokenise import response_text
 from forktree.engine.counters import Counters
 from forktree.engine.engine import Engine
 from forktree.engine.task import Task
@@ -18,14 +19,15 @@ from forktree.errors import InvalidInput
 from forktree.kv import Branch
 from forktree.prompts import Prompt, read_prompts, tokenise
 from forktree.search import Hypothesis, Search, SearchContext
-from forktree.search.stopping import TextStop, response_text
+from forktree.search.stopping import TextStop
+from forktree.search.trace import SearchTrace
 
 LARGEST_SEED = 2**127 - 1
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A hypothesis with its text: see `response_text`. None when the decoder has no tokenizer."""
+    """A hypothesis with its text: see `forktree.detokenise.response_text`. None when the decoder has no tokenizer."""
 
     text: str | None
     hypothesis: Hypothesis
@@ -46,13 +48,14 @@ class SearchResult:
     """What a search found for one prompt, or why it failed.
 
     index: the prompt's place in the list given. prompt: its text, or its token ids. candidates: best first; empty if
-    `error` is set.
+    `error` is set. trace: what the search did.
     """
 
     index: int
     prompt: Prompt
     candidates: list[Candidate]
     counters: Counters
+    trace: SearchTrace
     error: Exception | None = None
 
     @property
@@ -146,7 +149,7 @@ class Decoder:
 
         prompts: texts or token ids, or a single one; ids as a sequence of integers, an array or tensor `[n]`, or what a
             tokenizer returns (`apply_chat_template` too), its padding left out. Such a batch by itself is several
-            prompts. Of a text, what the tokenizer puts at its end is dropped; an EOS that it spells out stays. Scorers
+            prompts. Of a text, what the tokenizer puts at its end is dropped; an EOS that it spells out stays. Rewards
             see a text as it is, and ids decoded with their special tokens.
         search: one for all prompts, or one for each.
         max_new_tokens: most tokens behind the prompt, EOS included.
@@ -158,7 +161,7 @@ class Decoder:
         result with `error` set; the others go on. Closing the iterator, from any thread, cancels what still runs.
 
         Results of several calls may be read in turns, by one thread. The first result raises `DecoderInUse` if those of
-        another thread are not all read yet, or inside a call of this Decoder to a scorer, processor, stop, `on_step` or
+        another thread are not all read yet, or inside a call of this Decoder to a reward, processor, stop, `on_step` or
         search. Ctrl-C ends this call's searches, after the step under way; pressed twice, at once, and all searches.
         """
         self.engine.renew()
@@ -181,7 +184,7 @@ class Decoder:
         self.engine.renew()
         texts = self._one(prompt)
         (tokens,) = self._checked(texts, [search], max_new_tokens, seed)
-        return self._submit(texts[0], tokens, search, max_new_tokens, int(seed))
+        return self._submit(texts[0], tokens, search, max_new_tokens, int(seed), SearchTrace())
 
     def _checked(
         self, prompts: list[Prompt], searches: list[Search], max_new_tokens: int, seed: int
@@ -190,8 +193,8 @@ class Decoder:
         for one in {id(s): s for s in searches}.values():
             if not isinstance(one, Search):
                 raise InvalidInput(f"search must be a Search such as ParticleFilter(...), got {type(one).__name__}")
-            for scorer in one.scorers:
-                scorer.check(self.worker)
+            for reward in one.rewards:
+                reward.check(self.worker)
         integer("max_new_tokens", max_new_tokens, 1)
         integer("seed", seed, 0, LARGEST_SEED)
         tokens = self._tokens(prompts)
@@ -213,14 +216,16 @@ class Decoder:
         seed: int,
         on_step: Callable[[], None] | None,
     ) -> Generator[SearchResult, None, None]:
-        running: dict[Task, int] = {}
+        running: dict[Task, tuple[int, SearchTrace]] = {}
         waiting = list(reversed(range(len(prompts))))
         with self.engine.use() as run:
             self.engine.renew(run)  # the iterator may be begun later than it was made
             while waiting or running:
                 while waiting and (not running or self.engine.has_room(len(tokens[waiting[-1]]))):
                     i = waiting.pop()
-                    running[self._submit(prompts[i], tokens[i], searches[i], max_new_tokens, seed, run)] = i
+                    trace = SearchTrace()
+                    task = self._submit(prompts[i], tokens[i], searches[i], max_new_tokens, seed, trace, run)
+                    running[task] = i, trace
                 self.engine.step()
                 if on_step is not None:
                     run.calls_back = True
@@ -228,8 +233,8 @@ class Decoder:
                     run.calls_back = False
                 done = [t for t in running if t.done]
                 for task in done:
-                    i = running.pop(task)
-                    yield SearchResult(i, prompts[i], task.result or [], task.counters, task.error)
+                    i, trace = running.pop(task)
+                    yield SearchResult(i, prompts[i], task.result or [], task.counters, trace, task.error)
                 if done:  # the caller has had its turn
                     self.engine.renew(run)
 
@@ -240,12 +245,15 @@ class Decoder:
         search: Search,
         max_new_tokens: int,
         seed: int,
+        trace: SearchTrace,
         run: Run | None = None,
     ) -> Task:
-        start = partial(self._start, search, max_new_tokens)
+        start = partial(self._start, search, max_new_tokens, trace)
         return self.engine.submit(start, [tokens], text=self._text(prompt), seed=seed, run=run)
 
-    async def _start(self, search: Search, max_new_tokens: int, task: Task) -> list[Candidate]:
+    async def _start(
+        self, search: Search, max_new_tokens: int, trace: SearchTrace, task: Task
+    ) -> list[Candidate]:
         root = task.roots[0].branch
         text_of = None if self.tokenizer is None else response_text(self.tokenizer, root.tokens.tolist())
         context = SearchContext(
@@ -259,6 +267,8 @@ class Decoder:
             decode=text_of,
             rng=np.random.default_rng(root.key),
             opens=partial(self._open, task),
+            counters=task.counters,
+            trace=trace,
         )
         name, running = f"{type(search).__name__}.run", search.run(context)
         if not isinstance(running, Awaitable):

@@ -1,4 +1,7 @@
-"""Every error forktree raises on purpose. Each message says what, expected, got and what to do."""
+"""Every error that forktree raises on purpose.
+
+Each message says what was wrong, what was expected, what was found, and what to do.
+"""
 
 
 class ForktreeError(Exception):
@@ -6,27 +9,27 @@ class ForktreeError(Exception):
 
 
 class UnsupportedModel(ForktreeError):
-    """The model's attention could not be proved to be what forktree computes."""
+    """Raised by `attach` if the model's attention was not verified to be what forktree computes."""
 
 
 class OutOfMemory(ForktreeError):
-    """One search needs more KV slots than there may be, even alone, or no memory is left for those there may be."""
+    """Raised if one search alone needs more KV slots than the pool has, or if no memory is left for a pool."""
 
 
 class NonFinite(ForktreeError):
-    """NaN or infinite values in logits or rewards; names the branch and the position."""
+    """Raised at NaN or infinity in logits or rewards; names the branch and the position."""
 
     @classmethod
     def of(cls, what: str, branch: int, position: int) -> "NonFinite":
-        """The error of `what` behind `position` tokens of the request's branch number `branch`."""
+        """The error of `what` after `position` tokens of the request's branch number `branch`."""
         return cls(
             f"{what} of branch {branch} at position {position} must be finite, got NaN or infinity: "
             "the model overflows at this dtype, or its weights are damaged"
         )
 
 
-class ScorerError(ForktreeError):
-    """A scorer raised, returned something other than a finite number, or took too long."""
+class RewardError(ForktreeError):
+    """Raised if a reward raised, returned something other than a finite number, or took too long."""
 
 
 class Cancelled(ForktreeError):
@@ -34,8 +37,8 @@ class Cancelled(ForktreeError):
 
 
 class DecoderInUse(ForktreeError, RuntimeError):
-    """A Decoder was called from a second thread, or by what it was itself calling."""
+    """Raised if a Decoder is called from a second thread, or by something that it is itself calling."""
 
 
 class InvalidInput(ForktreeError, ValueError):
-    """An argument, file or directory is not what it has to be."""
+    """Raised if an argument, file or directory is not what it has to be, before anything is changed."""

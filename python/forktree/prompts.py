@@ -1,4 +1,4 @@
-"""Prompts in the forms people have them in, and the token ids they come to."""
+"""Reads prompts in the forms that people have them in, and encodes them as token ids."""
 
 import operator
 import warnings
@@ -15,13 +15,15 @@ Prompt = str | list[int]
 
 
 def read_prompts(given: Any) -> list[Prompt]:
-    """Each prompt of `given`: its text, or its token ids.
+    """Returns each prompt of `given`: its text, or its token ids.
 
-    given: a text, token ids, or an iterable of such. Token ids may be any sequence of integers, an array or tensor
-        `[n]`, or what a tokenizer returns: a mapping with `input_ids` and perhaps an `attention_mask`, whose padding is
-        left out. By itself such a mapping, array or tensor may also be `[B, n]`: B prompts.
+    Args:
+        given: A text, token ids, or an iterable of these. Token ids may be any sequence of integers, an array or tensor
+            `[n]`, or what a tokenizer returns: a mapping with `input_ids` and perhaps an `attention_mask`, whose
+            padding is left out. By itself such a mapping, array or tensor may also be `[B, n]`: B prompts.
 
-    Raises `InvalidInput` naming the prompt and what to do, for chat messages among others.
+    Raises:
+        InvalidInput: Something else was given, such as chat messages; names the prompt and what to do.
     """
     if isinstance(given, str):
         return [str(given)]
@@ -38,7 +40,7 @@ def read_prompts(given: Any) -> list[Prompt]:
 
 
 def _read_prompt(name: str, given: Any) -> Prompt:
-    """One of several."""
+    """Reads one of several prompts."""
     if isinstance(given, str):
         return str(given)
     if not isinstance(given, Mapping | np.ndarray | torch.Tensor):
@@ -77,9 +79,14 @@ def _ids(name: str, given: Any) -> list[int]:
 
 
 def unpadded(name: str, given: Mapping[str, Any]) -> list[list[int]]:
-    """Rows of `input_ids` of what a tokenizer returns, each without the padding at its ends (see `attention_mask`).
+    """Returns the rows of `input_ids`, each without the padding that `attention_mask` marks at its ends.
 
-    Raises `InvalidInput` by `name`.
+    Args:
+        name: What `given` is called in error messages.
+        given: What a tokenizer returns.
+
+    Raises:
+        InvalidInput: It lacks `input_ids`, has inputs that would be ignored, or its mask has another shape or pattern.
     """
     if "input_ids" not in given:
         raise _wrong(name, given)
@@ -134,15 +141,18 @@ def _wrong(name: str, given: Any) -> InvalidInput:
 
 
 def encode(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-    """Token ids of each text. Raises `InvalidInput`, showing the text, if the tokenizer fails on one, as those without
-    an unknown token do."""
+    """Returns the token ids of each text.
+
+    Raises:
+        InvalidInput: The tokenizer fails on a text, as tokenizers without an unknown token do; shows the text.
+    """
 
     def ids_of(some: Sequence[str]) -> list[list[int]]:
         return [list(ids) for ids in tokenizer(list(some), add_special_tokens=add_special_tokens).input_ids]
 
     try:
         return ids_of(texts)
-    except Exception:  # of any type, and without saying of which text
+    except Exception:  # of any type, and without naming the text
         for text in texts:
             try:
                 ids_of([text])
@@ -152,10 +162,11 @@ def encode(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = T
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, without what the tokenizer itself puts at its end: an EOS there would end a prompt before
-    its answer begins. What it puts in front, such as BOS, stays; so does what the text spells out, EOS included.
+    """Returns the token ids of each text, without the special tokens that the tokenizer adds at its end.
 
-    Warns, once, if a text begins with the BOS that the tokenizer then puts in front of it again.
+    An EOS there would end a prompt before its answer begins. Tokens that the tokenizer adds in front, such as BOS,
+    stay; so do those that the text spells out, EOS included. Warns once if a text begins with the BOS that the
+    tokenizer then adds in front of it again.
     """
     if not texts:
         return []

@@ -1,4 +1,4 @@
-"""What is printed to people: text from outside must not be able to drive their terminal."""
+"""Prints text to people; text from outside cannot control their terminal."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -11,19 +11,19 @@ HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def visible(text: str) -> str:
-    """`text` with every character that a terminal might obey, or not show, written as an escape. Line feeds stay."""
+    """Returns `text` with characters that a terminal might obey, or not show, written as escapes; line feeds stay."""
     return "".join(
         c.encode("unicode_escape").decode() if c != "\n" and unicodedata.category(c) in HIDDEN else c for c in text
     )
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message of an error as one line of at most 500 characters."""
-    return visible(" ".join(str(error).split()))[:500]
+    """Returns the message of an error as one line of at most 500 characters; the error's type if it has none."""
+    return visible(" ".join(str(error).split()))[:500] or (type(error).__name__ if error else "")
 
 
 class Terminal(Console):
-    """A console that shows all text by `visible`; only rich itself styles it and moves the cursor."""
+    """A console that passes all text through `visible`; only rich itself styles it and moves the cursor."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

@@ -23,12 +23,12 @@ def bench(monkeypatch):
 
 @pytest.fixture
 def workloads(bench):
-    return bench("workloads")
+    return bench("common.workloads")
 
 
 @pytest.fixture
 def floors(bench):
-    return bench("floors")
+    return bench("common.roofline")
 
 
 # Of five published trees at 32/8 heads, D 128, bf16, 4.3 TB/s and 780 TFLOP/s: tokens read once a row over distinct
@@ -121,7 +121,7 @@ def test_targets(workloads, floors):
 @pytest.mark.parametrize("name", ["1,4,16,512/1024,256,128,32", "9 levels to 1024/256 to 16", "beam", "particles"])
 def test_cascades_see_what_rows_see(name, bench, workloads):
     """Each level's runs, put together, are the slots of the row's path in order."""
-    baselines = bench("baselines")
+    baselines = bench("common.baselines")
     tree = workloads.FIVE[name] if name in workloads.FIVE else workloads.trace(name)
     slot_of = workloads.slots(tree, 16)
     p = baselines.Problem(tree, slot_of, *torch.zeros(3, 1, 1, 1))
@@ -140,7 +140,7 @@ def test_cascades_see_what_rows_see(name, bench, workloads):
 
 
 def test_sides_agree_and_the_absent_say_why(bench, workloads):
-    attention, baselines = bench("gpu_attention"), bench("baselines")
+    attention, baselines = bench("gpu.attention"), bench("common.baselines")
     tree = workloads.from_paths([[0, 1, 2, 3], [0, 1, 2, 4, 5], [0, 1, 6], [0, 1, 6]])
     p = baselines.problem(tree, workloads.slots(tree, 2), 4, 2, 16, "cpu")
     made, absent = baselines.sides(p, {"flex": "not now"})
@@ -155,7 +155,7 @@ def test_sides_agree_and_the_absent_say_why(bench, workloads):
 
 
 def test_a_step_that_fails_or_hangs_stops_no_other(bench, tmp_path):
-    gpu, reports = bench("gpu"), []
+    gpu, reports = bench("gpu.run"), []
     runner = gpu.Runner(tmp_path, dict(os.environ), lambda r: reports.append(list(r.results)))
     runner.run(gpu.Step("fails", [sys.executable, "-c", "print('why'); raise SystemExit(7)"], 60))
     hangs = "import subprocess, sys, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
@@ -171,9 +171,9 @@ def test_a_step_that_fails_or_hangs_stops_no_other(bench, tmp_path):
 
 
 def test_dry_run_of_a_benchmark_writes_a_report(tmp_path):
-    """The whole of attention's, which has most parts; `gpu.sh --dry-run` runs all of them."""
+    """The whole of attention's, which has most parts; `gpu/run.sh --dry-run` runs all of them."""
     out = tmp_path / "attention.json"
-    command = [sys.executable, str(BENCH / "gpu_attention.py"), "--dry-run", "--out", str(out)]
+    command = [sys.executable, str(BENCH / "gpu/attention.py"), "--dry-run", "--out", str(out)]
     env = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1")
     subprocess.run(command, check=True, timeout=200, capture_output=True, env=env)
     report = json.loads(out.read_text())

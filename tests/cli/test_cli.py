@@ -1,5 +1,6 @@
 """The command line as its user meets it: results, one clear line for every mistake, nothing lost."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,11 +17,16 @@ from safetensors.torch import save_file
 
 import forktree
 import tiny
+from command_line import complaint, records
 from forktree import cli
+from forktree.search.registry import searches, settings_of
 
 PROMPTS = ["12+3=", "a-b", "0.5", "dcba", "7=7", "1 2 3"]
-SCORERS = """
+REWARDS = """
 import threading
+from dataclasses import dataclass
+
+from forktree import Sample
 
 def length(prompt, response):
     return 1 / (1 + len(response))
@@ -41,6 +47,25 @@ def hangs_on_a(prompt, response):
 def slow(prompt, response):
     threading.Event().wait(0.4)
     return 0.5
+
+def last(text):
+    return text[-1:] or None
+
+@dataclass(frozen=True, kw_only=True)
+class Longest(Sample):
+    \"\"\"The longest of some samples comes first.
+
+    Args:
+        at_least: texts below this length
+            are left out.
+    \"\"\"
+
+    at_least: int = 0
+    loud: bool = False
+
+    async def run(self, context):
+        found = [h for h in await super().run(context) if len(h.token_ids) >= self.at_least]
+        return sorted(found, key=lambda h: len(h.token_ids), reverse=True)
 """
 
 Run = Callable[..., tuple[int, str]]
@@ -48,13 +73,13 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a model, a head, scorers and prompts."""
+    """A directory with a model, a head, rewards and prompts."""
     root = tmp_path_factory.mktemp("cli")
     tiny.new_model(rope_parameters=tiny.LIMITED).save_pretrained(root / "model")
     tiny.tokenizer().save_pretrained(root / "model")
     torch.manual_seed(3)
     save_file({"score.weight": torch.randn(1, 32)}, root / "head.safetensors")
-    (root / "scorers.py").write_text(SCORERS)
+    (root / "own_rewards.py").write_text(REWARDS)
     (root / "in.jsonl").write_text("".join(json.dumps({"prompt": p, "note": 1}) + "\n" for p in PROMPTS))
     return root
 
@@ -74,38 +99,31 @@ def run(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     return call
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    """Results, without the header line; a line ends with a line feed only."""
-    _, *lines = (path / "out.jsonl").read_bytes().removesuffix(b"\n").split(b"\n")
-    return sorted(map(json.loads, lines), key=lambda r: r["index"])
-
-
-def complaint(error: str) -> str:
-    """The only complaint on standard error."""
-    lines = [line for line in error.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, error
-    assert "Traceback" not in error
-    return lines[0]
-
-
 SEARCHES: list[tuple[list[str], Callable[[Path], forktree.search.Search]]] = [
     (["--search", "greedy"], lambda _: forktree.Greedy()),
-    (["--search", "sample", "--num-return-sequences", "3"], lambda _: forktree.Sample(num_return_sequences=3)),
+    (["--search", "sample", "--set", "num_return_sequences=3"], lambda _: forktree.Sample(num_return_sequences=3)),
     (
-        ["--search", "beam", "--num-beams", "3", "--early-stopping", "never"],
+        ["--search", "majority-vote", "--set", "answer=own_rewards:last", "--set", "stop=5", "--set", "stop=b"],
+        lambda _: forktree.MajorityVote(answer=lambda text: text[-1:] or None, stop=("5", "b")),
+    ),
+    (
+        ["--search", "beam", "--set", "num_beams=3", "--set", "early_stopping=never"],
         lambda _: forktree.BeamSearch(num_beams=3, early_stopping="never"),
     ),
     (
-        ["--search", "best-of-n", "--num-samples", "4", "--scorer", "scorers:length"],
-        lambda _: forktree.BestOfN(num_samples=4, scorer=forktree.TextScorer(lambda p, r: 1 / (1 + len(r)))),
+        ["--search", "best-of-n", "--set", "num_samples=4", "--reward", "own_rewards:length"],
+        lambda _: forktree.BestOfN(num_samples=4, reward=forktree.FunctionReward(lambda p, r: 1 / (1 + len(r)))),
     ),
     (
-        ["--search", "particle", "--num-particles", "4", "--step-delimiter", "\n", "--max-step-tokens", "3"],
+        [
+            *("--search", "particle", "--set", "num_particles=4"),
+            *("--set", "step_delimiter=\n", "--set", "max_step_tokens=3"),
+        ],
         lambda root: forktree.ParticleFilter(
             num_particles=4,
             step_delimiter="\n",
             max_step_tokens=3,
-            scorer=forktree.ValueHead.load(root / "head.safetensors"),
+            reward=forktree.ValueHead.load(root / "head.safetensors"),
         ),
     ),
 ]
@@ -115,7 +133,7 @@ SEARCHES: list[tuple[list[str], Callable[[Path], forktree.search.Search]]] = [
 def test_results_are_those_of_the_decoder(
     run: Run, files: Path, tmp_path: Path, options: list[str], search: Callable[[Path], Any]
 ) -> None:
-    head = ["--scorer", str(files / "head.safetensors")] if options[1] == "particle" else []
+    head = ["--reward", str(files / "head.safetensors")] if options[1] == "particle" else []
     code, error = run(*options, *head)
     assert code == 0, error
     got = records(tmp_path)
@@ -158,19 +176,34 @@ def test_resume_keeps_what_is_there_and_adds_what_is_missing(run: Run, tmp_path:
 WRONG: list[tuple[list[str], str]] = [
     (["--foo"], "No such option: --foo"),
     (["--seed", "x"], "--seed"),
-    (["--search", "magic"], "--search must be one of greedy"),
-    (["--num-particles", "4"], "--num-particles belongs to --search particle"),
-    (["--search", "particle"], "needs --scorer"),
-    (["--scorer", "scorers:length"], "takes no --scorer"),
-    (["--search", "sample", "--temperature", "-1"], "temperature must be finite and at least 0, got -1"),
-    (["--search", "sample", "--top-p", "0"], "top_p must be a number in (0, 1], got 0"),
-    (["--search", "beam", "--num-beams", "0"], "num_beams must be an integer of at least 1, got 0"),
-    (["--search", "beam", "--num-return-sequences", "9"], "num_return_sequences must be at most num_beams"),
-    (["--search", "best-of-n", "--scorer", "nowhere:length"], "cannot import 'nowhere'"),
-    (["--search", "best-of-n", "--scorer", "scorers:nothing"], "has no 'nothing'"),
-    (["--search", "best-of-n", "--scorer", "head"], "module:function"),
-    (["--search", "best-of-n", "--scorer", "no.safetensors"], "no.safetensors"),
-    (["--search", "best-of-n", "--scorer", "scorers:length", "--num-samples", "0"], "num_samples must be"),
+    (["--search", "magic"], "--search must be one of beam, best-of-n, greedy, majority-vote, particle, sample"),
+    (["--set", "num_particles=4"], "greedy has no setting 'num_particles', it belongs to particle"),
+    (["--search", "beam", "--set", "num_beam=4"], "did you mean num_beams? Its settings are num_beams, "),
+    (["--search", "beam", "--set", "num_beams=four"], "num_beams must be an integer, got 'four'"),
+    (["--search", "beam", "--set", "num_beams=4", "--set", "num_beams=5"], "num_beams must be given once"),
+    (["--search", "beam", "--set", "num_beams"], "--set must be NAME=VALUE, got 'num_beams'"),
+    (["--search", "sample", "--set", "temperature=hot"], "temperature must be a number, got 'hot'"),
+    (["--search", "beam", "--set", "early_stopping=maybe"], "early_stopping must be True, False or 'never', got"),
+    (["--search", "majority-vote"], "needs --set answer=...; see --help-search majority-vote"),
+    (["--search", "majority-vote", "--set", "answer=own_rewards:nothing"], "module 'rewards' has no 'nothing'"),
+    (
+        ["--search", "particle", "--set", "reward=own_rewards:length"],
+        "reward cannot be given as a text: it is a reward",
+    ),
+    (["--search", "own_rewards:nothing"], "--search 'own_rewards:nothing': module 'rewards' has no 'nothing'"),
+    (["--search", "own_rewards:length"], "must be a class derived from forktree.search.Search"),
+    (["--help-search", "beem"], "--help-search must be one of beam, best-of-n, greedy,"),
+    (["--search", "particle"], "needs --reward"),
+    (["--reward", "own_rewards:length"], "takes no --reward"),
+    (["--search", "sample", "--set", "temperature=-1"], "temperature must be finite and at least 0, got -1"),
+    (["--search", "sample", "--set", "top_p=0"], "top_p must be a number in (0, 1], got 0"),
+    (["--search", "beam", "--set", "num_beams=0"], "num_beams must be an integer of at least 1, got 0"),
+    (["--search", "beam", "--set", "num_return_sequences=9"], "num_return_sequences must be at most num_beams"),
+    (["--search", "best-of-n", "--reward", "nowhere:length"], "cannot import 'nowhere'"),
+    (["--search", "best-of-n", "--reward", "own_rewards:nothing"], "has no 'nothing'"),
+    (["--search", "best-of-n", "--reward", "head"], "module:function"),
+    (["--search", "best-of-n", "--reward", "no.safetensors"], "no.safetensors"),
+    (["--search", "best-of-n", "--reward", "own_rewards:length", "--set", "num_samples=0"], "num_samples must be"),
     (["--max-new-tokens", "0"], "max_new_tokens must be an integer of at least 1, got 0"),
     (["--max-new-tokens", "255"], "limit of 256 positions"),
     (["--num-slots", "2"], "num_slots"),
@@ -237,10 +270,10 @@ def test_bad_model_directories(run: Run, tmp_path: Path) -> None:
 
 def test_a_head_of_another_model(run: Run, tmp_path: Path) -> None:
     save_file({"score.weight": torch.zeros(1, 7)}, tmp_path / "head.safetensors")
-    code, error = run("--search", "particle", "--scorer", str(tmp_path / "head.safetensors"))
+    code, error = run("--search", "particle", "--reward", str(tmp_path / "head.safetensors"))
     assert code == 2 and "hidden states of size 7" in complaint(error)
     save_file({"other": torch.zeros(1)}, tmp_path / "head.safetensors")
-    code, error = run("--search", "particle", "--scorer", str(tmp_path / "head.safetensors"))
+    code, error = run("--search", "particle", "--reward", str(tmp_path / "head.safetensors"))
     assert code == 2 and "score.weight" in complaint(error)
 
 
@@ -252,16 +285,16 @@ def test_a_head_of_another_model(run: Run, tmp_path: Path) -> None:
         ("hangs_on_a", "took longer than its time limit"),
     ],
 )
-def test_a_failing_scorer_costs_its_prompt_only(run: Run, tmp_path: Path, function: str, message: str) -> None:
-    options = ["--search", "best-of-n", "--num-samples", "2", "--scorer", f"scorers:{function}"]
-    code, error = run(*options, "--scorer-time-limit", "0.3")
+def test_a_failing_reward_costs_its_prompt_only(run: Run, tmp_path: Path, function: str, message: str) -> None:
+    options = ["--search", "best-of-n", "--set", "num_samples=2", "--reward", f"own_rewards:{function}"]
+    code, error = run(*options, "--reward-time-limit", "0.3")
     assert code == 1
     assert message in error and "prompt 1" in error and "Traceback" not in error
     assert [r["prompt"] for r in records(tmp_path)] == [p for p in PROMPTS if p != "a-b"]
 
 
 def test_too_little_memory_for_one_search(run: Run, tmp_path: Path) -> None:
-    code, error = run("--search", "sample", "--num-return-sequences", "8", "--num-slots", "20")
+    code, error = run("--search", "sample", "--set", "num_return_sequences=8", "--num-slots", "20")
     assert code == 1
     assert "num_slots" in error and "free of 20" in error
     assert not (tmp_path / "out.jsonl").exists() and "--resume" in error
@@ -288,9 +321,9 @@ def test_an_interrupted_run_loses_nothing(files: Path, tmp_path: Path, with_sign
         "--search",
         "best-of-n",
     ]
-    command += ["--num-samples", "2", "--num-slots", "24", "--scorer"]
+    command += ["--set", "num_samples=2", "--num-slots", "24", "--reward"]
     environment = {**os.environ, "PYTHONPATH": str(files), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "scorers:slow"], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen([*command, "own_rewards:slow"], stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 60
     while not (out.exists() and out.read_bytes().count(b"\n")) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -303,7 +336,7 @@ def test_an_interrupted_run_loses_nothing(files: Path, tmp_path: Path, with_sign
     if with_signal == signal.SIGINT:
         assert process.returncode == 130
         assert f"{results} of {len(PROMPTS)} results" in complaint(error)
-    done = subprocess.run([*command, "scorers:slow", "--resume"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "own_rewards:slow", "--resume"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes().startswith(b"".join(finished))
     assert sorted(r["prompt"] for r in records(tmp_path)) == sorted(PROMPTS)
@@ -315,4 +348,64 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         cli.main()
     text = capsys.readouterr().out
     assert not stop.value.code
-    assert "Examples:" in text and "--scorer" in text and "(16)" in text
+    assert "Examples:" in text and "--reward" in text and "--set" in text and "--help-search" in text
+    assert all(name in text for name in searches())
+
+
+@pytest.mark.parametrize("name", searches())
+def test_help_on_a_search_names_every_setting_with_its_default_and_meaning(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a model or a file: it is all that somebody new has."""
+    monkeypatch.setattr(sys, "argv", ["forktree", "generate", "--help-search", name])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = " ".join(capsys.readouterr().out.split())
+    assert not stop.value.code
+    for field in dataclasses.fields(searches()[name]):
+        assert f"--set {field.name}=..." in said or (field.name == "reward" and "--reward see" in said)
+    for setting in settings_of(searches()[name]).values():
+        assert len(setting.meaning) > 10 and setting.meaning[1:] in said, f"no docstring tells of {setting.name}"
+    assert "default 16" in said or name in ("beam", "greedy", "sample")
+
+
+def test_a_search_of_ones_own(
+    run: Run, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--search", "own_rewards:Longest", "--set", "num_return_sequences=6", "--set", "at_least=2"]
+    options += ["--set", "loud=TRUE"]
+    code, error = run(*options)
+    assert code == 0, error
+    want = tiny.decoder().search(PROMPTS, forktree.Sample(num_return_sequences=6), max_new_tokens=8)
+    for record, result in zip(records(tmp_path), want, strict=True):
+        texts = sorted((c.text for c in result.candidates if len(c.token_ids) >= 2), key=len, reverse=True)
+        assert [len(c["text"]) for c in record["candidates"]] == [len(text) for text in texts]
+    header = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["header"]
+    assert header["settings"]["at_least"] == 2 and header["settings"]["loud"] is True
+    assert set(header["code"]) == {"own_rewards:Longest"}
+    with (files / "own_rewards.py").open("a") as source:
+        source.write("# changed\n")
+    code, error = run(*options, "--resume")
+    assert code == 2 and "another code.rewards:Longest" in complaint(error)
+    code, error = run("--search", "own_rewards:Longest", "--set", "loud=no")
+    assert code == 2 and "loud must be true or false, got 'no'" in complaint(error)
+    monkeypatch.setattr(sys, "argv", ["forktree", "generate", "--help-search", "own_rewards:Longest"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Texts below this length are left out." in said and "--set loud=... true or false, default false" in said
+
+
+def test_a_trace_is_part_of_the_result_that_asks_for_it(run: Run, tmp_path: Path) -> None:
+    options = ["--search", "sample", "--set", "num_return_sequences=3"]
+    assert run(*options)[0] == 0
+    assert all("trace" not in record for record in records(tmp_path))
+    code, error = run(*options, "--trace", "--resume")
+    assert code == 2 and "another settings.trace" in complaint(error)
+    (tmp_path / "out.jsonl").unlink()
+    assert run(*options, "--trace")[0] == 0
+    for record in records(tmp_path):
+        grown, returned = record["trace"]
+        assert grown["event"] == "grow" and returned["event"] == "return"
+        assert grown["tokens"] == [c["token_ids"] for c in record["candidates"]]
+    assert run(*options, "--trace", "--resume")[0] == 0

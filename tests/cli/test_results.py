@@ -16,7 +16,7 @@ import forktree
 from forktree.cli.inputs import option_text, read_inputs
 from forktree.cli.results import ResultFile
 from forktree.errors import ForktreeError, InvalidInput
-from forktree.rewards.scoring import import_function
+from forktree.rewards.load import import_function
 
 INPUTS = [{"prompt": "a"}, {"prompt": "b\u2028\x85c"}, {"prompt": "d\n\x0c"}]
 MADE_WITH = {"settings": {"seed": 0, "stop": ["\n"]}, "model": {"config.json": "1234"}}
@@ -94,8 +94,8 @@ def test_a_run_with_other_settings_is_refused_with_the_difference(source: Path, 
     write_all(opened(source, out := tmp_path / "out.jsonl"))
     with pytest.raises(InvalidInput, match=r'another model\.config\.json: "1234" there, "5678" now'):
         opened(source, out, model={"config.json": "5678"})
-    with pytest.raises(InvalidInput, match=r'another scorer\.head: nothing there, "1" now'):
-        opened(source, out, scorer={"head": "1"})
+    with pytest.raises(InvalidInput, match=r'another reward\.head: nothing there, "1" now'):
+        opened(source, out, reward={"head": "1"})
 
 
 def test_one_run_at_a_time(source: Path, tmp_path: Path) -> None:
@@ -216,12 +216,12 @@ def test_option_texts_that_are_probably_or_surely_wrong() -> None:
             option_text("--stop", text, escape=escape)
 
 
-def test_scorers_of_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewards_of_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "beside_it.py").write_text("WEIGHT = 2.0\n")
-    (tmp_path / "sound_scorer.py").write_text("import beside_it\ndef reward(p, r):\n    return beside_it.WEIGHT\n")
+    (tmp_path / "sound_reward.py").write_text("import beside_it\ndef reward(p, r):\n    return beside_it.WEIGHT\n")
     before = list(sys.path)
-    assert import_function("sound_scorer:reward")("", "") == 2.0
+    assert import_function("sound_reward:reward")("", "") == 2.0
     for name, text, says in (
         ("broken_syntax", "\n\ndef reward(:\n", r"broken_syntax\.py, line 3: SyntaxError"),
         ("broken_import", "\nimport not_there_at_all\n", r"broken_import\.py, line 2: ModuleNotFoundError"),
@@ -232,5 +232,5 @@ def test_scorers_of_the_current_directory(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(InvalidInput, match=f"cannot import '{name}': .*{says}"):
             import_function(f"{name}:reward")
     with pytest.raises(InvalidInput, match="has no 'other'"):
-        import_function("sound_scorer:other")
+        import_function("sound_reward:other")
     assert before == sys.path

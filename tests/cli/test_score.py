@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from test_cli import complaint, records
-from test_sequences import reference
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 import tiny
+from command_line import complaint, records
 from forktree import cli
-from forktree.model.verify import ProofTree
+from forktree.model.verification_tree import VerificationTree
+from log_probs import reference
 
 TEXTS = ["12+3=15", "a-b", "0.5", "12+3=16\n", "7"]
 PAIRS = [("12+3=", "15"), ("12+3=", "4"), ("a", "dcba"), ("12+", "3=15")]
@@ -214,7 +214,7 @@ def test_files_that_are_not_there(run: Run, tmp_path: Path) -> None:
 def test_a_result_that_is_no_number_costs_its_text_only(run: Run, tmp_path: Path) -> None:
     """A damaged embedding that `attach` does not happen to try."""
     model = tiny.new_model(vocab=64)
-    tried = set(ProofTree(64)._tokens.tolist())
+    tried = set(VerificationTree(64)._tokens.tolist())
     damaged = next(c for c in tiny.CHARACTERS if tiny.tokenizer()(c).input_ids[0] not in tried)
     with torch.no_grad():
         model.get_input_embeddings().weight[tiny.tokenizer()(damaged).input_ids[0]] = torch.nan

@@ -10,10 +10,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_models import CONFIGS, NUM_SLOTS, Forest, tiny
 
 import tiny as models
-from forktree import TokenLogits, search
+from forktree import TokenProbability, search
 from forktree.device import plan_buffers
 from forktree.device.cuda_graphs import CudaGraphs, NoHostReads
 from forktree.engine import worker
@@ -22,6 +21,7 @@ from forktree.model import Runner, attach, captured
 from forktree.plan.cost_model import CPU
 from forktree.plan.plan import plan
 from graph_fake import FakeGraphs
+from models import CONFIGS, NUM_SLOTS, Forest, tiny
 
 
 class Pair:
@@ -118,8 +118,8 @@ def test_what_is_returned_is_the_callers():
 
 
 def test_plans_that_outgrow_their_memory(monkeypatch):
-    monkeypatch.setattr(plan_buffers, "PLAN_ROOM", 32)
-    monkeypatch.setattr(plan_buffers, "SLOT_ROOM", 4)
+    monkeypatch.setattr(plan_buffers, "PLAN_CAPACITY", 32)
+    monkeypatch.setattr(plan_buffers, "SLOT_CAPACITY", 4)
     pair = Pair("qwen2")
     pair.random_steps(12)
     assert 4 <= pair.graphs.captures < 12
@@ -138,7 +138,7 @@ def test_more_partials_than_there_is_room_for(monkeypatch):
     """The runner's own plans keep to it; with others it runs eagerly."""
     monkeypatch.setattr(captured, "SCRATCH", 4 * 4 * (8 + 2) * 3)
     pair = Pair()
-    (kind,) = pair.captured.kinds
+    (kind,) = pair.captured.layer_specs
     assert pair.captured._captured.max_partials == [3]
     forest = pair.forest
     trunk = forest.root()
@@ -207,7 +207,7 @@ def test_plans_of_another_step_are_refused():
     [
         search.Greedy(),
         search.BeamSearch(num_beams=4),
-        search.ParticleFilter(num_particles=4, max_step_tokens=3, scorer=TokenLogits([1, 2])),
+        search.ParticleFilter(num_particles=4, max_step_tokens=3, reward=TokenProbability([1, 2])),
     ],
     ids=lambda s: type(s).__name__,
 )

@@ -20,13 +20,13 @@ def new_buffers(num_plans=2):
     buffers = PlanBuffers(CPU, num_plans, Passed)
     buffers.memory.fill_(-77)
     buffers.sent = []  # int32 of each copy
-    write = buffers._staging.write
+    write = buffers._staging.next_host_buffer
 
     def spy(size):
         buffers.sent.append(size)
         return write(size)
 
-    buffers._staging.write = spy
+    buffers._staging.next_host_buffer = spy
     return buffers
 
 
@@ -63,10 +63,10 @@ def test_any_plan_after_any_other(kind):
     buffers = new_buffers()
     for seed in range(5):
         plans = plans_of(random_layout(seed, kind).layout)
-        assert not buffers.hold(plans)
+        assert not buffers.upload(plans)
         assert_holds(buffers, plans)
     assert len(buffers.sent) == 5  # one copy each
-    buffers.hold(plans)
+    buffers.upload(plans)
     assert len(buffers.sent) == 5  # none for what is there
 
 
@@ -75,14 +75,14 @@ def test_growth_equals_filling_anew(kind):
     rng = np.random.default_rng(0)
     buffers = new_buffers()
     plans = plans_of(random_layout(3, kind, room=12, uneven=False, num_nodes=30).layout)
-    buffers.hold(plans)
+    buffers.upload(plans)
     (full,) = buffers.sent
     for _ in range(10):
         plans = grown(plans, rng)
-        assert not buffers.hold(plans)
+        assert not buffers.upload(plans)
         assert_holds(buffers, plans)
         fresh = new_buffers()
-        fresh.hold(plans)
+        fresh.upload(plans)
         for (ours, _), (theirs, _), made in zip(buffers.sections, fresh.sections, plans, strict=True):
             assert torch.equal(ours[: made.buffer.size], theirs[: made.buffer.size])
     assert max(buffers.sent[1:]) < full / 100
@@ -95,29 +95,29 @@ def test_other_growth_than_that_of_what_is_held():
     first = plans_of(random_layout(1, "star", room=6, uneven=False).layout)
     one, other = grown(first, rng), grown(first, rng)
     for plans in (first, one, other, first, other, one, grown(grown(one, rng), rng), first, grown(one, rng)):
-        buffers.hold(plans)
+        buffers.upload(plans)
         assert_holds(buffers, plans)
 
 
 def test_plans_that_are_not_held_any_more_are_found_elsewhere():
     buffers = new_buffers()
     first, second = (plans_of(random_layout(seed, "star").layout) for seed in (0, 1))
-    buffers.hold(first)
-    buffers.hold(second)
+    buffers.upload(first)
+    buffers.upload(second)
     for made in first:
         buffer, _ = made.on(CPU)
         assert np.array_equal(buffer, made.buffer)
 
 
 def test_larger_memory_where_it_does_not_suffice(monkeypatch):
-    monkeypatch.setattr(plan_buffers, "PLAN_ROOM", 64)
-    monkeypatch.setattr(plan_buffers, "SLOT_ROOM", 8)
+    monkeypatch.setattr(plan_buffers, "PLAN_CAPACITY", 64)
+    monkeypatch.setattr(plan_buffers, "SLOT_CAPACITY", 8)
     buffers = new_buffers()
     moves = 0
     for size in (1, 2, 4, 8, 16, 4, 2, 64):
         plans = plans_of(random_layout(0, "star", num_nodes=size, num_contexts=size).layout)
         before = buffers.memory.data_ptr()
-        moved = buffers.hold(plans)
+        moved = buffers.upload(plans)
         moves += moved
         assert moved == (buffers.memory.data_ptr() != before)
         assert_holds(buffers, plans)
@@ -125,13 +125,13 @@ def test_larger_memory_where_it_does_not_suffice(monkeypatch):
 
 
 def test_growth_beyond_the_memory(monkeypatch):
-    monkeypatch.setattr(plan_buffers, "SLOT_ROOM", 8)
+    monkeypatch.setattr(plan_buffers, "SLOT_CAPACITY", 8)
     rng = np.random.default_rng(0)
     buffers = new_buffers()
     plans = plans_of(random_layout(0, "chain", num_nodes=1, num_contexts=2, max_len=3, room=40, uneven=False).layout)
     moves = 0
     for _ in range(30):
-        moves += buffers.hold(plans)
+        moves += buffers.upload(plans)
         assert_holds(buffers, plans)
         plans = grown(plans, rng)
     assert 1 <= moves <= 2
@@ -140,13 +140,13 @@ def test_growth_beyond_the_memory(monkeypatch):
 def test_plans_of_two_layouts_are_refused():
     buffers = new_buffers()
     one, other = (plans_of(random_layout(seed, "star").layout) for seed in (0, 1))
-    buffers.hold(one)
+    buffers.upload(one)
     with pytest.raises(ValueError, match="plans must be of one layout, got two that differ in slot_index"):
-        buffers.hold([one[0], other[1]])
+        buffers.upload([one[0], other[1]])
     assert_holds(buffers, one)
     slots = one[0].layout.slot_index
     same = replace(one[0].layout, slot_index=slots.copy())
-    buffers.hold([one[0], plan(same, **HEADS, window=5)])
+    buffers.upload([one[0], plan(same, **HEADS, window=5)])
 
 
 def test_callers_in_inference_mode_and_not():
@@ -155,9 +155,9 @@ def test_callers_in_inference_mode_and_not():
     plans = plans_of(random_layout(0, "star", room=9, uneven=False).layout)
     with torch.inference_mode():
         buffers = new_buffers()
-        buffers.hold(plans)
-    buffers.hold(plans := grown(plans, rng))
+        buffers.upload(plans)
+    buffers.upload(plans := grown(plans, rng))
     with torch.inference_mode():
-        buffers.hold(plans := grown(plans, rng))
-    buffers.hold(plans := plans_of(plans[0].layout))
+        buffers.upload(plans := grown(plans, rng))
+    buffers.upload(plans := plans_of(plans[0].layout))
     assert_holds(buffers, plans)

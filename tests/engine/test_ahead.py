@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import POISON, Scripted, endless, finished, mixed, need, outcome, poisoned, together, value_head  # noqa: F401
 
 import tiny
 from forktree import BestOfN, Cancelled, Decoder, Greedy, NonFinite, OutOfMemory, Sample, Sampling, SearchResult
@@ -16,6 +15,7 @@ from forktree.kv import Branch
 from forktree.kv.tree import PENDING_TOKEN
 from forktree.search import Search, SearchContext
 from forktree.search.request import Extension, extend, next_logits
+from searches import POISON, Scripted, finished, mixed, need, outcome, together, value_head
 
 
 def decoder(ahead: bool, **options: Any) -> Decoder:
@@ -35,8 +35,8 @@ def assert_same(got: SearchResult, want: SearchResult) -> None:
     for ours, theirs in zip(got.candidates, want.candidates, strict=True):
         a, b = ours.hypothesis, theirs.hypothesis
         assert a.log_prob == pytest.approx(b.log_prob, abs=1e-3)
-        assert a.score == pytest.approx(b.score, abs=1e-3) and a.step_scores == pytest.approx(b.step_scores, abs=1e-3)
-    assert got.counters.scorer_calls == want.counters.scorer_calls
+        assert a.score == pytest.approx(b.score, abs=1e-3) and a.step_rewards == pytest.approx(b.step_rewards, abs=1e-3)
+    assert got.counters.reward_calls == want.counters.reward_calls
 
 
 def both(prompts: list[str], searches: list[Search], *, seed: int = 0, **options: Any) -> None:
@@ -105,7 +105,7 @@ def test_two_searches_run_ahead_together_and_end_apart(events: list[tuple[str, i
 
 def test_overshoot_is_counted_and_states_it_replaced_are_put_back() -> None:
     """A score behind an EOS costs nothing more; each branch that ends before its last token costs one more."""
-    search, prompts = BestOfN(scorer=value_head(), num_samples=12), tiny.prompts(6, seed=5)
+    search, prompts = BestOfN(reward=value_head(), num_samples=12), tiny.prompts(6, seed=5)
     computed, results = [], []
     for ahead in (True, False):
         made = decoder(ahead, prefix_cache=False)
@@ -210,7 +210,7 @@ def test_prompts_that_come_while_tokens_are_unknown() -> None:
 # ---------------------------------------------------------------- failures
 
 
-def test_nan_names_the_same_branch_and_leaves_the_same_texts(poisoned: Decoder) -> None:  # noqa: F811
+def test_nan_names_the_same_branch_and_leaves_the_same_texts(poisoned: Decoder) -> None:
     found: list[Any] = []
 
     async def script(context: SearchContext) -> list[Branch]:

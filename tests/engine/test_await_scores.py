@@ -6,26 +6,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import POISON, Scripted, digits, outcome, poisoned, together  # noqa: F401
-from test_sampling import by_transformers
 
 import tiny
+from distributions import by_transformers
 from forktree import (
     Decoder,
     Draw,
+    FunctionReward,
     Greedy,
     InvalidInput,
     NonFinite,
     Ragged,
     Sample,
     Sampling,
-    TextScorer,
     TokenRequest,
     TokenScores,
 )
 from forktree.kv import Branch
 from forktree.search import Search, SearchContext
-from forktree.search.request import extend, next_logits, score, score_tokens
+from forktree.search.request import extend, next_logits, reward_branches, score_tokens
+from searches import POISON, Scripted, digits, outcome, together
 
 
 def greedy(n: int, **options: Any) -> Draw:
@@ -193,7 +193,7 @@ REQUESTS = {"draw": lambda n: TokenRequest(draw=greedy(n)), "top": lambda n: Tok
 
 
 @pytest.mark.parametrize("request_of", REQUESTS.values(), ids=REQUESTS)
-def test_nan_names_branch_and_position(poisoned: Decoder, request_of: Any) -> None:  # noqa: F811
+def test_nan_names_branch_and_position(poisoned: Decoder, request_of: Any) -> None:
     lse = []
 
     async def asks(context: SearchContext) -> list[Branch]:
@@ -245,7 +245,7 @@ def test_a_search_catches_what_a_request_raises_and_goes_on() -> None:
         with pytest.raises(InvalidInput, match="row 1"):
             await score_tokens(branches, WRONG["no token allowed"][0])
         await extend(branches, Sampling(), max_tokens=2)
-        await score(branches, TextScorer(digits))
+        await reward_branches(branches, FunctionReward(digits))
         assert (await next_logits(branches)).shape == (2, tiny.VOCAB)
         return branches
 

@@ -1,7 +1,6 @@
 """The engine: many searches at once give what each gives alone, whatever is scarce and whatever fails."""
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from forktree import (
     BestOfN,
     Cancelled,
     Decoder,
+    FunctionReward,
     Greedy,
-    Hypothesis,
     InvalidInput,
     NonFinite,
     OutOfMemory,
@@ -22,83 +21,14 @@ from forktree import (
     RewardModel,
     Sample,
     Sampling,
-    SearchResult,
-    TextScorer,
-    TokenLogits,
+    TokenProbability,
     ValueHead,
 )
-from forktree.engine.task import Task
 from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch
 from forktree.search import Search, SearchContext
-from forktree.search.request import extend, next_logits, score
-
-
-def digits(prompt: str, response: str) -> float:
-    """A reward in (0, 1) that depends on the whole response."""
-    return (1 + sum(ord(c) * (i + 3) for i, c in enumerate(response)) % 17) / 19
-
-
-def value_head(seed: int = 0) -> ValueHead:
-    torch.manual_seed(seed)
-    return ValueHead([(torch.randn(1, 32), torch.zeros(1))])
-
-
-def mixed() -> list[Search]:
-    """One search of every kind, all with randomness of their own."""
-    return [
-        Sample(num_return_sequences=4),
-        ParticleFilter(scorer=TextScorer(digits), num_particles=6, step_delimiter="5", max_step_tokens=4, max_steps=5),
-        Greedy(),
-        ParticleFilter(scorer=value_head(), num_particles=5, step_delimiter="\n", max_step_tokens=3, max_steps=6),
-        BestOfN(scorer=TokenLogits([4, 7], suffix=[2, 9, 2]), num_samples=5, top_k=8),
-        ParticleFilter(
-            scorer=TokenLogits([4, 7], suffix=[3]),
-            num_particles=7,
-            step_delimiter="",
-            max_step_tokens=2,
-            resampling="multinomial",
-            max_steps=7,
-        ),
-        Sample(num_return_sequences=2, temperature=0.6, top_p=0.9, stop=("-", "c1")),
-    ]
-
-
-def outcome(result: SearchResult) -> list[tuple[str | None, str, int]]:
-    """Everything about a result's candidates that does not depend on rounding."""
-    return [(c.text, c.hypothesis.finish_reason, len(c.hypothesis.step_scores)) for c in result.candidates]
-
-
-def finished(task: Task) -> SearchResult:
-    """What `Decoder.search` would give for a task that is done."""
-    return SearchResult(0, "", task.result or [], task.counters, task.error)
-
-
-def alone(prompts: Sequence[str], searches: Sequence[Search], **options: Any) -> list[Any]:
-    """The outcome of each search on a decoder of its own with plenty of everything."""
-    found = []
-    for prompt, search in zip(prompts, searches, strict=True):
-        found.append(outcome(tiny.decoder(prefix_cache=False).search([prompt], search, **options)[0]))
-    assert all(found)
-    return found
-
-
-def together(
-    decoder: Decoder, prompts: Sequence[str], searches: Sequence[Search], **options: Any
-) -> list[SearchResult]:
-    return sorted(decoder.search_iter(prompts, searches, **options), key=lambda r: r.index)
-
-
-@dataclass(frozen=True)
-class Scripted(Search):
-    """A search written in a test."""
-
-    script: Callable[[SearchContext], Awaitable[Any]]
-
-    async def run(self, context: SearchContext) -> list[Hypothesis]:
-        found = await self.script(context)
-        return [Hypothesis(b.tokens[context.root.length :], 0.0, 0.0, "length") for b in found or []]
-
+from forktree.search.request import extend, next_logits, reward_branches
+from searches import POISON, Scripted, alone, digits, endless, finished, mixed, need, outcome, together, value_head
 
 # ---------------------------------------------------------------- same text, whatever else runs
 
@@ -108,7 +38,9 @@ class Scripted(Search):
     "search",
     [
         Sample(num_return_sequences=4),
-        ParticleFilter(scorer=TextScorer(digits), num_particles=6, step_delimiter="5", max_step_tokens=5, max_steps=4),
+        ParticleFilter(
+            reward=FunctionReward(digits), num_particles=6, step_delimiter="5", max_step_tokens=5, max_steps=4
+        ),
     ],
     ids=["sample", "particles"],
 )
@@ -254,10 +186,10 @@ def test_a_prompt_is_computed_once_whatever_the_number_of_branches(count: int) -
 def test_scores_on_the_models_own_state_cost_the_last_token_only() -> None:
     decoder = tiny.decoder()
     prompt = tiny.prompts(1)[0]
-    result = decoder.search([prompt], BestOfN(scorer=value_head(), num_samples=6), max_new_tokens=9)[0]
+    result = decoder.search([prompt], BestOfN(reward=value_head(), num_samples=6), max_new_tokens=9)[0]
     drawn = sum(len(c.token_ids) for c in result.candidates)
     assert decoder.worker.tokens_computed == len(prompt) + drawn
-    assert result.counters.scorer_calls == 6 and result.counters.scorer_tokens == 0
+    assert result.counters.reward_calls == 6 and result.counters.reward_tokens == 0
 
 
 def test_kept_prefixes_are_reused_and_give_way_under_pressure() -> None:
@@ -290,14 +222,6 @@ def _common(a: str, b: str) -> int:
 
 
 # ---------------------------------------------------------------- out of slots
-
-
-def need(prompt: str, search: Search, max_new_tokens: int) -> int:
-    """Slots that a search is sure to manage with: its branches' own tokens and probes beside the prompt."""
-    names = ("num_particles", "num_samples", "num_return_sequences")
-    branches = next((getattr(search, name) for name in names if hasattr(search, name)), 1)
-    probe = 3 if isinstance(getattr(search, "scorer", None), TokenLogits) else 0
-    return len(prompt) + branches * (max_new_tokens + probe)
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
@@ -398,8 +322,8 @@ def test_a_reward_models_pool_may_be_scarce_too() -> None:
 
     def search(slots: int) -> tuple[ParticleFilter, ModelWorker]:
         worker = ModelWorker(tiny.new_model("qwen3", seed=3), num_slots=slots)
-        scorer = RewardModel(worker, tiny.tokenizer(), value_head(2))
-        return ParticleFilter(scorer=scorer, num_particles=6, step_delimiter="", max_step_tokens=3, max_steps=4), worker
+        reward = RewardModel(worker, tiny.tokenizer(), value_head(2))
+        return ParticleFilter(reward=reward, num_particles=6, step_delimiter="", max_step_tokens=3, max_steps=4), worker
 
     prompts = tiny.prompts(6, seed=11)
     plenty, _ = search(2048)
@@ -415,12 +339,6 @@ def test_a_reward_models_pool_may_be_scarce_too() -> None:
 # ---------------------------------------------------------------- failures, cancelling, interruption
 
 
-async def endless(context: SearchContext) -> list[Branch]:
-    while True:
-        branches = context.root.fork(3)
-        await extend(branches, Sampling(), max_tokens=5)
-
-
 async def fails_at_once(context: SearchContext) -> list[Branch]:
     raise RuntimeError("broken at once")
 
@@ -428,7 +346,7 @@ async def fails_at_once(context: SearchContext) -> list[Branch]:
 async def fails_late(context: SearchContext) -> list[Branch]:
     branches = context.root.fork(3)
     await extend(branches, Sampling(), max_tokens=4)
-    await score(branches, value_head())
+    await reward_branches(branches, value_head())
     raise RuntimeError("broken late")
 
 
@@ -593,19 +511,6 @@ def test_a_search_that_is_no_coroutine_leaks_nothing() -> None:
 # ---------------------------------------------------------------- NaN
 
 
-POISON = 11
-
-
-@pytest.fixture
-def poisoned() -> Decoder:
-    """A decoder whose model gives NaN for every text with the token POISON in it."""
-    model = tiny.new_model()
-    decoder = Decoder(model, tiny.tokenizer(), num_slots=400)
-    # `attach` would refuse it, rightly, and again if this were seen
-    model.get_input_embeddings().weight.data[POISON] = torch.nan
-    return decoder
-
-
 def test_nan_ends_only_the_searches_that_meet_it(poisoned: Decoder) -> None:
     """The others give the same text as ever, in slots that NaN was written to before as well."""
     character = tiny.CHARACTERS[POISON - 1]
@@ -647,8 +552,8 @@ def test_slots_that_held_nan_do_not_leak_into_others(poisoned: Decoder) -> None:
             assert isinstance(result.error, NonFinite) or outcome(result) == outcome(clean)
 
 
-@pytest.mark.parametrize("scorer", [value_head(), TokenLogits([1, 2], suffix=[POISON])], ids=["head", "judge"])
-def test_nan_rewards_and_logits_name_branch_and_position(poisoned: Decoder, scorer: Any) -> None:
+@pytest.mark.parametrize("reward", [value_head(), TokenProbability([1, 2], suffix=[POISON])], ids=["head", "judge"])
+def test_nan_rewards_and_logits_name_branch_and_position(poisoned: Decoder, reward: Any) -> None:
     async def asks_logits(context: SearchContext) -> list[Branch]:
         clean, bad = context.root.fork(2)
         bad.append([POISON])
@@ -656,15 +561,15 @@ def test_nan_rewards_and_logits_name_branch_and_position(poisoned: Decoder, scor
 
     async def asks_score(context: SearchContext) -> list[Branch]:
         clean, bad = context.root.fork(2)
-        if isinstance(scorer, ValueHead):
+        if isinstance(reward, ValueHead):
             bad.append([POISON])
-        await score([clean, bad], scorer)
+        await reward_branches([clean, bad], reward)
 
     results = together(
         poisoned, ["12", "12=", "12=3"], [Scripted(asks_logits), Scripted(asks_score), Greedy()], max_new_tokens=1
     )
     assert isinstance(results[0].error, NonFinite) and isinstance(results[1].error, NonFinite)
     assert "logits of branch 1 at position 3" in str(results[0].error)
-    assert f"reward of branch {int(isinstance(scorer, ValueHead))} at position 4" in str(results[1].error)
+    assert f"reward of branch {int(isinstance(reward, ValueHead))} at position 4" in str(results[1].error)
     assert results[2].error is None
     tiny.assert_all_returned(poisoned.worker)

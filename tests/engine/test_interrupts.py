@@ -10,8 +10,6 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from test_engine import Scripted, endless, outcome, together, value_head
-from test_offenders import Custom
 
 import forktree
 import tiny
@@ -19,7 +17,8 @@ from forktree import BeamSearch, Cancelled, Decoder, Greedy, ParticleFilter, Sam
 from forktree.engine.interrupts import DeferredInterrupts
 from forktree.kv import Branch
 from forktree.search import Search, SearchContext
-from forktree.search.request import extend, score, score_tokens
+from forktree.search.request import extend, reward_branches, score_tokens
+from searches import Custom, Scripted, endless, outcome, together, value_head
 
 PACKAGE = str(Path(forktree.__file__).parent)
 # what stands outside critical sections, or makes them
@@ -34,7 +33,7 @@ async def asks(context: SearchContext) -> list[Branch]:
 
 
 def searches() -> list[Search]:
-    steps = ParticleFilter(scorer=value_head(), num_particles=2, step_delimiter="", max_step_tokens=1, max_steps=2)
+    steps = ParticleFilter(reward=value_head(), num_particles=2, step_delimiter="", max_step_tokens=1, max_steps=2)
     return [steps, BeamSearch(num_beams=2), Scripted(asks)]
 
 
@@ -197,7 +196,7 @@ def test_a_search_that_hangs_is_ended_by_a_second_interrupt() -> None:
             press()
 
     async def hangs(context: SearchContext) -> list[Branch]:
-        await score(context.root.fork(2), Custom(hang))
+        await reward_branches(context.root.fork(2), Custom(hang))
         return []
 
     other = made.search_iter(["1", "12"], [Greedy(), Scripted(endless)], max_new_tokens=1)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_engine import Scripted, outcome, together, value_head
 
 import tiny
 from forktree import (
@@ -14,55 +13,29 @@ from forktree import (
     Hypothesis,
     InvalidInput,
     ParticleFilter,
+    RewardError,
     RewardModel,
     Sample,
     Sampling,
-    Scorer,
-    ScorerError,
     TokenRequest,
 )
 from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch, append, reassign
-from forktree.rewards.scoring import Reading, Subject
+from forktree.rewards.base import PendingReward, RewardInput
 from forktree.search import Search, SearchContext
-from forktree.search.request import Extend, Rewards, Score, extend, next_logits, score, score_tokens
+from forktree.search.request import Extend, RewardBranches, extend, next_logits, reward_branches, score_tokens
+from searches import Custom, Rewarding, Scripted, outcome, together, value_head
 
 OTHER = tiny.decoder(num_slots=64)
 FOREIGN = OTHER.worker.tree.root([3, 4, 5])
 SAMPLING = Sampling()
 
 
-class Rewarding(Reading):
-    """A reading whose parts may be replaced by what breaks."""
-
-    def __init__(self, count: int, read: Any = None, close: Any = None) -> None:
-        self._count, self._read, self._close, self.closed = count, read, close, 0
-
-    def read(self, hidden: Any) -> Any:
-        return self._read() if self._read is not None else Rewards(np.ones(self._count), [None] * self._count)
-
-    def close(self) -> None:
-        self.closed += 1
-        assert self.closed == 1, "closed twice"
-        if self._close is not None:
-            self._close()
-
-
-class Custom(Scorer):
-    """What a user may write: `begin(subject)` is any function."""
-
-    def __init__(self, begin: Callable[[Subject], Any]) -> None:
-        self._begin = begin
-
-    def begin(self, subject: Subject) -> Any:
-        return self._begin(subject)
-
-
-def scoring(begin: Callable[[Subject], Any]) -> Callable[[SearchContext], Any]:
+def scoring(begin: Callable[[RewardInput], Any]) -> Callable[[SearchContext], Any]:
     async def script(context: SearchContext) -> list[Branch]:
         branches = context.root.fork(3)
         await extend(branches, SAMPLING, max_tokens=2)
-        await score(branches, Custom(begin))
+        await reward_branches(branches, Custom(begin))
         return branches
 
     return script
@@ -130,9 +103,9 @@ def shorten(branches: Sequence[Branch]) -> Any:
         branch.rewind(1)
 
 
-def on_own_worker(subject: Subject, branches: Sequence[Branch]) -> Reading:
-    reading = Rewarding(len(subject.branches))
-    reading.worker, reading.branches = subject.worker, branches
+def on_own_worker(given: RewardInput, branches: Sequence[Branch]) -> PendingReward:
+    reading = Rewarding(len(given.branches))
+    reading.worker, reading.branches = given.worker, branches
     return reading
 
 
@@ -165,14 +138,14 @@ SCRIPTS: dict[str, tuple[Callable[[SearchContext], Any], type[Exception] | tuple
         "processors",
     ),
     "no request": (asking(lambda j, b: score_tokens(b, None)), InvalidInput, "TokenRequest.*None"),
-    "no scorer": (asking(lambda j, b: score(b, None)), InvalidInput, "scorer.*NoneType"),
-    "a function": (asking(lambda j, b: Score(b, len)), InvalidInput, "scorer.*TextScorer"),
+    "no reward": (asking(lambda j, b: reward_branches(b, None)), InvalidInput, "reward.*NoneType"),
+    "a function": (asking(lambda j, b: RewardBranches(b, len)), InvalidInput, "reward.*FunctionReward"),
     "foreign, extend": (
         asking(lambda j, b: extend([b[0], FOREIGN], SAMPLING, max_tokens=1)),
         InvalidInput,
         "belongs to",
     ),
-    "foreign, score": (asking(lambda j, b: score([FOREIGN], value_head())), InvalidInput, "belongs to tree"),
+    "foreign, score": (asking(lambda j, b: reward_branches([FOREIGN], value_head())), InvalidInput, "belongs to tree"),
     "foreign, score_tokens": (
         asking(lambda j, b: score_tokens([FOREIGN], TokenRequest(lse=True))),
         InvalidInput,
@@ -187,7 +160,7 @@ SCRIPTS: dict[str, tuple[Callable[[SearchContext], Any], type[Exception] | tuple
     "begin ends": (scoring(end), StopIteration, "too early"),
     "close ends": (scoring(lambda s: Rewarding(3, close=end)), StopIteration, "too early"),
     "stop ends": (stopping(end), RuntimeError, "StopIteration"),
-    "begin returns nothing": (scoring(lambda s: None), ScorerError, "Reading, got NoneType"),
+    "begin returns nothing": (scoring(lambda s: None), RewardError, "PendingReward, got NoneType"),
     "begin drops": (scoring(lambda s: (leave(s.branches), Rewarding(3))[1]), InvalidInput, "was dropped"),
     "begin drops what it wants": (
         scoring(lambda s: (leave(s.branches), on_own_worker(s, s.branches))[1]),
@@ -201,8 +174,8 @@ SCRIPTS: dict[str, tuple[Callable[[SearchContext], Any], type[Exception] | tuple
         "256",
     ),
     "read raises": (scoring(lambda s: Rewarding(3, read=fail)), LookupError, "no such thing"),
-    "read gives a list": (scoring(lambda s: Rewarding(3, read=lambda: [1, 2, 3])), ScorerError, "Rewards, got list"),
-    "read gives too few": (scoring(lambda s: Rewarding(2)), ScorerError, "3 rewards.*got 2"),
+    "read gives a list": (scoring(lambda s: Rewarding(3, read=lambda: [1, 2, 3])), RewardError, "Rewards, got list"),
+    "read gives too few": (scoring(lambda s: Rewarding(2)), RewardError, "3 rewards.*got 2"),
     "read drops": (scoring(lambda s: Rewarding(3, read=lambda: leave(s.branches) or fail())), LookupError, "no such"),
     "close raises": (scoring(lambda s: Rewarding(3, close=fail)), LookupError, "no such thing"),
     "close drops": (scoring(lambda s: Rewarding(3, close=lambda: leave(s.branches))), InvalidInput, "was dropped"),
@@ -259,9 +232,9 @@ def innocents() -> list[Search]:
     reward_model = RewardModel(ModelWorker(tiny.model("qwen3"), num_slots=256), tiny.tokenizer(), value_head(1))
     return [
         Sample(num_return_sequences=3),
-        ParticleFilter(scorer=value_head(), **steps),
+        ParticleFilter(reward=value_head(), **steps),
         Sample(num_return_sequences=2, logits_processor=(lambda ids, scores: scores + 0.25,)),
-        ParticleFilter(scorer=reward_model, **steps),
+        ParticleFilter(reward=reward_model, **steps),
     ]
 
 
@@ -310,7 +283,7 @@ def test_a_run_that_is_no_coroutine_or_returns_no_hypotheses() -> None:
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("offends", [leave, lengthen, misspell])
 def test_a_search_that_spoils_another_ends_that_one_at_most(offends: Any, ahead: bool) -> None:
-    """A scorer that reaches for the branches of a search that waits."""
+    """A reward that reaches for the branches of a search that waits."""
     theirs: list[Branch] = []
 
     async def victim(context: SearchContext) -> list[Branch]:
@@ -319,7 +292,7 @@ def test_a_search_that_spoils_another_ends_that_one_at_most(offends: Any, ahead:
         await next_logits(theirs)
         return theirs
 
-    spoils = Scripted(scoring(lambda subject: (offends(theirs), Rewarding(3, read=fail))[1]))
+    spoils = Scripted(scoring(lambda given: (offends(theirs), Rewarding(3, read=fail))[1]))
     offenders = {
         "victim": (Scripted(victim), InvalidInput, "dropped|changed|ids must lie|256 positions"),
         "spoils": (spoils, LookupError, "no such thing"),
@@ -327,11 +300,11 @@ def test_a_search_that_spoils_another_ends_that_one_at_most(offends: Any, ahead:
     assert_each_ends_alone(offenders, ahead)
 
 
-def test_what_a_scorer_opened_on_its_own_model_is_dropped_with_the_search() -> None:
+def test_what_a_reward_opened_on_its_own_model_is_dropped_with_the_search() -> None:
     worker = ModelWorker(tiny.model("qwen3"), num_slots=256)
 
-    def begin(subject: Subject) -> Reading:
-        owner = int(subject.worker.tree.branch_owner[subject.branches[0].id])
+    def begin(given: RewardInput) -> PendingReward:
+        owner = int(given.worker.tree.branch_owner[given.branches[0].id])
         reading = Rewarding(3)
         reading.worker, reading.branches = worker, [worker.open([1, tiny.VOCAB + 5], owner=owner) for _ in range(3)]
         return reading
@@ -340,10 +313,10 @@ def test_what_a_scorer_opened_on_its_own_model_is_dropped_with_the_search() -> N
     tiny.assert_all_returned(worker)
 
 
-def test_a_scorers_model_that_fails_ends_the_searches_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rewards_model_that_fails_ends_the_searches_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = ModelWorker(tiny.new_model("qwen3"), num_slots=256)
     monkeypatch.setattr(worker.runner, "forward", fail)
-    scorer = RewardModel(worker, tiny.tokenizer(), value_head(1))
-    offenders = {str(i): (ParticleFilter(scorer=scorer, num_particles=2), LookupError, "no such thing") for i in "ab"}
+    reward = RewardModel(worker, tiny.tokenizer(), value_head(1))
+    offenders = {str(i): (ParticleFilter(reward=reward, num_particles=2), LookupError, "no such thing") for i in "ab"}
     assert_each_ends_alone(offenders, ahead=False)
     tiny.assert_all_returned(worker)

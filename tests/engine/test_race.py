@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_engine import Scripted, mixed, together
 
 import tiny
 from forktree import Decoder, InvalidInput, Sampling
 from forktree.kv import Branch
 from forktree.search import SearchContext
 from forktree.search.request import Extension, extend, next_logits
+from searches import Scripted, mixed, together
 
 ENDS = frozenset([0, 5, 9])
 COUNT = 12

@@ -6,25 +6,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import Scripted, outcome, together
 
 import tiny
 from forktree import (
     Decoder,
+    FunctionReward,
     Greedy,
     InvalidInput,
     RewardModel,
     Sample,
     Sampling,
-    TextScorer,
-    TokenLogits,
+    TokenProbability,
     TokenRequest,
     ValueHead,
 )
 from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch
 from forktree.search import SearchContext
-from forktree.search.request import extend, next_logits, score, score_tokens
+from forktree.search.request import extend, next_logits, reward_branches, score_tokens
+from searches import Scripted, outcome, together
 
 DRAFT_MODEL = tiny.new_model("qwen3", seed=5)
 Script = Callable[[SearchContext], Awaitable[Any]]
@@ -65,7 +65,7 @@ def test_each_branch_is_answered_by_its_own_model(ahead: bool) -> None:
             assert int(top.top_ids[0, 0]) == int(exact.argmax())
             rows = await score_tokens([branch], TokenRequest(lse=True, top_k=1), since=0)
             assert len(rows.scores.lse) == branch.length
-            rewards = await score([branch], TokenLogits([4, 7], suffix=[3]))
+            rewards = await reward_branches([branch], TokenProbability([4, 7], suffix=[3]))
             asked = tiny.next_log_probs(model, [*branch.tokens.tolist(), 3])[[4, 7]].softmax(dim=0)
             assert rewards.values[0] == pytest.approx(float(asked[0]), abs=1e-5)
             await extend([branch], Sampling(0), max_tokens=5)
@@ -121,7 +121,7 @@ def test_tokens_are_counted_by_model() -> None:
     result = run(script, made)
     assert result.counters.tokens_by_model == {"draft": 4 + 2} == {"draft": draft_of(made).tokens_computed}
     assert result.counters.model_tokens == made.worker.tokens_computed == len("12+3=")
-    assert result.counters.scorer_tokens == 0
+    assert result.counters.reward_tokens == 0
 
 
 def test_roots_opened_share_prefixes_and_are_kept_for_later_searches() -> None:
@@ -159,16 +159,16 @@ def test_rewards_read_the_prompt_of_the_root_that_a_branch_has() -> None:
     )
 
     async def script(context: SearchContext) -> list[Branch]:
-        for prompt in ("7-7=", "12+3="):
-            opened = context.open(prompt).fork(2)
+        for prompts in (("7-7=", "7-7="), ("12+3=", "4")):
+            opened = [context.open(prompt).fork(1)[0] for prompt in prompts]
             await extend(opened, Sampling(), max_tokens=4)
-            await score(opened, TextScorer(lambda prompt, response: seen.append((prompt, response)) or 0.5))
-            rewards = await score(opened, judge)
+            await reward_branches(opened, FunctionReward(lambda *texts: seen.append(texts) or 0.5))
+            rewards = await reward_branches(opened, judge)
             assert np.isfinite(rewards.values).all()
         return []
 
     run(script)
-    assert [prompt for prompt, _ in seen] == ["7-7="] * 2 + ["12+3="] * 2
+    assert [prompt for prompt, _ in seen] == ["7-7=", "7-7=", "12+3=", "4"]
     tiny.assert_all_returned(judge._worker)
 
 
@@ -189,7 +189,10 @@ WRONG: dict[str, tuple[Callable[[SearchContext], Any], str]] = {
         r"branch 1 of 2 belongs to tree \d+ of llama, expected one of tree \d+ of qwen3",
     ),
     "logits of both": (lambda c: next_logits([c.root, c.open([1], model="draft")]), "belongs to tree"),
-    "rewards of both": (lambda c: score([c.root, c.open([1], model="draft")], TokenLogits([1, 2])), "belongs to tree"),
+    "rewards of both": (
+        lambda c: reward_branches([c.root, c.open([1], model="draft")], TokenProbability([1, 2])),
+        "belongs to tree",
+    ),
     "no such model": (lambda c: c.open("12", model="judge"), "model must be one of 'main', 'draft', got 'judge'"),
     "no tokens": (lambda c: c.open(""), "empty"),
     "a token too high": (lambda c: c.open([1, tiny.VOCAB]), rf"\[0, {tiny.VOCAB}\)"),

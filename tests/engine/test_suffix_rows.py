@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import POISON, Scripted, poisoned, together  # noqa: F401
 
 import tiny
 from forktree import Decoder, Draw, Greedy, InvalidInput, NonFinite, Ragged, Sampling, TokenRequest, TokenScores
 from forktree.kv import Branch
 from forktree.search import SearchContext
 from forktree.search.request import extend, next_logits, score_tokens
+from searches import POISON, Scripted, together
 
 Context = SearchContext
 DRAFT = [5, 9, 4, 11, 3, 3, 17, 8]
@@ -281,7 +281,7 @@ def test_a_request_that_is_wrong_ends_its_own_search(name: str, max_batch_tokens
     tiny.assert_all_returned(decoder.worker)
 
 
-def test_nan_names_branch_and_position(poisoned: Decoder) -> None:  # noqa: F811
+def test_nan_names_branch_and_position(poisoned: Decoder) -> None:
     async def script(context: Context) -> list[Branch]:
         clean, bad = context.root.fork(2)
         clean.append([1, 2])

@@ -96,8 +96,8 @@ def test_decoding_sends_what_has_changed(worker: ModelWorker) -> None:
     worker.tree.append(branches, [1, 2, 3, 4])
     assert_right(worker, branches)
     staging, sent = worker.runner._captured._plans._staging, []
-    write = staging.write
-    staging.write = lambda size: sent.append(size) or write(size)
+    write = staging.next_host_buffer
+    staging.next_host_buffer = lambda size: sent.append(size) or write(size)
     for _ in range(16):
         worker.tree.append(branches, [1, 2, 3, 4])
         assert_right(worker, branches)

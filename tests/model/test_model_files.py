@@ -86,7 +86,7 @@ def test_code_in_a_model_directory_runs_only_when_asked_for(
     assert ran.exists()
 
 
-@pytest.mark.parametrize("what", ["model", "scorer"])
+@pytest.mark.parametrize("what", ["model", "reward"])
 def test_the_command_line_runs_no_code_and_asks_nothing(
     directory: Path,
     evil: Callable[[str], Path],
@@ -102,8 +102,8 @@ def test_the_command_line_runs_no_code_and_asks_nothing(
     save_file({"score.weight": torch.ones(1, 32)}, directory / "head.safetensors")
     (directory / "in.jsonl").write_text('{"prompt": "1+2="}\n')
     options = ["--model", str(directory)]
-    if what == "scorer":
-        options = ["--model", str(sound), "--search", "best-of-n", "--scorer", str(directory)]
+    if what == "reward":
+        options = ["--model", str(sound), "--search", "best-of-n", "--reward", str(directory)]
     paths = ["--prompts", str(directory / "in.jsonl"), "--out", str(directory / "out.jsonl")]
     monkeypatch.setattr(sys, "argv", ["forktree", "generate", *options, *paths])
     with pytest.raises(SystemExit) as stop:

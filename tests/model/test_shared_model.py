@@ -11,34 +11,14 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from test_models import tiny as tiny_of
 from torch import nn
 
-import forktree
 import tiny
-from forktree import Decoder, TextScorer, search
+from decoding import decoded, drop_in, plain
+from forktree import Decoder, FunctionReward, search
 from forktree.errors import UnsupportedModel
 from forktree.model import OwnHead
-
-PROMPT = [3, 7, 2, 9, 4, 4, 1]
-NEW = 6
-
-
-def plain(model: Any, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
-    """transformers' own greedy continuation."""
-    ids = torch.tensor([prompt])
-    return model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None)[0, len(prompt) :].tolist()
-
-
-def drop_in(model: Any, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
-    ids, how = torch.tensor([prompt]), dict(custom_generate=forktree.generate)
-    found = model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None, **how)
-    return found[0, len(prompt) :].tolist()
-
-
-def decoded(decoder: Decoder, prompt: list[int] = PROMPT, new: int = NEW) -> list[int]:
-    (result,) = decoder.search(prompt, search.Greedy(), max_new_tokens=new)
-    return result.best.token_ids
+from models import tiny as tiny_of
 
 
 def squared(model: Any) -> Any:
@@ -222,7 +202,7 @@ def test_two_threads(name: str) -> None:
     assert not failures
 
 
-def test_a_scorer_that_runs_the_same_model() -> None:
+def test_a_reward_that_runs_the_same_model() -> None:
     model, tokenizer = tiny.new_model(), tiny.tokenizer()
 
     def reward(prompt: str, response: str) -> float:
@@ -230,7 +210,7 @@ def test_a_scorer_that_runs_the_same_model() -> None:
         return plain(model, ids, 1)[0] / tiny.VOCAB
 
     decoder = Decoder(model, tokenizer, num_slots=512)
-    particles = search.ParticleFilter(num_particles=4, max_step_tokens=2, scorer=TextScorer(reward))
+    particles = search.ParticleFilter(num_particles=4, max_step_tokens=2, reward=FunctionReward(reward))
     for result in decoder.search(tiny.prompts(6), particles, max_new_tokens=8):
         assert result.error is None
         for candidate in result.candidates:

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_models import tiny as tiny_of
-from test_shared_model import decoded, drop_in, plain
 from torch import nn
 
 import forktree
 import tiny
+from decoding import decoded, drop_in, plain
 from forktree import Decoder, UnsupportedModel, ValueHead, search, sequence_logprobs
 from forktree.model import Fingerprint, LinearHead, attach
 from forktree.model.captured import CapturedSteps
 from forktree.model.runner import Runner
-from forktree.rewards.scoring import RewardModel
+from forktree.rewards.reward_model import RewardModel
 from graph_fake import FakeGraphs
+from models import tiny as tiny_of
 
 PROMPT = [3, 7, 2, 9, 4, 4, 1, 8, 3, 5, 6, 2]
 
@@ -209,8 +209,8 @@ def assert_as_transformers(model: Any, decoder: Decoder, tolerance: float = 1e-4
     torch.testing.assert_close(got_scores, scores, atol=tolerance, rtol=tolerance)
     exact = log_probs(model, [*PROMPT, *want])
     near = dict(atol=tolerance * 10, rtol=tolerance)
-    for scorer in (decoder, model):
-        (found,) = sequence_logprobs(scorer, [[*PROMPT, *want]])
+    for reward in (decoder, model):
+        (found,) = sequence_logprobs(reward, [[*PROMPT, *want]])
         np.testing.assert_allclose(found, exact, **near)
     (result,) = decoder.search(PROMPT, search.Greedy(), max_new_tokens=NEW)
     assert result.best.token_ids == want
@@ -379,7 +379,7 @@ def test_a_reward_model_that_changes() -> None:
 
     judge = RewardModel(ModelWorker(model, num_slots=512), tiny.tokenizer(), head)
     decoder = Decoder(policy, tiny.tokenizer(), num_slots=512)
-    particles = search.ParticleFilter(num_particles=4, max_step_tokens=3, scorer=judge)
+    particles = search.ParticleFilter(num_particles=4, max_step_tokens=3, reward=judge)
     for change in (lambda: None, lambda: scaled(model)):
         change()
         (result,) = decoder.search("12+3=", particles, max_new_tokens=6)

@@ -13,7 +13,7 @@ from scipy import stats
 
 import tiny
 from distributions import by_transformers, chi_square
-from forktree import BestOfN, Decoder, Draw, InvalidInput, Sample, Sampling, TextScorer, TokenRequest, ops
+from forktree import BestOfN, Decoder, Draw, FunctionReward, InvalidInput, Sample, Sampling, TokenRequest, ops
 from forktree.ops.sampling import noise
 
 
@@ -73,7 +73,7 @@ def test_the_two_numbers_of_a_tile_are_independent() -> None:
     ],
 )
 def test_bad_settings_name_expectation_and_value(setting: str, value: Any, expected: str) -> None:
-    for make in (Sampling, Sample, lambda **kw: BestOfN(scorer=TextScorer(lambda p, r: 0.0), **kw)):
+    for make in (Sampling, Sample, lambda **kw: BestOfN(reward=FunctionReward(lambda p, r: 0.0), **kw)):
         with pytest.raises(InvalidInput) as error:
             make(**{setting: value})
         assert setting in str(error.value) and expected in str(error.value) and str(value) in str(error.value)

@@ -18,9 +18,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from torch import nn
 
 import tiny
-from forktree import InvalidInput, RewardModel, Scorer, ScorerError, StepFormat, ValueHead, cli, load_scorer
+from forktree import InvalidInput, Reward, RewardError, RewardModel, StepFormat, ValueHead, cli, load_reward
+from forktree.rewards.base import Rewards
 from forktree.rewards.step_format import REWARD_FORMATS
-from forktree.search.request import Rewards, score
+from forktree.search.request import reward_branches
 
 QUESTION = "12+3="
 RESPONSES = ["1+2.\n\n3-4.\n\n", "1+2.\n\n3", "ab.\n- 5\n\n\nc", "a", "", "5.\n"]
@@ -48,15 +49,15 @@ def byte_level(path: Path, *special: str, single: str | None = None, **options: 
     return tokenizer
 
 
-def rewards(scorer: Scorer, responses: Sequence[str] = RESPONSES, prompt: str = QUESTION) -> Rewards:
-    """What a scorer says of these responses to the prompt."""
+def rewards(reward: Reward, responses: Sequence[str] = RESPONSES, prompt: str = QUESTION) -> Rewards:
+    """What a reward says of these responses to the prompt."""
     decoder, characters = tiny.decoder(), tiny.tokenizer()
 
     async def script(root: Any) -> Rewards:
         branches = root.fork(len(responses))
         for branch, response in zip(branches, responses, strict=True):
             branch.append(characters(response).input_ids)
-        return await score(branches, scorer)
+        return await reward_branches(branches, reward)
 
     task = decoder.engine.submit(lambda task: script(task.roots[0].branch), [characters(prompt).input_ids], text=prompt)
     list(decoder.engine.run())
@@ -147,7 +148,7 @@ def qwen_rewards(model: Any, head: Scores, tokenizer: Any) -> list[float]:
 
 def test_qwen_prm(qwen: Any) -> None:
     path, *model = qwen
-    assert_rewards(rewards(load_scorer(str(path), format="qwen-prm")), qwen_rewards(*model))
+    assert_rewards(rewards(load_reward(str(path), format="qwen-prm")), qwen_rewards(*model))
 
 
 @pytest.mark.parametrize("single", ["$A <|endoftext|>", "$A <extra_0>"])
@@ -245,8 +246,8 @@ def test_outcome(tmp_path: Path, pad: str | None) -> None:
         expected.append(float(model(input_ids=ids).logits[0, 0]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scorer = load_scorer(str(tmp_path), format="outcome")
-    assert_rewards(rewards(scorer), expected)
+        reward = load_reward(str(tmp_path), format="outcome")
+    assert_rewards(rewards(reward), expected)
     squashed = RewardModel.load(tmp_path, format="outcome", activation="sigmoid")
     assert_rewards(rewards(squashed), torch.tensor(expected).sigmoid().tolist())
 
@@ -277,7 +278,8 @@ def test_one_of_several_classes_is_part_of_the_format(tmp_path: Path) -> None:
 def test_formats_on_the_command_line(qwen: Any, tmp_path: Path, generate: Callable[..., tuple[int, str]]) -> None:
     """A name, its parts changed, or the parts alone; a run under another format is not gone on with."""
     path, *_ = qwen
-    asked = ["--search", "best-of-n", "--num-samples", "6", "--scorer", str(path), "--out", str(tmp_path / "out.jsonl")]
+    asked = ["--search", "best-of-n", "--set", "num_samples=6", "--reward", str(path)]
+    asked += ["--out", str(tmp_path / "out.jsonl")]
     parts = ["--reward-step-delimiter", r"\n", "--escape", "--separator", "<extra_0>", "--template", "chat"]
     cases: list[tuple[list[str], StepFormat]] = [
         (["--reward-format", "qwen-prm"], REWARD_FORMATS["qwen-prm"]),
@@ -303,7 +305,7 @@ def test_formats_on_the_command_line(qwen: Any, tmp_path: Path, generate: Callab
         (["--reward-format", "prm"], "reward format must be one of qwen-prm, "),
         (["--separator", "<extra_0>"], "separator needs a step_delimiter"),
         (["--template", "{prompt}"], "template must contain {response} exactly once"),
-        (["--template", "chat", "--scorer", "math:sqrt"], "belong to a reward-model directory, got --scorer math:sqrt"),
+        (["--template", "chat", "--reward", "math:sqrt"], "belong to a reward-model directory, got --reward math:sqrt"),
     ]:
         code, error = generate(*asked, *options)
         assert code == 2 and message in error and not (tmp_path / "out.jsonl").exists()
@@ -343,7 +345,7 @@ def test_a_directory_that_is_no_such_model_is_refused(tmp_path: Path) -> None:
     save_file({"score.weight": torch.zeros(1, 32)}, tmp_path / "head.st")
     for spec in ("math:sqrt", str(tmp_path / "head.safetensors")):
         with pytest.raises(InvalidInput, match="reward format belongs to a reward-model directory"):
-            load_scorer(spec, format="outcome")
+            load_reward(spec, format="outcome")
 
 
 @torch.no_grad()
@@ -355,7 +357,7 @@ def test_a_text_that_cannot_be_rendered_costs_its_branch_only(qwen: Any) -> None
         found = rewards(RewardModel.load(path, format=StepFormat("chat")))
     for response, value, error in zip(RESPONSES, found.values, found.errors, strict=True):
         if "a" in response:
-            assert isinstance(error, ScorerError) and "no a" in str(error) and np.isnan(value)
+            assert isinstance(error, RewardError) and "no a" in str(error) and np.isnan(value)
         else:
             text = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>\n"
             hidden = model(input_ids=tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0, -1]

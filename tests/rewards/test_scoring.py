@@ -1,4 +1,4 @@
-"""Scorers: their values are those of transformers run from scratch, and their failures cost what they should."""
+"""Rewards: their values are those of transformers run from scratch, and their failures cost what they should."""
 
 import contextlib
 import math
@@ -18,23 +18,23 @@ from forktree import (
     BestOfN,
     Cancelled,
     Decoder,
+    FunctionReward,
     Greedy,
     InvalidInput,
     ParticleFilter,
+    Reward,
+    RewardError,
     RewardModel,
     Sample,
-    Scorer,
-    ScorerError,
     StepFormat,
-    TextScorer,
-    TokenLogits,
+    TokenProbability,
     ValueHead,
-    load_scorer,
+    load_reward,
 )
 from forktree.engine.engine import Engine
 from forktree.engine.worker import ModelWorker
-from forktree.rewards.scoring import Reading, Subject
-from forktree.search.request import Rewards, score
+from forktree.rewards.base import PendingReward, RewardInput, Rewards
+from forktree.search.request import reward_branches
 
 HIDDEN = 32
 
@@ -43,10 +43,10 @@ def tensor(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 100 * sum(shape)))
 
 
-def scored(scorer: Scorer, *, n: int = 6, prompt: str = "12+3=", seed: int = 0, **options: Any) -> dict[str, float]:
+def scored(reward: Reward, *, n: int = 6, prompt: str = "12+3=", seed: int = 0, **options: Any) -> dict[str, float]:
     """Reward of every sampled response."""
     decoder = tiny.decoder(**options)
-    search = BestOfN(scorer=scorer, num_samples=n)
+    search = BestOfN(reward=reward, num_samples=n)
     result = decoder.search([prompt], search, max_new_tokens=9, seed=seed)[0]
     assert result.error is None, result.error
     tiny.assert_all_returned(decoder.worker)
@@ -151,7 +151,7 @@ def test_a_head_of_another_model_is_refused_before_anything_runs() -> None:
     decoder = tiny.decoder()
     other = ValueHead([(tensor(1, 48), None)])
     with pytest.raises(InvalidInput, match=r"48.*32"):
-        decoder.search(["12"], BestOfN(scorer=other), max_new_tokens=3)
+        decoder.search(["12"], BestOfN(reward=other), max_new_tokens=3)
     with pytest.raises(InvalidInput, match=r"48.*32"):
         RewardModel(decoder.worker, tiny.tokenizer(), other)
     assert decoder.worker.forwards == 0
@@ -163,7 +163,7 @@ def test_a_head_of_another_model_is_refused_before_anything_runs() -> None:
 @pytest.mark.parametrize("suffix", ["", "=", "? 1.2-".replace("?", "a")])
 def test_token_logits_are_those_of_transformers_behind_the_question(suffix: str) -> None:
     yes, others = 5, [9, 14]
-    found = scored(TokenLogits([yes, *others], suffix=ids(suffix) if suffix else []))
+    found = scored(TokenProbability([yes, *others], suffix=ids(suffix) if suffix else []))
     for text, reward in found.items():
         p = tiny.next_log_probs(tiny.model(), ids("12+3=" + text + suffix)).exp()
         assert reward == pytest.approx(float(p[yes] / p[[yes, *others]].sum()), abs=1e-5)
@@ -179,9 +179,9 @@ def test_a_question_leaves_neither_text_nor_slots_behind() -> None:
         for branch, token in zip(branches, (3, 4, 5, 6), strict=True):
             branch.append([token])
         worker = decoder.worker
-        await score(branches, TokenLogits([1, 2]))
+        await reward_branches(branches, TokenProbability([1, 2]))
         before = worker.tree.slots.in_use
-        await score(branches, TokenLogits([1, 2], suffix=ids("1=2=3=")))
+        await reward_branches(branches, TokenProbability([1, 2], suffix=ids("1=2=3=")))
         seen.append((before, worker.tree.slots.in_use, int((worker.tree.branch_node >= 0).sum())))
         return [b.tokens.tolist() for b in branches]
 
@@ -198,57 +198,59 @@ def test_a_question_leaves_neither_text_nor_slots_behind() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: TokenLogits([3]),
-        lambda: TokenLogits([3, 3]),
-        lambda: TokenLogits([3, -4]),
-        lambda: TokenLogits([3, 4.0]),
-        lambda: TokenLogits([3, True]),
-        lambda: TokenLogits("34"),
-        lambda: TokenLogits([3, 4], suffix=[2.5]),
-        lambda: TokenLogits([3, 4], suffix=["5"]),
+        lambda: TokenProbability([3]),
+        lambda: TokenProbability([3, 3]),
+        lambda: TokenProbability([3, -4]),
+        lambda: TokenProbability([3, 4.0]),
+        lambda: TokenProbability([3, True]),
+        lambda: TokenProbability("34"),
+        lambda: TokenProbability([3, 4], suffix=[2.5]),
+        lambda: TokenProbability([3, 4], suffix=["5"]),
         lambda: StepFormat(separator="#"),
         lambda: StepFormat(between="#"),
         lambda: StepFormat(apart=True),
-        lambda: RewardModel(tiny.decoder().worker, tiny.tokenizer(), TokenLogits([1, 2]), format=StepFormat("chat")),
-        lambda: RewardModel(tiny.decoder().worker, tiny.tokenizer(), TokenLogits([1, 2], suffix=[3])),
+        lambda: RewardModel(
+            tiny.decoder().worker, tiny.tokenizer(), TokenProbability([1, 2]), format=StepFormat("chat")
+        ),
+        lambda: RewardModel(tiny.decoder().worker, tiny.tokenizer(), TokenProbability([1, 2], suffix=[3])),
         lambda: StepFormat(template=None),
         lambda: StepFormat(step_delimiter=5),
-        lambda: TextScorer(len, time_limit="1"),
+        lambda: FunctionReward(len, time_limit="1"),
         lambda: ValueHead([]),
         lambda: StepFormat("{prompt}"),
         lambda: ValueHead([(W1, B1)], activation="relu"),
         lambda: StepFormat("{response}{prompt}"),
-        lambda: TextScorer(3),
-        lambda: TextScorer(len, time_limit=0),
-        lambda: BestOfN(scorer=len),
+        lambda: FunctionReward(3),
+        lambda: FunctionReward(len, time_limit=0),
+        lambda: BestOfN(reward=len),
     ],
 )
-def test_scorers_that_make_no_sense_are_refused(make: Callable[[], object]) -> None:
+def test_rewards_that_make_no_sense_are_refused(make: Callable[[], object]) -> None:
     with pytest.raises(InvalidInput):
         make()
 
 
 def test_token_ids_out_of_range_are_refused_before_anything_runs() -> None:
     decoder = tiny.decoder()
-    for judge in (TokenLogits([1, tiny.VOCAB]), TokenLogits([1, 2], suffix=[2**40])):
+    for judge in (TokenProbability([1, tiny.VOCAB]), TokenProbability([1, 2], suffix=[2**40])):
         with pytest.raises(InvalidInput, match=rf"\[0, {tiny.VOCAB}\)"):
-            decoder.search(["12"], BestOfN(scorer=judge), max_new_tokens=3)
+            decoder.search(["12"], BestOfN(reward=judge), max_new_tokens=3)
     assert decoder.worker.forwards == 0
 
 
 def test_a_question_that_passes_the_models_last_position_costs_its_branch_only() -> None:
     model = tiny.new_model(rope_parameters=tiny.LIMITED)
-    decoder, judge = Decoder(model, tiny.tokenizer(), num_slots=2048), TokenLogits([1, 2], suffix=[3] * 30)
-    searches = [BestOfN(scorer=judge, num_samples=2), Greedy()]
+    decoder, judge = Decoder(model, tiny.tokenizer(), num_slots=2048), TokenProbability([1, 2], suffix=[3] * 30)
+    searches = [BestOfN(reward=judge, num_samples=2), Greedy()]
     results = sorted(decoder.search_iter(["1" * 240, "12"], searches, max_new_tokens=4), key=lambda r: r.index)
-    assert isinstance(results[0].error, ScorerError) and "256 positions" in str(results[0].error)
+    assert isinstance(results[0].error, RewardError) and "256 positions" in str(results[0].error)
     assert results[1].error is None
 
     async def script(root: Any) -> Rewards:
         branches = root.fork(4)
         for branch, length in zip(branches, (1, 7, 6, 1), strict=True):
             branch.append([5] * length)
-        return await score(branches, judge)
+        return await reward_branches(branches, judge)
 
     task = decoder.engine.submit(lambda task: script(task.roots[0].branch), [[3] * 220])
     list(decoder.engine.run())
@@ -260,10 +262,10 @@ def test_a_question_that_passes_the_models_last_position_costs_its_branch_only()
     tiny.assert_all_returned(decoder.worker)
 
 
-@pytest.mark.parametrize("scorer", [ValueHead([(W1, B1)]), TokenLogits([1, 2])], ids=["head", "judge"])
-def test_the_longest_text_that_is_let_in_can_be_scored(scorer: Scorer) -> None:
+@pytest.mark.parametrize("reward", [ValueHead([(W1, B1)]), TokenProbability([1, 2])], ids=["head", "judge"])
+def test_the_longest_text_that_is_let_in_can_be_scored(reward: Reward) -> None:
     decoder = Decoder(tiny.model(eos=None), num_slots=512)
-    result = decoder.search([[3] * 246], BestOfN(scorer=scorer, num_samples=2), max_new_tokens=10)[0]
+    result = decoder.search([[3] * 246], BestOfN(reward=reward, num_samples=2), max_new_tokens=10)[0]
     assert result.error is None and len(result.best.token_ids) == 10
 
 
@@ -326,12 +328,12 @@ def test_over_the_steps_of_a_search_only_new_tokens_are_read(trunk: Any, templat
     rendered: list[str] = []
 
     class Recording(RewardModel):
-        def begin(self, subject: Subject) -> Reading:
-            rendered.extend(template.render(subject.prompt, r) for r in subject.responses())
-            return super().begin(subject)
+        def start(self, given: RewardInput) -> PendingReward:
+            rendered.extend(map(template.render, given.prompts, given.responses()))
+            return super().start(given)
 
-    scorer = Recording(worker, tiny.tokenizer(), HEADS["linear"][0], format=template)
-    search = ParticleFilter(scorer=scorer, num_particles=8, step_delimiter="", max_step_tokens=3, max_steps=6)
+    reward = Recording(worker, tiny.tokenizer(), HEADS["linear"][0], format=template)
+    search = ParticleFilter(reward=reward, num_particles=8, step_delimiter="", max_step_tokens=3, max_steps=6)
     decoder = Decoder(tiny.model(eos=None), tiny.tokenizer(), num_slots=2048)
     decoder._eos_token_ids = frozenset  # an EOS alone would have a text scored twice
     alive = []
@@ -339,10 +341,10 @@ def test_over_the_steps_of_a_search_only_new_tokens_are_read(trunk: Any, templat
         ["12+3="], search, max_new_tokens=18, seed=3, on_step=lambda: alive.append((worker.tree.branch_node >= 0).sum())
     )[0]
     assert max(alive) == 8, "what the last score read is let go once the next one has found its prefixes"
-    assert result.error is None and all(len(c.hypothesis.step_scores) == 6 for c in result.candidates)
+    assert result.error is None and all(len(c.hypothesis.step_rewards) == 6 for c in result.candidates)
     prefixes = {text[:i] for text in rendered for i in range(1, len(text) + 1)}
     assert worker.tokens_computed <= len(prefixes)
-    assert worker.tokens_computed == result.counters.scorer_tokens > 0
+    assert worker.tokens_computed == result.counters.reward_tokens > 0
     assert sum(map(len, rendered)) > 4 * worker.tokens_computed, "reading all from scratch would cost far more"
     for c in result.candidates:
         expected = char_rewards(trunk, HEADS["linear"][0], template.render("12+3=", c.text))
@@ -359,7 +361,7 @@ def directory(tmp_path: Path, trunk: Any) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("load", [RewardModel.load, lambda path: load_scorer(str(path))], ids=["load", "load_scorer"])
+@pytest.mark.parametrize("load", [RewardModel.load, lambda path: load_reward(str(path))], ids=["load", "load_reward"])
 def test_a_reward_model_is_loaded_from_a_directory(directory: Path, trunk: Any, load: Callable) -> None:
     for text, reward in scored(load(directory)).items():
         assert reward == pytest.approx(char_rewards(trunk, HEADS["linear"][0], "12+3=" + text), abs=1e-4)
@@ -394,10 +396,10 @@ def test_texts_the_reward_model_cannot_read_cost_their_branch_only(format: StepF
         "qwen3", seed=5, vocab=tiny.VOCAB - 1, max_position_embeddings=32, rope_parameters=tiny.LIMITED
     )
     worker, head = ModelWorker(small, num_slots=512), HEADS["linear"][0]
-    scorer = RewardModel(worker, tiny.tokenizer(), head, format=format)
+    reward = RewardModel(worker, tiny.tokenizer(), head, format=format)
     decoder = tiny.decoder()
-    results = decoder.search(["12=", "1" * 40, "34="], BestOfN(scorer=scorer, num_samples=9), max_new_tokens=6, seed=1)
-    assert isinstance(results[1].error, ScorerError) and "1 to 32 tokens, got" in str(results[1].error)
+    results = decoder.search(["12=", "1" * 40, "34="], BestOfN(reward=reward, num_samples=9), max_new_tokens=6, seed=1)
+    assert isinstance(results[1].error, RewardError) and "1 to 32 tokens, got" in str(results[1].error)
     unknown = 0
     for result, prompt in ((results[0], "12="), (results[2], "34=")):
         assert result.error is None
@@ -417,14 +419,14 @@ def test_texts_the_reward_model_cannot_read_cost_their_branch_only(format: StepF
 # ---------------------------------------------------------------- functions of the text
 
 
-def test_a_text_scorer_gets_prompt_and_response_and_its_value_is_the_score() -> None:
+def test_a_text_reward_gets_prompt_and_response_and_its_value_is_the_score() -> None:
     calls = []
 
     def reward(prompt: str, response: str) -> float:
         calls.append((prompt, response))
         return np.float32(len(response) / 7)
 
-    for text, value in scored(TextScorer(reward)).items():
+    for text, value in scored(FunctionReward(reward)).items():
         assert ("12+3=", text) in calls
         assert value == pytest.approx(len(text) / 7, rel=1e-6)
     assert len(calls) == 6
@@ -435,7 +437,7 @@ class _Awkward:
         raise ZeroDivisionError
 
 
-def failing(what: object) -> TextScorer:
+def failing(what: object) -> FunctionReward:
     """Fails for responses that start with a digit, in the given way; else the length."""
 
     def my_reward(prompt: str, response: str) -> Any:
@@ -447,7 +449,7 @@ def failing(what: object) -> TextScorer:
             raise what("no good")
         return what
 
-    return TextScorer(my_reward, time_limit=0.15)
+    return FunctionReward(my_reward, time_limit=0.15)
 
 
 FAILURES = {
@@ -468,7 +470,7 @@ FAILURES = {
 def test_a_call_that_fails_costs_its_branch_only(name: str) -> None:
     what, reason = FAILURES[name]
     decoder = tiny.decoder()
-    searches = [BestOfN(scorer=failing(what), num_samples=16), Sample(num_return_sequences=3)]
+    searches = [BestOfN(reward=failing(what), num_samples=16), Sample(num_return_sequences=3)]
     results = sorted(decoder.search_iter(["1+2=", "34"], searches, max_new_tokens=5), key=lambda r: r.index)
     assert results[0].error is None and results[1].error is None
     bad = [c for c in results[0].candidates if c.text[:1].isdigit()]
@@ -476,7 +478,7 @@ def test_a_call_that_fails_costs_its_branch_only(name: str) -> None:
     assert bad and good and results[0].candidates == good + bad
     assert all(c.score == len(c.text) and c.hypothesis.error is None for c in good)
     for c in bad:
-        assert isinstance(c.hypothesis.error, ScorerError) and math.isnan(c.score)
+        assert isinstance(c.hypothesis.error, RewardError) and math.isnan(c.score)
         assert "my_reward" in str(c.hypothesis.error) and reason in str(c.hypothesis.error)
 
 
@@ -484,7 +486,7 @@ def test_a_call_that_never_returns_costs_its_branch_and_its_time_limit() -> None
     """Other branches are scored by another thread, and other searches finish meanwhile."""
     never = threading.Event()
     decoder = tiny.decoder()
-    search = BestOfN(scorer=failing(never), num_samples=5)
+    search = BestOfN(reward=failing(never), num_samples=5)
     order = []
     try:
         for result in decoder.search_iter(["1+2=", "34"], [search, Greedy()], max_new_tokens=5, seed=2):
@@ -502,7 +504,7 @@ def test_a_call_that_never_returns_costs_its_branch_and_its_time_limit() -> None
     tiny.assert_all_returned(decoder.worker)
 
 
-def test_a_search_cancelled_while_its_scorer_is_at_work_ends_at_once() -> None:
+def test_a_search_cancelled_while_its_reward_is_at_work_ends_at_once() -> None:
     asked, go_on = threading.Event(), threading.Event()
 
     def reward(prompt: str, response: str) -> float:
@@ -514,7 +516,7 @@ def test_a_search_cancelled_while_its_scorer_is_at_work_ends_at_once() -> None:
     calls: list[str] = []
     decoder = tiny.decoder()
     results = decoder.search_iter(
-        ["1+2=", "34"], [BestOfN(scorer=TextScorer(reward), num_samples=4), Greedy()], max_new_tokens=5
+        ["1+2=", "34"], [BestOfN(reward=FunctionReward(reward), num_samples=4), Greedy()], max_new_tokens=5
     )
     assert next(results).index == 1
     assert asked.wait(10)
@@ -524,7 +526,7 @@ def test_a_search_cancelled_while_its_scorer_is_at_work_ends_at_once() -> None:
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and thread.daemon:
             thread.join(1)
-    assert len(calls) == 1, "nobody wants the other branches scored any more"
+    assert len(calls) == 1, "nobody wants the other branches rewarded any more"
 
 
 def test_when_every_call_fails_that_search_fails_and_no_other() -> None:
@@ -532,10 +534,10 @@ def test_when_every_call_fails_that_search_fails_and_no_other() -> None:
         raise OSError("no service")
 
     decoder = tiny.decoder()
-    searches = [BestOfN(scorer=TextScorer(broken)), ParticleFilter(scorer=TextScorer(broken)), Greedy()]
+    searches = [BestOfN(reward=FunctionReward(broken)), ParticleFilter(reward=FunctionReward(broken)), Greedy()]
     results = sorted(decoder.search_iter(["1", "2", "3"], searches, max_new_tokens=4), key=lambda r: r.index)
     for result in results[:2]:
-        assert isinstance(result.error, ScorerError)
+        assert isinstance(result.error, RewardError)
         assert "broken" in str(result.error) and "OSError: no service" in str(result.error)
     assert results[2].error is None
     tiny.assert_all_returned(decoder.worker)
@@ -543,29 +545,29 @@ def test_when_every_call_fails_that_search_fails_and_no_other() -> None:
 
 def test_reading_text_needs_a_tokenizer() -> None:
     decoder = Decoder(tiny.model(), num_slots=256)
-    result = decoder.search([[1, 2]], BestOfN(scorer=TextScorer(lambda p, r: 1.0)), max_new_tokens=3)[0]
+    result = decoder.search([[1, 2]], BestOfN(reward=FunctionReward(lambda p, r: 1.0)), max_new_tokens=3)[0]
     assert isinstance(result.error, InvalidInput) and "tokenizer" in str(result.error)
 
 
-# ---------------------------------------------------------------- scorers of one's own
+# ---------------------------------------------------------------- rewards of one's own
 
 
-class Custom(Scorer):
+class Custom(Reward):
     """Gives what a function of the number of branches gives."""
 
     def __init__(self, answer: Callable[[int], Rewards]) -> None:
         self.answer, self.begun, self.closed = answer, 0, 0
 
-    def begin(self, subject: Subject) -> Reading:
-        scorer = self
+    def start(self, given: RewardInput) -> PendingReward:
+        reward = self
         self.begun += 1
 
-        class Now(Reading):
+        class Now(PendingReward):
             def read(self, hidden: torch.Tensor | None) -> Rewards | None:
-                return scorer.answer(len(subject.branches))
+                return reward.answer(len(given.branches))
 
             def close(self) -> None:
-                scorer.closed += 1
+                reward.closed += 1
 
         return Now()
 
@@ -584,12 +586,12 @@ def _raise(error: Exception) -> Any:
     ],
     ids=["raises", "too few", "NaN", "infinity"],
 )
-def test_a_scorer_of_ones_own_that_misbehaves_ends_its_search_only(answer: Callable, part: str) -> None:
-    decoder, scorer = tiny.decoder(), Custom(answer)
-    searches = [BestOfN(scorer=scorer), Greedy()]
+def test_a_reward_of_ones_own_that_misbehaves_ends_its_search_only(answer: Callable, part: str) -> None:
+    decoder, reward = tiny.decoder(), Custom(answer)
+    searches = [BestOfN(reward=reward), Greedy()]
     results = sorted(decoder.search_iter(["1+2=", "34"], searches, max_new_tokens=4), key=lambda r: r.index)
     assert part in str(results[0].error) and results[1].error is None
-    assert scorer.closed == 1
+    assert reward.closed == 1
     tiny.assert_all_returned(decoder.worker)
 
 
@@ -597,14 +599,14 @@ def test_every_reading_is_closed_once_even_if_its_search_will_not_stop() -> None
     async def script(root: Any) -> None:
         while True:
             with contextlib.suppress(Cancelled):
-                await score(root.fork(2), scorer)
+                await reward_branches(root.fork(2), reward)
 
-    decoder, scorer = tiny.decoder(), Custom(lambda n: None)
+    decoder, reward = tiny.decoder(), Custom(lambda n: None)
     task = decoder.engine.submit(lambda task: script(task.roots[0].branch), [[1, 2]])
     decoder.engine.step()
-    assert (scorer.begun, scorer.closed) == (1, 0)
+    assert (reward.begun, reward.closed) == (1, 0)
     decoder.engine.cancel(task)
-    assert task.done and scorer.begun == scorer.closed == 2
+    assert task.done and reward.begun == reward.closed == 2
     tiny.assert_all_returned(decoder.worker)
 
 

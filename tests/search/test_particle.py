@@ -14,38 +14,37 @@ from forktree import (
     BestOfN,
     Candidate,
     Decoder,
+    FunctionReward,
     InvalidInput,
     ParticleFilter,
+    Reward,
+    RewardError,
     Sample,
-    Scorer,
-    ScorerError,
     SearchResult,
-    TextScorer,
-    TokenLogits,
+    TokenProbability,
     TokenRequest,
     TokenScores,
 )
 from forktree.model import Runner
-from forktree.rewards.scoring import Reading, Subject
-from forktree.search.algorithms.particle import CLIP, log_weights
-from forktree.search.request import Rewards
-from forktree.search.selection import RESAMPLERS, softmax
+from forktree.rewards.base import PendingReward, RewardInput, Rewards
+from forktree.search.selection import CLIP, RESAMPLERS, log_weights, softmax
 
 VOCAB, PROMPT = 4, (1, 3, 2)
 
 
-class Table(Scorer):
+class Table(Reward):
     """The reward of a response's token ids is whatever a function says; it remembers what it was asked."""
 
     def __init__(self, reward: Callable[[tuple[int, ...]], float]) -> None:
         self.reward, self.asked = reward, []
 
-    def begin(self, subject: Subject) -> Reading:
-        responses = [tuple(b.tokens[subject.prompt_length :].tolist()) for b in subject.branches]
+    def start(self, given: RewardInput) -> PendingReward:
+        asked = zip(given.branches, given.prompt_lengths, strict=True)
+        responses = [tuple(branch.tokens[length:].tolist()) for branch, length in asked]
         self.asked.append(responses)
         table = self
 
-        class Ready(Reading):
+        class Ready(PendingReward):
             def read(self, hidden: torch.Tensor | None) -> Rewards:
                 return Rewards(np.array([table.reward(r) for r in responses]), [None] * len(responses))
 
@@ -63,9 +62,9 @@ def toy() -> Decoder:
     return Decoder(tiny.model(vocab=VOCAB, spread=0.5, eos=None), num_slots=8192)
 
 
-def one_token_steps(scorer: Scorer, **options: object) -> ParticleFilter:
+def one_token_steps(reward: Reward, **options: object) -> ParticleFilter:
     return ParticleFilter(
-        **{"scorer": scorer, "step_delimiter": "", "max_step_tokens": 1, "temperature": 1.0, **options}
+        **{"reward": reward, "step_delimiter": "", "max_step_tokens": 1, "temperature": 1.0, **options}
     )
 
 
@@ -181,7 +180,7 @@ def test_weights_estimate_the_exact_posterior(resampling: str, weight_temperatur
 
 
 def test_a_judge_on_the_models_own_logits_estimates_its_posterior() -> None:
-    """The same with TokenLogits: the reward is the model's probability of token 1 against token 2."""
+    """The same with TokenProbability: the reward is the model's probability of token 1 against token 2."""
     model = tiny.model(vocab=VOCAB, spread=0.5, eos=None)
 
     @cache
@@ -189,7 +188,7 @@ def test_a_judge_on_the_models_own_logits_estimates_its_posterior() -> None:
         p = tiny.next_log_probs(model, [*PROMPT, *text]).exp()
         return float(p[1] / (p[1] + p[2]))
 
-    search = one_token_steps(TokenLogits([1, 2]), num_particles=256, max_steps=2)
+    search = one_token_steps(TokenProbability([1, 2]), num_particles=256, max_steps=2)
     assert_estimates(search, posterior(2, reward, 1.0), runs=40)
 
 
@@ -205,7 +204,7 @@ def test_no_random_number_is_used_twice_in_a_search(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Runner, "score", recording)
     search = ParticleFilter(
-        scorer=TextScorer(lambda p, r: (len(r) * 7 % 10) / 10), num_particles=16, step_delimiter="5", max_steps=6
+        reward=FunctionReward(lambda p, r: (len(r) * 7 % 10) / 10), num_particles=16, step_delimiter="5", max_steps=6
     )
     tiny.decoder().search(tiny.prompts(1), search, max_new_tokens=40)
     assert len(used) > 100
@@ -249,18 +248,18 @@ def test_stopped_particles_keep_their_last_reward_and_compete_on(favoured: bool)
         return 0.9999 if ("5" in response) == favoured else 0.0001
 
     search = ParticleFilter(
-        scorer=TextScorer(reward), num_particles=48, step_delimiter="", max_step_tokens=1, max_steps=8, stop=("5",)
+        reward=FunctionReward(reward), num_particles=48, step_delimiter="", max_step_tokens=1, max_steps=8, stop=("5",)
     )
     candidates = run(search).candidates
     assert len(candidates) == 48
     # at the last step, which is not resampled any more, about one in four live ones has drawn a "5"
     assert np.mean([("5" in c.text[:7]) == favoured for c in candidates]) > 0.95
     for c in candidates:
-        assert c.score == c.hypothesis.step_scores[-1]
+        assert c.score == c.hypothesis.step_rewards[-1]
         assert (c.hypothesis.finish_reason == "stop") == (c.text.endswith("5") and len(c.text) <= 8)
         assert c.text.count("5") <= 1
         if c.hypothesis.finish_reason != "eos":
-            assert len(c.hypothesis.step_scores) == len(c.text)
+            assert len(c.hypothesis.step_rewards) == len(c.text)
     if favoured:
         assert len(asked) < 8 * 48
         assert max(len(text) for text in asked) < 8, "all had stopped before the last step"
@@ -280,7 +279,7 @@ def test_never_more_steps_or_tokens_than_allowed() -> None:
     reasons = set()
     for seed, (steps, step_tokens, tokens) in enumerate([(3, 4, 99), (9, 3, 7), (40, 1, 5), (2, 99, 12), (1, 1, 1)]):
         search = ParticleFilter(
-            scorer=TextScorer(lambda p, r: 0.2 + 0.1 * (len(r) % 5)),
+            reward=FunctionReward(lambda p, r: 0.2 + 0.1 * (len(r) % 5)),
             num_particles=24,
             step_delimiter="5",
             max_steps=steps,
@@ -290,9 +289,9 @@ def test_never_more_steps_or_tokens_than_allowed() -> None:
             hypothesis = c.hypothesis
             drawn = len(c.token_ids) + (hypothesis.finish_reason == "eos")
             assert 1 <= drawn <= tokens
-            assert len(hypothesis.step_scores) == count_steps(c, step_tokens) <= steps
+            assert len(hypothesis.step_rewards) == count_steps(c, step_tokens) <= steps
             if hypothesis.finish_reason == "length":
-                assert drawn == tokens or len(hypothesis.step_scores) == steps
+                assert drawn == tokens or len(hypothesis.step_rewards) == steps
             assert tiny.EOS not in tiny.tokenizer().decode(c.token_ids)
             reasons.add(hypothesis.finish_reason)
     assert reasons == {"length", "eos"}
@@ -301,7 +300,7 @@ def test_never_more_steps_or_tokens_than_allowed() -> None:
 def test_log_prob_is_the_models_own_whatever_was_resampled() -> None:
     """The sum of transformers' log-probs of the tokens, EOS included, at a sampling temperature other than 1."""
     search = ParticleFilter(
-        scorer=TextScorer(lambda p, r: 0.1 + 0.2 * (len(set(r)) % 4)),
+        reward=FunctionReward(lambda p, r: 0.1 + 0.2 * (len(set(r)) % 4)),
         num_particles=12,
         step_delimiter="5",
         max_steps=4,
@@ -328,7 +327,7 @@ def test_hypotheses_come_best_reward_first_with_normalised_weights() -> None:
     odds = np.array([r / (1 - r) for r in rewards])
     np.testing.assert_allclose([c.hypothesis.weight for c in candidates], odds / odds.sum(), rtol=1e-9)
     for c in candidates:
-        assert c.hypothesis.step_scores == [toy_reward(c.token_ids[: t + 1]) for t in range(3)]
+        assert c.hypothesis.step_rewards == [toy_reward(c.token_ids[: t + 1]) for t in range(3)]
     assert [len(step) for step in table.asked] == [20, 20, 20]
 
 
@@ -349,14 +348,14 @@ def test_selection_by_sample_draws_the_first_by_weight() -> None:
     assert 0 < first_is_best < 250
 
 
-def test_a_particle_whose_scorer_failed_is_resampled_away_or_comes_last_with_its_error() -> None:
+def test_a_particle_whose_reward_failed_is_resampled_away_or_comes_last_with_its_error() -> None:
     def reward(prompt: str, response: str) -> float:
         if "5" in response:
             raise RuntimeError("no fives")
         return 0.5
 
     search = ParticleFilter(
-        scorer=TextScorer(reward), num_particles=32, step_delimiter="", max_step_tokens=1, max_steps=3
+        reward=FunctionReward(reward), num_particles=32, step_delimiter="", max_step_tokens=1, max_steps=3
     )
     candidates = run(search).candidates
     failed = [c for c in candidates if c.hypothesis.error is not None]
@@ -372,22 +371,22 @@ def test_no_score_at_all_is_the_searchs_error() -> None:
     def reward(prompt: str, response: str) -> float:
         raise KeyError("gone")
 
-    result = run(ParticleFilter(scorer=TextScorer(reward), num_particles=4))
-    assert isinstance(result.error, ScorerError) and "gone" in str(result.error) and result.candidates == []
+    result = run(ParticleFilter(reward=FunctionReward(reward), num_particles=4))
+    assert isinstance(result.error, RewardError) and "gone" in str(result.error) and result.candidates == []
 
 
 @pytest.mark.parametrize("value", [1.5, -0.01])
 def test_rewards_outside_the_unit_interval_are_refused(value: float) -> None:
-    result = run(ParticleFilter(scorer=TextScorer(lambda p, r: value), num_particles=4))
+    result = run(ParticleFilter(reward=FunctionReward(lambda p, r: value), num_particles=4))
     assert isinstance(result.error, InvalidInput)
     assert "[0, 1]" in str(result.error) and f"{value:g}" in str(result.error)
 
 
 @pytest.mark.parametrize(("value", "counts_as"), [(1.0000001, 1), (-1e-9, 0), (np.nextafter(np.float32(1), 2), 1)])
 def test_rewards_that_rounding_took_out_of_the_unit_interval_are_its_ends(value: float, counts_as: float) -> None:
-    search = ParticleFilter(scorer=TextScorer(lambda p, r: value), num_particles=4)
+    search = ParticleFilter(reward=FunctionReward(lambda p, r: value), num_particles=4)
     best = run(search).best
-    assert best.score == counts_as and set(best.hypothesis.step_scores) == {counts_as}
+    assert best.score == counts_as and set(best.hypothesis.step_rewards) == {counts_as}
     assert best.hypothesis.weight == pytest.approx(0.25)
 
 
@@ -412,7 +411,7 @@ def test_a_delimiter_cut_in_half_by_max_step_tokens_is_found_with_its_rest(token
 
     asked: list[str] = []
     search = ParticleFilter(
-        scorer=TextScorer(lambda p, r: asked.append(r) or 0.5),
+        reward=FunctionReward(lambda p, r: asked.append(r) or 0.5),
         num_particles=1,
         max_step_tokens=tokens,
         stop=(stop,),
@@ -436,13 +435,13 @@ def test_a_delimiter_cut_in_half_by_max_step_tokens_is_found_with_its_rest(token
         ("weight_temperature", True),
         ("resampling", "residual"),
         ("selection", "best"),
-        ("scorer", len),
+        ("reward", len),
         ("stop", "END"),
         ("stop", (1,)),
     ],
 )
 def test_bad_settings_are_named(setting: str, value: object) -> None:
-    options = {"scorer": TextScorer(lambda p, r: 0.5), setting: value}
+    options = {"reward": FunctionReward(lambda p, r: 0.5), setting: value}
     with pytest.raises(InvalidInput) as error:
         ParticleFilter(**options)
     assert setting in str(error.value)
@@ -455,7 +454,7 @@ def test_best_of_n_puts_failures_last_and_the_best_first() -> None:
         return float(len(response))
 
     decoder = tiny.decoder()
-    search = BestOfN(scorer=TextScorer(length), num_samples=40, temperature=1.0)
+    search = BestOfN(reward=FunctionReward(length), num_samples=40, temperature=1.0)
     candidates = decoder.search(tiny.prompts(1), search, max_new_tokens=8)[0].candidates
     good = [c for c in candidates if c.hypothesis.error is None]
     assert 0 < len(good) < 40 and candidates[: len(good)] == good

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import Scripted, digits, outcome
-from test_sampling import chi_square
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 import forktree
 import tiny
+from distributions import chi_square
 from forktree import (
     BeamSearch,
     BestOfN,
+    FunctionReward,
     Greedy,
     InvalidInput,
     NonFinite,
@@ -23,11 +23,11 @@ from forktree import (
     Sample,
     Sampling,
     SearchResult,
-    TextScorer,
 )
 from forktree.kv import Branch
 from forktree.search import Search, SearchContext
 from forktree.search.request import extend
+from searches import Scripted, digits, outcome
 
 EOS, OPEN, CLOSE = 0, *tiny.tokenizer()("ab").input_ids  # "a" opens a bracket, "b" closes it
 DEEPEST = 3
@@ -91,9 +91,9 @@ def bracketed(text: str) -> bool:
 SEARCHES: dict[str, Any] = {
     "greedy": Greedy(),
     "sample": Sample(num_return_sequences=4),
-    "best of n": BestOfN(scorer=TextScorer(digits), num_samples=3, top_k=8, top_p=0.95),
+    "best of n": BestOfN(reward=FunctionReward(digits), num_samples=3, top_k=8, top_p=0.95),
     "particles": ParticleFilter(
-        scorer=TextScorer(digits), num_particles=6, step_delimiter="5", max_step_tokens=5, max_steps=4
+        reward=FunctionReward(digits), num_particles=6, step_delimiter="5", max_step_tokens=5, max_steps=4
     ),
     "beams": BeamSearch(num_beams=4, num_return_sequences=4),
 }

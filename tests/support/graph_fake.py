@@ -18,7 +18,7 @@ from forktree.device.cuda_graphs import NoHostReads
 
 
 class Passed:
-    """An event that lies behind the device already."""
+    """An event that the device has passed already."""
 
     def synchronize(self) -> None:
         pass
@@ -43,7 +43,7 @@ class FakeGraphs:
 
         return replay, result
 
-    def mark(self) -> Passed:
+    def record_event(self) -> Passed:
         return Passed()
 
 

@@ -22,9 +22,9 @@ from forktree.demo import task
 from forktree.engine.task import Task
 from forktree.kv import Tree
 from forktree.model.checkpoints import load_model, load_tokenizer
-from forktree.rewards.scoring import ValueHead
+from forktree.rewards.value_head import ValueHead
 from forktree.search import BeamSearch, BestOfN, Greedy, ParticleFilter, Sample, Search
-from forktree.search.algorithms.sample import vote
+from forktree.search.answers import Answers, vote
 from forktree.terminal import Terminal
 
 MODEL = Path(__file__).parent / "model"
@@ -74,11 +74,11 @@ def run(count: int, seed: int) -> None:
     with stage:
         greedy = stage.solve("greedy", Greedy())
         sampling = stage.solve("sampling", Sample(temperature=TEMPERATURE))
-        best = stage.solve(f"best of {WIDTH}", BestOfN(scorer=head, num_samples=WIDTH, temperature=TEMPERATURE))
+        best = stage.solve(f"best of {WIDTH}", BestOfN(reward=head, num_samples=WIDTH, temperature=TEMPERATURE))
         beam = stage.solve(f"beam search, {WIDTH} beams", BeamSearch(num_beams=WIDTH))
         particles = stage.solve(
             f"particle filter, {WIDTH} particles",
-            ParticleFilter(scorer=head, num_particles=WIDTH, temperature=TEMPERATURE, step_delimiter="\n"),
+            ParticleFilter(reward=head, num_particles=WIDTH, temperature=TEMPERATURE, step_delimiter="\n"),
         )
     votes = _majority_accuracy(problems, best.results)
     majority = Row(f"majority of {WIDTH} (the same samples)", votes, best.results, best.seconds)
@@ -171,7 +171,7 @@ def _majority_accuracy(problems: Sequence[str], results: Sequence[SearchResult])
     right = []
     for problem, result in zip(problems, results, strict=True):
         texts = [candidate.text or "" for candidate in result.candidates]
-        share = vote([task.answer(text) for text in texts])
+        share = vote(Answers.read(texts, task.answer))
         right.append(task.is_correct(problem, texts[int(np.argmax(share))]))
     return float(np.mean(right))
 
@@ -199,7 +199,7 @@ def _show_rescue(
             table = Table(title=f"{problem.strip()}: one that greedy decoding gets wrong")
             for name in ("greedy", "particle filter", "reward"):
                 table.add_column(name)
-            rewards = [f"{score:.3f}" for score in right.best.hypothesis.step_scores]
+            rewards = [f"{score:.3f}" for score in right.best.hypothesis.step_rewards]
             lines = zip(wrong.text.splitlines(), right.text.splitlines(), rewards, strict=False)
             labels = task.label_steps(problem, wrong.text)
             for (line, good, reward), is_right in zip(lines, labels, strict=False):

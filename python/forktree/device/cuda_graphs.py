@@ -1,4 +1,4 @@
-"""CUDA graphs: a function's kernels, captured once and launched together afterwards, without its Python code."""
+"""CUDA graphs: the kernels of a function, captured once and then launched together without its Python code."""
 
 import contextlib
 from collections.abc import Callable
@@ -17,27 +17,30 @@ class Graphs(Protocol):
     """Captures functions that read and write only fixed memory of one device."""
 
     def capture(self, function: Function) -> tuple[Callable[[], None], Tensor]:
-        """How to run it again, without its Python code, and the tensor it will write each time.
+        """Captures `function`.
 
-        Captured functions may write what others wrote: a result is to be copied before another runs.
+        Returns:
+            A callable that runs its kernels again, and the tensor that they write each time. Graphs share memory: a
+            result must be copied before another graph runs.
         """
         ...
 
-    def mark(self) -> Event:
-        """An event behind all work given to the device so far."""
+    def record_event(self) -> Event:
+        """An event after all work that the device has been given so far."""
         ...
 
 
 class CudaGraphs:
-    """`Graphs` by CUDA, with one memory for what all of them compute on the way."""
+    """`Graphs` by CUDA, with one memory pool for what all of them compute on the way."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._newest: torch.cuda.CUDAGraph | None = None  # once the last graph of a pool is gone, torch takes no other
+        self._newest: torch.cuda.CUDAGraph | None = None  # torch refuses a pool whose last graph is gone
 
     def capture(self, function: Function) -> tuple[Callable[[], None], Tensor]:
+        """See `Graphs.capture`; the function runs twice before it is captured."""
         now = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(now)
         try:
@@ -62,19 +65,20 @@ class CudaGraphs:
         self._newest = graph
         return graph.replay, result
 
-    def mark(self) -> Event:
+    def record_event(self) -> Event:
+        """See `Graphs.record_event`."""
         return torch.cuda.current_stream(self._device).record_event()
 
 
 class NoHostReads(TorchDispatchMode):
-    """Runs operations, but refuses those for which the host would wait: they would end a capture.
+    """Runs operations, but refuses those for which the host would have to wait, as these end a capture.
 
-    Better to end it here, before it begins: a capture that fails leaves torch's allocator in disorder.
+    A trial run within it comes before the capture, because a capture that fails leaves torch's allocator in disorder.
     """
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with self:  # operations made of others hide these
+        with self:  # operations made of others hide what these do
             result = operation.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -87,6 +91,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 def copies_between_devices(operation: Any, args: Any, result: Any) -> bool:
+    """Whether an operation has moved values between host and device."""
     if operation is torch.ops.aten.lift_fresh.default:  # the end of torch.tensor(...)
         return bool(result.device.type != "cpu")
     return operation in COPIES and any(isinstance(x, Tensor) and x.device != result.device for x in args)

@@ -1,71 +1,84 @@
-"""Plans at fixed addresses of a device, where captured graphs find them.
+"""`PlanBuffers`: plans at fixed addresses of a device, where captured graphs find them.
 
-    memory   plan of the first layer kind | of the second | … | slot_index, which all kinds share
+    memory   plan of the first layer spec | of the second | … | slot_index, which all of them share
 
-Each section has room to spare. A plan is read as far as its header says, so what lies behind it does not matter.
+Each section has spare capacity. A plan is read as far as its header says, so what follows it does not matter.
 """
+
+from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from forktree.device.staging import Event, Staging
-from forktree.plan.layout import IntArray
-from forktree.plan.plan import AttentionPlan
 
-PLAN_ROOM = 1 << 15  # int32 of a plan at first: one of 512 rows and 1,000 segments; 5 us to copy
-SLOT_ROOM = 1 << 16
+if TYPE_CHECKING:
+    from forktree.plan.layout import IntArray
+    from forktree.plan.plan import AttentionPlan
+
+PLAN_CAPACITY = 1 << 15  # int32 of a plan at first: one of 512 rows and 1,000 segments; 5 us to copy
+SLOT_CAPACITY = 1 << 16
 
 
 class PlanBuffers:
-    """Holds the plans of one step. Others take their place by one asynchronous copy; those grown from them, by one
-    small scatter."""
+    """Holds the plans of one step.
 
-    def __init__(self, device: torch.device, num_plans: int, mark: Callable[[], Event]) -> None:
+    Other plans replace them by one asynchronous copy; plans grown from them, by one small scatter.
+
+    Args:
+        device: that the plans are read on.
+        num_plans: how many a step has, one of each layer spec.
+        record_event: gives an event after all work that the device has been given so far.
+    """
+
+    def __init__(self, device: torch.device, num_plans: int, record_event: Callable[[], Event]) -> None:
         self._device = device
-        self._staging = Staging(device, mark)
-        self._held: list[AttentionPlan] = []
-        self._reserve([*(num_plans * [PLAN_ROOM]), SLOT_ROOM])
+        self._staging = Staging(device, record_event)
+        self._uploaded: list[AttentionPlan] = []
+        self._reserve([*(num_plans * [PLAN_CAPACITY]), SLOT_CAPACITY])
 
     @property
     def sections(self) -> list[tuple[Tensor, Tensor]]:
-        """Plan and slot_index of each kind, int32, with the room behind them."""
-        *plans, slots = self.memory.split(self._rooms)
+        """Plan and slot_index of each layer spec, int32, each with its spare capacity."""
+        *plans, slots = self.memory.split(self._capacity)
         return [(plan, slots) for plan in plans]
 
     @torch.inference_mode()  # whatever mode the caller is in: tensors made in it are only written in it
-    def hold(self, plans: Sequence[AttentionPlan]) -> bool:
-        """Puts the plans of one layout, one of each kind, where `AttentionPlan.on` finds them too.
+    def upload(self, plans: Sequence[AttentionPlan]) -> bool:
+        """Puts plans of one layout, one of each layer spec, into the memory, where `AttentionPlan.on` finds them too.
 
-        Returns whether all moved to larger memory.
+        Returns:
+            Whether they did not fit, so that all moved to larger memory.
         """
-        before = self._held
+        before = self._uploaded
         if len(plans) == len(before) and all(new is old for new, old in zip(plans, before, strict=True)):
             return False
         slots = _common_slots(plans)
-        self._held = []
+        self._uploaded = []
         for plan in before:
             plan.cache.pop(self._device, None)
-        moved = self._make_room(plans, slots)
+        moved = self._ensure_capacity(plans, slots)
         if before and not moved and all(new.grew_from(old) for new, old in zip(plans, before, strict=True)):
             self._grow(plans, before, slots)
         else:
             self._fill(plans, slots)
         for plan, section in zip(plans, self.sections, strict=True):
             plan.cache[self._device] = section
-        self._held = list(plans)
+        self._uploaded = list(plans)
         return moved
 
     def _fill(self, plans: Sequence[AttentionPlan], slots: IntArray) -> None:
         size = self._begin[-1] + slots.size
-        host = self._staging.write(size)
+        host = self._staging.next_host_buffer(size)
         for begin, plan in zip(self._begin, plans, strict=False):
             host[begin : begin + plan.buffer.size] = plan.buffer
         host[self._begin[-1] :] = slots
-        self._staging.send(self.memory[:size])
+        self._staging.upload(self.memory[:size])
 
     def _grow(self, plans: Sequence[AttentionPlan], before: Sequence[AttentionPlan], slots: IntArray) -> None:
         index, value = [], []
@@ -78,25 +91,26 @@ class PlanBuffers:
         count = sum(x.size for x in value)
         if not count:
             return
-        host = self._staging.write(3 * count)
+        host = self._staging.next_host_buffer(3 * count)
         host[: 2 * count].view(np.int64)[:] = np.concatenate(index)
         host[2 * count :] = np.concatenate(value)
         entries = self.memory.new_empty(3 * count)
-        self._staging.send(entries)
+        self._staging.upload(entries)
         self.memory.scatter_(0, entries[: 2 * count].view(torch.int64), entries[2 * count :])
 
-    def _make_room(self, plans: Sequence[AttentionPlan], slots: IntArray) -> bool:
-        """By doubling what does not suffice. Returns whether anything did not."""
+    def _ensure_capacity(self, plans: Sequence[AttentionPlan], slots: IntArray) -> bool:
+        """Doubles the sections that are too small. Returns whether there were any."""
         needed = [*(plan.buffer.size for plan in plans), slots.size]
-        if all(room >= size for room, size in zip(self._rooms, needed, strict=True)):
+        pairs = list(zip(self._capacity, needed, strict=True))
+        if all(capacity >= size for capacity, size in pairs):
             return False
-        self._reserve([max(room, 1 << (size - 1).bit_length()) for room, size in zip(self._rooms, needed, strict=True)])
+        self._reserve([max(capacity, 1 << (size - 1).bit_length()) for capacity, size in pairs])
         return True
 
-    def _reserve(self, rooms: list[int]) -> None:
-        self._rooms = rooms
-        self._begin = [0, *itertools.accumulate(rooms[:-1])]
-        self.memory = torch.empty(sum(rooms), dtype=torch.int32, device=self._device)
+    def _reserve(self, capacity: list[int]) -> None:
+        self._capacity = capacity
+        self._begin = [0, *itertools.accumulate(capacity[:-1])]
+        self.memory = torch.empty(sum(capacity), dtype=torch.int32, device=self._device)
 
 
 def _common_slots(plans: Sequence[AttentionPlan]) -> IntArray:

@@ -1,34 +1,41 @@
-"""Host memory through which integers reach a device without anyone waiting."""
+"""`Staging`: host memory through which integers reach a device while the host goes on."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from forktree.plan.layout import IntArray
+if TYPE_CHECKING:
+    from forktree.plan.layout import IntArray
 
 
 class Event(Protocol):
-    """A point in the device's work."""
+    """A point in a device's work."""
 
     def synchronize(self) -> None:
-        """Waits until the device has passed it."""
+        """Waits until the device has reached it."""
         ...
 
 
 class Staging:
-    """Two buffers taken in turn, so that one can be written while the device still reads the other."""
+    """Two buffers in turn (pinned for a GPU): the host fills one while the device still reads the other.
 
-    def __init__(self, device: torch.device, mark: Callable[[], Event]) -> None:
-        """mark: an event behind all work given to the device so far."""
-        self._device, self._mark = device, mark
+    Args:
+        device: that the integers go to.
+        record_event: gives an event after all work that the device has been given so far.
+    """
+
+    def __init__(self, device: torch.device, record_event: Callable[[], Event]) -> None:
+        self._device, self._record_event = device, record_event
         self._buffers = [self._new(0), self._new(0)]
-        self._read: list[Event | None] = [None, None]  # when the device has read each
+        self._read: list[Event | None] = [None, None]  # of each buffer, when the device has read it
         self._turn = 0
 
-    def write(self, size: int) -> IntArray:
-        """The next buffer, int32 [size], to be filled and sent. Waits if the device has not read it yet."""
+    def next_host_buffer(self, size: int) -> IntArray:
+        """The next buffer, int32 [size], to be filled and uploaded. Waits if the device has not read it yet."""
         self._turn = 1 - self._turn
         if (read := self._read[self._turn]) is not None:
             read.synchronize()
@@ -37,11 +44,11 @@ class Staging:
             self._buffers[self._turn] = self._new(2 * size)
         return self._buffers[self._turn][:size].numpy()
 
-    def send(self, to: Tensor) -> None:
-        """Copies as much of what was written as `to`, contiguous, takes."""
+    def upload(self, to: Tensor) -> None:
+        """Starts to copy the buffer into `to`, contiguous, as far as that reaches."""
         flat = to.view(-1).view(torch.int32)
         flat.copy_(self._buffers[self._turn][: flat.numel()], non_blocking=True)
-        self._read[self._turn] = self._mark()
+        self._read[self._turn] = self._record_event()
 
     def _new(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, pin_memory=self._device.type == "cuda")

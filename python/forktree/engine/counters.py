@@ -14,16 +14,16 @@ class Counters:
 
     Attributes:
         model_tokens: Tokens run through the policy.
-        scorer_tokens: Tokens run through a reward model.
-        scorer_calls: Branches scored.
+        reward_tokens: Tokens run through a reward model.
+        reward_calls: Branches rewarded.
         peak_slots: Maximum of KV slots of the policy that the tokens it wrote took at once.
         seconds: Wall time.
         tokens_by_model: Tokens run through further models of the decoder, by their names.
     """
 
     model_tokens: int = 0
-    scorer_tokens: int = 0
-    scorer_calls: int = 0
+    reward_tokens: int = 0
+    reward_calls: int = 0
     peak_slots: int = 0
     seconds: float = 0.0
     tokens_by_model: dict[str, int] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Counters:
         if model == "main":
             self.model_tokens += tokens
         elif model is None:
-            self.scorer_tokens += tokens
+            self.reward_tokens += tokens
         else:
             self.tokens_by_model[model] = self.tokens_by_model.get(model, 0) + tokens
 

@@ -40,7 +40,7 @@ class CriticalSection:
         """What `call` returns or raises. Raises `DecoderInUse` inside another call of this thread."""
         if self.mine:
             raise DecoderInUse(
-                "this Decoder is in use by the very search that is calling it (from a scorer, a stop, a logits "
+                "this Decoder is in use by the very search that is calling it (from a reward, a stop, a logits "
                 "processor or its own code); await requests instead, or make a second Decoder on the same model"
             )
         entry = _Entry()

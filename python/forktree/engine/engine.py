@@ -16,7 +16,7 @@ from forktree.engine.worker import ModelWorker
 from forktree.engine.workers import MAIN, Workers
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
-from forktree.kv.tree import MAX_TOKEN
+from forktree.types import MAX_TOKEN_ID
 
 
 class Engine:
@@ -89,7 +89,7 @@ class Engine:
             seed: Keys what its branches sample, together with the prompt.
             run: Whose search it is, if anyone's.
         """
-        tokens = [integers("tokens", ids, 0, MAX_TOKEN) for ids in prompts]
+        tokens = [integers("tokens", ids, 0, MAX_TOKEN_ID) for ids in prompts]
         if not all(map(len, tokens)):
             raise InvalidInput(f"prompts must be of at least one token each, got {shown(prompts)}")
 
@@ -104,7 +104,7 @@ class Engine:
 
     def open(self, task: Task, tokens: ArrayLike, *, text: str = "", model: str = MAIN) -> Branch:
         """A further root of a search, to be opened by its own code; it is dropped when the search ends."""
-        return self.workers.open(task, integers("tokens", tokens, 0, MAX_TOKEN), text, model)
+        return self.workers.open(task, integers("tokens", tokens, 0, MAX_TOKEN_ID), text, model)
 
     def has_room(self, num_tokens: int) -> bool:
         """True if a prompt of `num_tokens` is better started now than later: the next pass has room, no search has
@@ -144,4 +144,4 @@ class Engine:
     def step(self) -> None:
         """One forward pass a worker, and the answers it makes possible."""
         if not self.users.call(self.loop.step):
-            sleep(0.001)  # only Python scorers are at work
+            sleep(0.001)  # only Python rewards are at work

@@ -109,7 +109,7 @@ class Loop:
                 continue
             try:
                 found = task.state.answer()
-            except Exception as failure:  # the request, what the model gave, or a scorer of the user's own
+            except Exception as failure:  # the request, what the model gave, or a reward of the user's own
                 self._resume(task, None, failure)
             else:
                 if found is None:

@@ -11,12 +11,12 @@ from torch import Tensor
 from forktree.checks import integer
 from forktree.engine.token_rows import in_order, joined, rows_of
 from forktree.engine.worker import ModelWorker
-from forktree.errors import InvalidInput, NonFinite, ScorerError
+from forktree.errors import InvalidInput, NonFinite, RewardError
 from forktree.kv import Branch
 from forktree.ops.token_request import TokenScores
 from forktree.plan.layout import ranges
-from forktree.rewards.scoring import Reading, Subject
-from forktree.search.request import NextLogits, Rewards, ScoreSuffixes, ScoreTokens, SuffixScores
+from forktree.rewards.base import PendingReward, RewardInput, Rewards
+from forktree.search.request import NextLogits, ScoreSuffixes, ScoreTokens, SuffixScores
 
 Places = tuple[NDArray[np.int64], NDArray[np.int64]]  # branches' ids, and a position in the text of each
 
@@ -133,39 +133,40 @@ class RowsState(RequestState):
 class RewardState(RowsState):
     """Rewards of branches."""
 
-    def __init__(self, reading: Reading, subject: Subject) -> None:
-        if not isinstance(reading, Reading):
-            raise ScorerError(f"a scorer's begin must return a Reading, got {type(reading).__name__}")
-        super().__init__(reading.worker or subject.worker, reading.branches if reading.worker else ())
-        self.reading, self.scored = reading, subject.branches
+    def __init__(self, pending_reward: PendingReward, given: RewardInput) -> None:
+        if not isinstance(pending_reward, PendingReward):
+            raise RewardError(f"a reward's start must return a PendingReward, got {type(pending_reward).__name__}")
+        own = pending_reward.worker
+        super().__init__(own or given.worker, pending_reward.branches if own else ())
+        self.pending_reward, self.judged = pending_reward, given.branches
 
     def restart(self) -> None:
         super().restart()
         self._parts: list[tuple[NDArray[np.int64], Tensor]] = []
 
     def close(self) -> None:
-        self.reading.close()
+        self.pending_reward.close()
 
     def answer(self) -> Rewards | None:
-        """What the scorer says, None while it is at work. Raises if it gives no finite number and no reason why."""
+        """What the reward says, None while it is at work. Raises if it gives no finite number and no reason why."""
         hidden = None
-        if self.reading.worker is not None:
+        if self.pending_reward.worker is not None:
             self._parts += self.collected()
             if self.num_wanted:
                 return None
             hidden = in_order(self._parts) if self._parts else self.worker.hidden(self.ids)
-        rewards = self.reading.read(hidden)
+        rewards = self.pending_reward.read(hidden)
         if rewards is None:
             return None
         if not isinstance(rewards, Rewards):
-            raise ScorerError(f"a scorer must give Rewards, got {type(rewards).__name__}")
-        n = len(self.scored)
+            raise RewardError(f"a reward must give Rewards, got {type(rewards).__name__}")
+        n = len(self.judged)
         if not len(rewards.values) == len(rewards.errors) == n:
-            raise ScorerError(f"a scorer must give {n} rewards and errors, one a branch, got {len(rewards.values)}")
+            raise RewardError(f"a reward must give {n} rewards and errors, one a branch, got {len(rewards.values)}")
         for i in np.flatnonzero(~np.isfinite(rewards.values)).tolist():
             if rewards.errors[i] is None:  # the model's own numbers: not one branch's fault
                 fine = [k for k, error in enumerate(rewards.errors) if error is None]  # these were read, in this order
-                read = dict(zip(fine, self.branches, strict=False)).get(i, self.scored[i])
+                read = dict(zip(fine, self.branches, strict=False)).get(i, self.judged[i])
                 raise NonFinite.of("reward", i, read.length)
         return rewards
 

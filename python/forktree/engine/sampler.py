@@ -16,10 +16,10 @@ from forktree.device.transfer import Download, upload
 from forktree.engine.extend_state import NO_TOKEN, ExtendState
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
-from forktree.kv.slots import Ints
 from forktree.ops.pytorch.score_tokens import from_logits
 from forktree.ops.token_request import Draw, TokenRequest
 from forktree.search.processors import left_padded, process
+from forktree.types import Int32Array
 
 Rows = NDArray[np.int64]
 Failures = dict[ExtendState, Exception]
@@ -33,7 +33,7 @@ class SampledTokens:
     states: list[ExtendState]
     rows: list[Rows]  # of each state, in the order of the tokens
     ids: NDArray[np.int64]  # branches whose tokens they are, [n]
-    length: Ints  # of these before, [n]
+    length: Int32Array  # of these before, [n]
     hidden: Tensor  # [n, H], what they were sampled from
     tokens: Tensor  # int64 [n]
     outcome: Download  # fp64 [2, n]: tokens, log-probs (NaN where the logits are not finite, NO_TOKEN)

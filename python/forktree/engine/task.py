@@ -46,10 +46,11 @@ class Task:
         self.coroutine = _called(search, self)
         self._began = time.perf_counter()
 
-    def root_of(self, worker: ModelWorker, branches: Sequence[Branch]) -> Root:
-        """The root that the first of branches descends from; the search's first for none, or one of somebody else."""
-        owner = int(worker.tree.branch_owner[branches[0].id]) if branches else self.index
-        return next((root for root in self.roots if root.owner == owner), self.roots[0])
+    def roots_of(self, worker: ModelWorker, branches: Sequence[Branch]) -> list[Root]:
+        """The root that each branch descends from; the search's first for one of somebody else."""
+        by_owner = {root.owner: root for root in self.roots}
+        owners = worker.tree.branch_owner[worker.tree.ids(branches)].tolist()
+        return [by_owner.get(owner, self.roots[0]) for owner in owners]
 
     def close_state(self) -> None:
         """Lets go of what the request held that was being answered."""

@@ -66,7 +66,7 @@ class Users:
         if runs and self._thread != threading.get_ident():
             who = "in another thread"
         elif self._critical.mine or any(r.calls_back for r in runs):
-            who = "by the very search that is calling it (a scorer, stop, logits processor, on_step or run of its own)"
+            who = "by the very search that is calling it (a reward, stop, logits processor, on_step or run of its own)"
         else:
             return
         raise DecoderInUse(f"this Decoder is in use {who}: read or close those results first, or make a second Decoder")

@@ -1,7 +1,6 @@
 """`ModelWorker`: one model with its tree, its KV pools and the hidden states it kept. The policy has one; so has each
 reward model."""
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,14 +11,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from forktree.device.properties import free_bytes
 from forktree.device.transfer import upload
 from forktree.errors import DecoderInUse, InvalidInput
 from forktree.kv import Branch, Chunk, PrefixIndex, Tree, tree_layout
-from forktree.kv.slots import Ints
 from forktree.kv.tree import NO_OWNER, PENDING_TOKEN
 from forktree.model import Fingerprint, ModelSpec, Runner, attach
 from forktree.ops.checks import check_token_request
 from forktree.ops.token_request import TokenRequest
+from forktree.types import Int32Array
 
 DEFAULT_SLOTS = 65536
 Branches = Sequence[Branch] | NDArray[np.int64]  # or what `Tree.ids` gave for them
@@ -27,12 +27,7 @@ Branches = Sequence[Branch] | NDArray[np.int64]  # or what `Tree.ids` gave for t
 
 def _default_slots(spec: ModelSpec) -> int:
     """As many slots as fit in a quarter of the free memory, at most 65,536."""
-    device = spec.packed.device
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(DEFAULT_SLOTS, free // 4 // spec.bytes_per_slot))
+    return max(1, min(DEFAULT_SLOTS, free_bytes(spec.packed.device) // 4 // spec.bytes_per_slot))
 
 
 class _Pass:
@@ -77,7 +72,7 @@ class ModelWorker:
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Within, a scorer opens branches here for a search of this thread. Raises `DecoderInUse` while branches of a
+        """Within, a reward opens branches here for a search of this thread. Raises `DecoderInUse` while branches of a
         search of another thread are alive: calls of two engines would change the tree at the same time."""
         with self._claiming:
             thread = threading.get_ident()
@@ -205,7 +200,7 @@ class ModelWorker:
         ids, positions = tree.tokens_of(chunks)
         self._passed = passed = _Pass(chunks)
         to, end = upload(passed.tips, device)
-        tokens: Ints | Tensor = ids
+        tokens: Int32Array | Tensor = ids
         if ids.min() == PENDING_TOKEN:
             tokens = upload(ids.astype(np.int64), device)
             newest = tokens[end]

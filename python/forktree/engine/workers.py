@@ -15,9 +15,8 @@ from forktree.engine.task import NUMBERS, Root, Task
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
 from forktree.kv import Branch, Chunk
-from forktree.rewards.scoring import Subject
-from forktree.search.base import needs_scorer
-from forktree.search.request import Extend, NextLogits, Request, Score, ScoreSuffixes, ScoreTokens
+from forktree.rewards.base import RewardInput, check_reward
+from forktree.search.request import Extend, NextLogits, Request, RewardBranches, ScoreSuffixes, ScoreTokens
 
 MAIN = "main"  # the policy's name
 
@@ -60,10 +59,13 @@ class Workers:
     def begin(self, task: Task, request: Request[Any]) -> RequestState:
         """A request of a search, to be answered by the worker of its branches."""
         if not isinstance(request, Request):
-            raise TypeError(f"a search awaits extend, score, score_tokens or next_logits, got {type(request).__name__}")
+            raise TypeError(
+                "a search awaits extend, reward_branches, score_tokens or next_logits, got "
+                f"{type(request).__name__}"
+            )
         worker = self._worker_of(request.branches)
-        if isinstance(request, Score):
-            return self._begin_score(task, request, worker)
+        if isinstance(request, RewardBranches):
+            return self._begin_reward(task, request, worker)
         state: RequestState
         if isinstance(request, Extend):
             state = ExtendState(request, worker)
@@ -73,13 +75,14 @@ class Workers:
         worker.check(*state.wanted())
         return state
 
-    def _begin_score(self, task: Task, request: Score, worker: ModelWorker) -> RequestState:
-        needs_scorer(request.scorer)
+    def _begin_reward(self, task: Task, request: RewardBranches, worker: ModelWorker) -> RequestState:
+        check_reward(request.reward)
         worker.check(request.branches)
-        task.counters.scorer_calls += len(request.branches)
-        root = task.root_of(worker, request.branches)
-        subject = Subject(worker, request.branches, root.prompt, root.length, self._tokenizer)
-        task.state = state = RewardState(request.scorer.begin(subject), subject)
+        task.counters.reward_calls += len(request.branches)
+        roots = task.roots_of(worker, request.branches)
+        prompts, lengths = [root.prompt for root in roots], [root.length for root in roots]
+        given = RewardInput(worker, request.branches, prompts, lengths, self._tokenizer)
+        task.state = state = RewardState(request.reward.start(given), given)
         if state.worker not in self._all:
             self._all.append(state.worker)
         state.worker.check(state.ids)  # the search ends if they are no good: by now all that it holds is known

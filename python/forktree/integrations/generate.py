@@ -4,14 +4,14 @@ Greedy decoding and beams give transformers' own output, token for token and sco
 row after its EOS mean nothing); sampling draws from the same distribution with torch's global generator. The prompt
 is computed once, whatever `num_beams` or `num_return_sequences`, and beams share what they have in common.
 
-In bf16 and fp16 tokens are chosen among logits that the model's own head has rounded, as there. The hidden states
-before it may still differ in their last bits, since a product rounds by the shape of its batch: where two tokens are
-that close, the texts part.
+In bf16 and fp16, tokens are chosen by logits that the model's own head has rounded, as in transformers. The hidden
+states before the head may still differ in their last bits, since the rounding of a matrix product depends on the shape
+of its batch: where two tokens are that close, the texts diverge.
 
 transformers drops `streamer`, `tokenizer`, `synced_gpus` and `assistant_model` before a custom function is called:
-they cannot be seen here and have no effect (a consumer waiting on a streamer would wait for ever; `stop_strings`
-needs the tokenizer and is refused by transformers itself). Everything that can be seen and cannot be honoured is
-refused with `InvalidInput`, before anything runs.
+they cannot be seen here and have no effect (a consumer waiting on a streamer would wait forever; `stop_strings` needs
+the tokenizer and is refused by transformers itself). Every argument that can be seen and cannot be honoured is refused
+with `InvalidInput`, before anything runs.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
 from forktree.kv import Branch, append
 from forktree.model import attached
-from forktree.model.runner import MOST_SLOTS
+from forktree.model.runner import MAX_SLOTS
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import Draw, TokenRequest
 from forktree.search.algorithms.beam import BeamRules, Finished, beam_search
@@ -57,32 +57,48 @@ def generate(
     generation_config: GenerationConfig,
     **model_kwargs: Any,
 ) -> Tensor | GenerateBeamDecoderOnlyOutput | GenerateDecoderOnlyOutput:
-    """Called by `model.generate`, with what it has prepared.
+    """Decodes a batch; `model.generate` calls this with the arguments that it has prepared.
 
-    input_ids: int64 `[B * max(num_beams, num_return_sequences), L]`, every prompt repeated, left-padded.
-    Returns int64 `[B * num_return_sequences, L + N]`, or transformers' output class with `return_dict_in_generate`.
-    Keys and values stay in forktree's own pools: a `past_key_values` that is passed must be empty and remains so, and
+    Keys and values stay in forktree's own pools: a `past_key_values` that is passed must be empty and stays empty, and
     the output has none.
+
+    Args:
+        model: The model to run.
+        input_ids: int64 `[B * max(num_beams, num_return_sequences), L]`, every prompt repeated, left-padded.
+        logits_processor: Called on the scores of all rows in every step.
+        stopping_criteria: Called on all rows after every step.
+        generation_config: Greedy decoding, sampling, or either with beams.
+        **model_kwargs: What `generate` would pass to the model; anything but a mask, positions and an empty cache is
+            refused.
+
+    Returns:
+        int64 `[B * num_return_sequences, L + N]`, or transformers' output class with `return_dict_in_generate`.
+
+    Raises:
+        InvalidInput: An argument cannot be honoured.
     """
     config = generation_config
     _refuse(config, input_ids, stopping_criteria, model_kwargs)
     copies = max(config.num_beams, config.num_return_sequences)
     prompts = _without_padding(input_ids[::copies], model_kwargs.get("attention_mask"), copies)
-    room = stopping_criteria.max_length - input_ids.shape[1]
+    max_new_tokens = stopping_criteria.max_length - input_ids.shape[1]
     spec = attached(model)
     _check_fed(model, input_ids, model_kwargs)
-    longest = max(map(len, prompts)) + room - 1  # the last token is never run
-    if longest > spec.max_position:
+    longest = max(map(len, prompts))
+    positions = longest + max_new_tokens - 1  # the last token is never computed
+    if positions > spec.max_position:
         raise InvalidInput(
-            f"a prompt of {longest - room + 1} tokens and {room} new ones take {longest} positions, the model has "
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones take {positions} positions, the model has "
             f"{spec.max_position} ({spec.max_position_note}); shorten the prompt or lower max_new_tokens"
         )
-    slots = min(sum(map(len, prompts)) + len(input_ids) * room, MOST_SLOTS)
+    slots = min(sum(map(len, prompts)) + len(input_ids) * max_new_tokens, MAX_SLOTS)
     worker = ModelWorker(model, num_slots=slots, prefix_cache=False, spec=spec)
     engine = Engine(worker)
     beams = config.num_beams > 1
-    half = torch.finfo(worker.runner.dtype).bits < 32
-    run = _Run(input_ids, copies, logits_processor, stopping_criteria, config, room, rounds=half)
+    rounded = torch.finfo(worker.runner.dtype).bits < 32
+    run = _Run(
+        input_ids, copies, logits_processor, stopping_criteria, config, max_new_tokens, by_rounded_logits=rounded
+    )
     search = run.beams if beams else run.samples
     with engine.use() as user:
         task = engine.submit(lambda task: search(*(root.branch for root in task.roots)), prompts, run=user)
@@ -94,7 +110,7 @@ def generate(
 
 
 class _Run:
-    """One call of `generate`: all its rows step together, as processors and criteria are bound to the whole batch."""
+    """One call of `generate`. All its rows step together, as processors and criteria see the whole batch."""
 
     def __init__(
         self,
@@ -103,26 +119,26 @@ class _Run:
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
-        room: int,
+        max_new_tokens: int,
         *,
-        rounds: bool,
+        by_rounded_logits: bool,
     ) -> None:
-        """rounds: tokens are to be chosen by rows of logits, which the model rounds."""
-        self._rows, self._copies, self._room = rows, copies, room
+        """by_rounded_logits: tokens are chosen by rows of logits, as the model's own head rounds these."""
+        self._rows, self._copies, self._max_new_tokens = rows, copies, max_new_tokens
         self._processors, self._criteria, self._config = processors, criteria, config
-        self._rounds = rounds
+        self._by_rounded_logits = by_rounded_logits
         self._eos: Tensor | None = config._eos_token_tensor
         self._pad: Tensor | None = config._pad_token_tensor
         self._scores: list[Tensor] | None = [] if config.return_dict_in_generate and config.output_scores else None
 
-    def _told(self) -> Any:
-        """The scores so far, as transformers shows them to stopping criteria."""
+    def _score_history(self) -> Any:
+        """The scores so far, as transformers passes them to stopping criteria."""
         return None if self._scores is None else tuple(self._scores)
 
     # ---------------------------------------------------------------- beams
 
     async def beams(self, *roots: Branch) -> Finished:
-        """Beam search over all prompts."""
+        """Runs beam search over all prompts."""
         config, eos, pad = self._config, self._eos, self._pad
         num_eos = 0 if eos is None else len(eos)
         rules = BeamRules(
@@ -130,7 +146,7 @@ class _Run:
             num_candidates=max(2, 1 + num_eos) * config.num_beams,
             length_penalty=config.length_penalty,
             early_stopping=config.early_stopping,
-            max_new_tokens=self._room,
+            max_new_tokens=self._max_new_tokens,
             do_sample=bool(config.do_sample),
             best_first=Version(transformers.__version__) >= Version("5.24"),
         )
@@ -142,13 +158,13 @@ class _Run:
             rules,
             fill=fill,
             processors=self._processors,
-            stops=lambda rows: self._criteria(rows, self._told()),
+            stops=lambda rows: self._criteria(rows, self._score_history()),
             on_step=None if self._scores is None else self._scores.append,
-            whole_rows=self._rounds,
+            whole_rows=self._by_rounded_logits,
         )
 
     def beam_output(self, found: Finished) -> Tensor | GenerateBeamDecoderOnlyOutput:
-        """The best `num_return_sequences` of each prompt, cut after the longest."""
+        """Returns the best `num_return_sequences` of each prompt, cut after the longest."""
         keep = self._config.num_return_sequences
         indices = found.beam_indices[:, :keep].flatten(0, 1)
         longest = int((indices >= 0).sum(dim=1).max())
@@ -158,22 +174,26 @@ class _Run:
         return GenerateBeamDecoderOnlyOutput(
             sequences=sequences,
             sequences_scores=found.scores[:, :keep].flatten() if self._scores is not None else None,
-            scores=self._told(),
+            scores=self._score_history(),
             beam_indices=indices[:, :longest],
         )
 
-    # ---------------------------------------------------------------- one token after the other
+    # ---------------------------------------------------------------- greedy decoding and sampling
 
     async def samples(self, *roots: Branch) -> Tensor:
-        """Greedy or sampled continuation of every row. With an EOS, rows that have finished get the pad token and leave
-        the batch; without, they go on until the last has finished."""
+        """Continues every row, greedily or by sampling.
+
+        With an EOS, rows that have finished get the pad token and leave the batch; without, they go on until the last
+        has finished.
+        """
         rows = self._rows
         branches = [branch for root in roots for branch in root.fork(self._copies)]
         open_rows = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         live = np.arange(len(rows))
         pad = self._pad if _pads(self._criteria) else None
-        whole = self._rounds or self._config.do_sample or self._scores is not None or len(self._processors) > 0
-        state: Tensor | None = None  # logits, or tokens, of all rows; those of finished ones stay
+        keeps_scores = self._scores is not None
+        whole = self._by_rounded_logits or self._config.do_sample or keeps_scores or len(self._processors) > 0
+        state: Tensor | None = None  # logits, or tokens, of all rows; finished rows keep their last
         while True:
             asked = [branches[i] for i in live]
             fresh = await next_logits(asked) if whole else await self._most_likely(asked)
@@ -182,20 +202,20 @@ class _Run:
             if pad is not None:
                 tokens = torch.where(open_rows, tokens, pad.to(tokens))
             rows = torch.cat([rows, tokens[:, None]], dim=1)
-            stopped = self._criteria(rows, self._told())
+            stopped = self._criteria(rows, self._score_history())
             open_rows = open_rows & ~stopped
             drawn, goes_on = torch.stack([tokens, open_rows]).cpu().numpy()
             if not goes_on.any():
                 return rows
             if pad is not None:
-                if not self._processors:  # which may look at the branch of any row
+                if not self._processors:  # these may look at the branch of any row
                     for i in live[goes_on[live] == 0]:
                         branches[i].drop()
                 live = live[goes_on[live] == 1]
             append([branches[i] for i in live], drawn[live])
 
     async def _most_likely(self, branches: Sequence[Branch]) -> Tensor:
-        """Next token of each branch, `[n]`."""
+        """Returns the most likely next token of each branch, `[n]`."""
         nothing = np.zeros(len(branches), np.int64)
         greedy = Draw(Sampling(temperature=0), seed=nothing, position=nothing)
         tokens = (await score_tokens(branches, TokenRequest(draw=greedy))).token
@@ -203,7 +223,7 @@ class _Run:
         return tokens
 
     def _choose(self, branches: Sequence[Branch], rows: Tensor, logits: Tensor) -> Tensor:
-        """A token for each of all rows, `[n]`."""
+        """Chooses a token for every row, `[n]`."""
         scores = process(self._processors, branches, rows, logits)
         if self._scores is not None:
             self._scores.append(scores)
@@ -212,14 +232,14 @@ class _Run:
         return scores.argmax(dim=-1)
 
     def sample_output(self, rows: Tensor) -> Tensor | GenerateDecoderOnlyOutput:
-        """All rows."""
+        """Returns all rows, in the form that was asked for."""
         if not self._config.return_dict_in_generate:
             return rows
-        return GenerateDecoderOnlyOutput(sequences=rows, scores=self._told())
+        return GenerateDecoderOnlyOutput(sequences=rows, scores=self._score_history())
 
 
 def _pads(criteria: StoppingCriteriaList) -> bool:
-    """Whether rows that have finished are padded, as transformers decides it; otherwise they go on like all others."""
+    """Whether finished rows are padded, by transformers' own rule; otherwise they go on like all others."""
     return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
 
@@ -244,8 +264,11 @@ def _refuse(
 
 
 def _check_fed(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
-    """Raises `InvalidInput` unless transformers would feed the model what we do: the tokens of each prompt at positions
-    0, 1, …, and nothing else. Prompt tuning and the like change that in `prepare_inputs_for_generation`."""
+    """Raises `InvalidInput` unless transformers would feed the model what forktree does.
+
+    That is the tokens of each prompt at positions 0, 1, …, and nothing else; prompt tuning, for example, changes it in
+    `prepare_inputs_for_generation`.
+    """
     for name in _CACHES:
         cache = model_kwargs.get(name)
         if cache is not None and cache.get_seq_length() > 0:
@@ -277,12 +300,12 @@ def _check_fed(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[str
 
 
 def _is_absent(value: Any) -> bool:
-    """Such as the encoded images of a text without any."""
+    """Whether there is nothing in an argument, such as the encoded images of a text without any."""
     return value is None or (isinstance(value, dict) and not value)
 
 
 def _agree(given: Any, expected: Tensor, mask: Tensor) -> bool:
-    """Whether they are equal where `mask [B, L]` is not 0. given: `[L]`, `[1 or B, L]`, or several such."""
+    """Whether they are equal where `mask [B, L]` is not 0. `given` may be `[L]`, `[1 or B, L]`, or several of these."""
     if not isinstance(given, Tensor) or given.shape[-1:] != mask.shape[1:]:
         return False
     if given.shape[-2:-1] not in ((), (1,), mask.shape[:1]):
@@ -291,7 +314,7 @@ def _agree(given: Any, expected: Tensor, mask: Tensor) -> bool:
 
 
 def _in_short(value: Any) -> str:
-    """Shape and last integers of a tensor; anything else as it is."""
+    """Describes a tensor by its shape and last integers, anything else by its representation."""
     if not isinstance(value, Tensor):
         return f"{value!r:.80}"
     numbers = "" if value.is_floating_point() else f" with {value.flatten()[-8:].tolist()} at its end"
@@ -299,7 +322,7 @@ def _in_short(value: Any) -> str:
 
 
 def _without_padding(rows: Tensor, mask: Tensor | None, copies: int) -> list[Sequence[int]]:
-    """Token ids of each prompt after its left padding."""
+    """Returns the token ids of each prompt after its left padding."""
     if mask is None:
         return rows.tolist()
     mask = mask[::copies].bool()

@@ -1,9 +1,9 @@
 """Runs of tokens and of their slots: one run a node, in two arrays side by side."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from forktree.plan.layout import ranges
+from forktree.types import Int64Array, IntArray
 
 
 class Arena:
@@ -30,12 +30,12 @@ class Arena:
         self.begin = np.concatenate([self.begin, np.zeros(count, np.int64)])
         self.capacity = np.concatenate([self.capacity, np.zeros(count, np.int32)])
 
-    def open(self, node: NDArray[np.int64], capacity: NDArray[np.integer]) -> None:
+    def open(self, node: Int64Array, capacity: IntArray) -> None:
         """Gives nodes without a run one of `capacity` entries each."""
         begin = self._new_runs(capacity)
         self.begin[node], self.capacity[node] = begin, capacity
 
-    def grow(self, node: NDArray[np.int64], used: NDArray[np.integer], wanted: NDArray[np.integer]) -> None:
+    def grow(self, node: Int64Array, used: IntArray, wanted: IntArray) -> None:
         """Makes the runs of `node` (distinct) at least `wanted` long; the first `used` entries of each stay in it."""
         tight = wanted > self.capacity[node]
         if not tight.any():
@@ -48,11 +48,11 @@ class Arena:
         self.begin[node], self.capacity[node] = begin, capacity
         self.moves += 1
 
-    def close(self, node: NDArray[np.integer]) -> None:
+    def close(self, node: IntArray) -> None:
         """Takes the runs of `node` back."""
         self.capacity[node] = 0
 
-    def _new_runs(self, capacity: NDArray[np.integer]) -> NDArray[np.int64]:
+    def _new_runs(self, capacity: IntArray) -> Int64Array:
         """Begins of new runs. A full arena is packed first, and left with twice the size of its content or more."""
         total = int(capacity.sum())
         if self._end + total > len(self.token):

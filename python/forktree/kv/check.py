@@ -3,11 +3,11 @@
 import numpy as np
 
 from forktree.kv.nodes import MAX_RESERVATION, Nodes
-from forktree.kv.slots import Ints
 from forktree.plan.layout import ranges
+from forktree.types import Int32Array
 
 
-def check_nodes(nodes: Nodes, branch_node: Ints, branch_length: Ints) -> None:
+def check_nodes(nodes: Nodes, branch_node: Int32Array, branch_length: Int32Array) -> None:
     """Raises AssertionError unless every invariant holds, given the node and length of every live branch."""
     arena, num_nodes = nodes.arena, nodes.num_nodes
     live = np.flatnonzero(arena.capacity > 0)

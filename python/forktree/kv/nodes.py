@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from forktree.kv.arena import Arena
-from forktree.kv.slots import Ints, SlotAllocator
+from forktree.kv.slots import SlotAllocator
 from forktree.plan.layout import ranges
+from forktree.types import BoolArray, Int32Array, Int64Array, IntArray
 
 MAX_RESERVATION = 16
 
@@ -32,7 +33,7 @@ class Chunk(NamedTuple):
     stop: int
 
 
-def columns(chunks: Sequence[Chunk]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def columns(chunks: Sequence[Chunk]) -> tuple[Int64Array, Int64Array, Int64Array]:
     """Nodes, begins and stops, `[len(chunks)]` each."""
     node, begin, stop = np.array(chunks, dtype=np.int64).reshape(-1, 3).T
     return node, begin, stop
@@ -82,7 +83,7 @@ class Nodes:
 
     # ---------------------------------------------------------------- what nodes see
 
-    def visible_nodes(self, nodes: ArrayLike) -> NDArray[np.int64]:
+    def visible_nodes(self, nodes: ArrayLike) -> Int64Array:
         """The given nodes and everything they see: ancestors and joined texts. Sorted."""
         seen = np.zeros(self.num_nodes, bool)
         frontier = np.asarray(nodes, dtype=np.int64)
@@ -94,7 +95,7 @@ class Nodes:
             frontier = np.flatnonzero(reached & ~seen)
         return np.flatnonzero(seen)
 
-    def visible_lengths(self, node: NDArray[np.integer], stop: NDArray[np.integer]) -> Ints:
+    def visible_lengths(self, node: IntArray, stop: IntArray) -> Int32Array:
         """How many tokens of each node are seen by the texts of `stop` positions that end in `node`.
 
         Returns:
@@ -109,7 +110,7 @@ class Nodes:
             at, stop = self._above(np.flatnonzero(reached))
         return seen
 
-    def sees_any(self, nodes: Sequence[int], others: set[int]) -> NDArray[np.bool_]:
+    def sees_any(self, nodes: Sequence[int], others: set[int]) -> BoolArray:
         """Whether each of `nodes` sees, besides itself, any of `others`. `[len(nodes)]`."""
         if len(self.source_of):
             return np.array([not others.isdisjoint({*self.visible_nodes([n]).tolist()} - {n}) for n in nodes])
@@ -123,7 +124,7 @@ class Nodes:
             found |= wanted[at]
         return found
 
-    def longest_prefix(self, text: NDArray[np.integer]) -> tuple[int, int]:
+    def longest_prefix(self, text: IntArray) -> tuple[int, int]:
         """Node and length of the longest prefix of `text` that some text from position 0 on has; (-1, 0) if none.
 
         Texts that join others are passed over: their tokens mean something else.
@@ -154,12 +155,12 @@ class Nodes:
             stop, node = int(self.start[node]), int(self.parent[node])
         return path
 
-    def sources_of(self, node: ArrayLike) -> tuple[Ints, Ints]:
+    def sources_of(self, node: ArrayLike) -> tuple[Int32Array, Int32Array]:
         """The texts that `node` (those of them that are roots) joins: the node in which each ends, and its length."""
         joined = np.isin(self.source_of, node)
         return self.source_node[joined], self.source_length[joined]
 
-    def _above(self, node: NDArray[np.integer]) -> tuple[Ints, Ints]:
+    def _above(self, node: IntArray) -> tuple[Int32Array, Int32Array]:
         """What `node` see directly: parents and joined texts, as nodes and the position up to which these are seen."""
         at, stop = self.parent[node], self.start[node]
         hung = at >= 0
@@ -183,9 +184,7 @@ class Nodes:
         if not len(node):
             return
         tip = (self.children[node] == 0) & (stop == self.length[node])
-        spare = np.where(
-            tip & (self.num_computed[node] > 0), np.clip(self.num_slots[node], 1, MAX_RESERVATION) - 1, 0
-        )
+        spare = np.where(tip & (self.num_computed[node] > 0), np.clip(self.num_slots[node], 1, MAX_RESERVATION) - 1, 0)
         if (stop - self.num_slots[node] + spare).sum() > self.slots.num_free:
             self.reclaim()
             spare[:] = 0
@@ -213,20 +212,20 @@ class Nodes:
         self.num_computed[:], self.hidden_position[:] = 0, -1
         self._changes += 1
 
-    def slots_of(self, chunks: Sequence[Chunk]) -> Ints:
+    def slots_of(self, chunks: Sequence[Chunk]) -> Int32Array:
         """Slot that each token of the chunks is written to, -1 where its KV is already there. int32 `[T]`."""
         node, first, stop = columns(chunks)
         slots = self.arena.slot_index[ranges(self.arena.begin[node] + first, stop - first)].copy()
         slots[ranges(first, stop - first) < np.repeat(self.num_computed[node], stop - first)] = -1
         return slots
 
-    def tokens_of(self, chunks: Sequence[Chunk]) -> tuple[Ints, Ints]:
+    def tokens_of(self, chunks: Sequence[Chunk]) -> tuple[Int32Array, Int32Array]:
         """Token ids and positions of the chunks' tokens, int32 `[T]` each."""
         node, first, stop = columns(chunks)
         ids = self.arena.token[ranges(self.arena.begin[node] + first, stop - first)]
         return ids, ranges(self.start[node] + first, stop - first).astype(np.int32)
 
-    def evict(self, view: Ints, wanted: int) -> int:
+    def evict(self, view: Int32Array, wanted: int) -> int:
         """Takes slots of tokens outside `view [num_nodes]` until `wanted` are free, furthest from the roots first.
 
         The tokens stay, pending again. Returns the number of slots freed: 0 if all slots in use are in view.
@@ -239,7 +238,7 @@ class Nodes:
         self._release(node, view)
         return self.slots.num_free - before
 
-    def _release(self, node: NDArray[np.int64], keep: NDArray[np.int32]) -> None:
+    def _release(self, node: Int64Array, keep: Int32Array) -> None:
         """Frees the slots of `node` after the first `keep[node]`, and with them their KV."""
         if not len(node):
             return
@@ -250,9 +249,7 @@ class Nodes:
 
     # ---------------------------------------------------------------- making, freeing and merging nodes
 
-    def _new_nodes(
-        self, parent: NDArray[np.integer], start: NDArray[np.integer], owner: NDArray[np.integer], capacity: int
-    ) -> NDArray[np.int64]:
+    def _new_nodes(self, parent: IntArray, start: IntArray, owner: IntArray, capacity: int) -> Int64Array:
         count = len(parent)
         if len(self._free_nodes) < count:
             size = len(self.parent)
@@ -274,12 +271,12 @@ class Nodes:
         self._changes += 1
         return ids
 
-    def _ensure_capacity(self, node: NDArray[np.int64], extra: ArrayLike) -> None:
+    def _ensure_capacity(self, node: Int64Array, extra: ArrayLike) -> None:
         """Makes the runs of `node` (distinct) long enough for `extra` more tokens each."""
         used = np.maximum(self.length[node], self.num_slots[node])
         self.arena.grow(node, used, self.length[node] + np.asarray(extra))
 
-    def _free(self, dead: NDArray[np.int64]) -> None:
+    def _free(self, dead: Int64Array) -> None:
         """Frees nodes that nobody reads and nothing hangs off."""
         self._release(dead[self.num_slots[dead] > 0], np.zeros(self.num_nodes, np.int32))
         self.arena.close(dead)
@@ -287,7 +284,7 @@ class Nodes:
         self._free_nodes.extend(dead.tolist())
         self._changes += 1
 
-    def _trim(self, node: NDArray[np.int64], stop: Ints) -> None:
+    def _trim(self, node: Int64Array, stop: Int32Array) -> None:
         """Cuts `node` off at positions `stop [num_nodes]`, before their ends."""
         if not len(node):
             return
@@ -296,7 +293,7 @@ class Nodes:
         self.hidden_position[node[self.hidden_position[node] >= stop[node]]] = -1
         self._changes += 1
 
-    def _remove_sources(self, node: NDArray[np.int64]) -> Ints:
+    def _remove_sources(self, node: Int64Array) -> Int32Array:
         """Ends what roots among `node` join; returns the nodes in which the joined texts end."""
         ends = np.isin(self.source_of, node)
         nodes = self.source_node[ends]
@@ -323,7 +320,7 @@ class Nodes:
             self._take_over(self.parent[low[~waits]], low[~waits])
             low = low[waits]
 
-    def _take_over(self, high: NDArray[np.int32], low: NDArray[np.int64]) -> None:
+    def _take_over(self, high: Int32Array, low: Int64Array) -> None:
         """Nodes `low` become one with their parents `high`: their tokens and slots follow the parents'."""
         arena = self.arena
         head, tail, num_slots = self.length[high], self.length[low], self.num_slots[low]

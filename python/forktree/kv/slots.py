@@ -1,11 +1,9 @@
 """Free slots of a KV pool, handed out as contiguous extents where possible."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from forktree.plan.layout import ranges
-
-Ints = NDArray[np.int32]
+from forktree.types import BoolArray, Int32Array, Int64Array
 
 
 class OutOfSlots(Exception):
@@ -35,7 +33,7 @@ class SlotAllocator:
     def in_use(self) -> int:
         return self.num_slots - self.num_free
 
-    def allocate(self, count: int, extent: int = 0) -> Ints:
+    def allocate(self, count: int, extent: int = 0) -> Int32Array:
         """`count` slots: the lowest contiguous run that holds them all, else the longest runs first.
 
         extent: the longest piece that the caller wants contiguous, at most and by default `count`. The search of
@@ -60,7 +58,7 @@ class SlotAllocator:
             self._lowest = int(taken[-1]) + 1
         return taken
 
-    def _runs(self, begin: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _runs(self, begin: int, stop: int) -> tuple[Int64Array, Int64Array]:
         """First slot and length of every free run within `[begin, stop)`, ascending."""
         stop = min(stop, self.num_slots)
         if stop > len(self._free):
@@ -69,13 +67,13 @@ class SlotAllocator:
         edges = np.flatnonzero(np.diff(self._free[begin:stop].astype(np.int8), prepend=0, append=0)) + begin
         return edges[::2], edges[1::2] - edges[::2]
 
-    def free(self, slots: Ints) -> None:
+    def free(self, slots: Int32Array) -> None:
         """Takes back slots that were handed out by `allocate`."""
         assert not self._free[slots].any(), "a slot was given back twice"
         self._free[slots] = True
         self._lowest = min(self._lowest, int(slots.min(initial=self.num_slots)))
         self.num_free += len(slots)
 
-    def is_free(self) -> NDArray[np.bool_]:
+    def is_free(self) -> BoolArray:
         """Bitmap, True where free, as far as slots were ever looked at; a copy. All beyond are free."""
         return self._free.copy()

@@ -3,9 +3,8 @@
 import itertools
 
 import numpy as np
-from numpy.typing import NDArray
 
-from forktree.kv.slots import Ints
+from forktree.types import Int32Array, Int64Array
 
 _NUMBERS = itertools.count()  # shared by all trees of the process, so that no two texts ever have the same tag
 
@@ -27,13 +26,13 @@ class Tags:
         self.tag = np.concatenate([self.tag, np.full(count, -1)])
         self.length = np.concatenate([self.length, np.zeros(count, np.int32)])
 
-    def renew(self, ids: NDArray[np.int64], length: Ints) -> NDArray[np.int64]:
+    def renew(self, ids: Int64Array, length: Int32Array) -> Int64Array:
         """Gives each branch of `ids`, which has this length, a tag that nothing else was ever given. Returns them."""
         self.tag[ids] = list(itertools.islice(_NUMBERS, len(ids)))
         self.length[ids] = length
         return self.tag[ids]
 
-    def inherit(self, ids: NDArray[np.int64], parents: NDArray[np.int64] | int) -> None:
+    def inherit(self, ids: Int64Array, parents: Int64Array | int) -> None:
         """Gives branches the tags of those whose text they see from now on."""
         self.tag[ids], self.length[ids] = self.tag[parents], self.length[parents]
 

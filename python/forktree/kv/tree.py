@@ -10,22 +10,21 @@ from operator import attrgetter, is_
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from forktree.checks import integer, integers
 from forktree.errors import InvalidInput
 from forktree.kv.check import check_nodes
 from forktree.kv.nodes import Chunk, Nodes
-from forktree.kv.slots import Ints
 from forktree.kv.tags import Tags
 from forktree.ops.splitmix import mix
+from forktree.types import MAX_TOKEN_ID, Int32Array, Int64Array, IntArray, UInt64Array
 
 _ID = attrgetter("id")
 _NUMBERS = itertools.count()  # shared by all trees of the process: tells trees of one name apart in messages
 NO_OWNER = -1
 PENDING_TOKEN = -1  # stands for the last token of a branch while only the device knows it; equal to no id
 _FIRST_CAPACITY = 16
-MAX_TOKEN = 2**31 - 1  # ids are int32
 MAX_POSITION = 2**30  # so that no length overflows: a root begins below, and no tree holds as many tokens again
 MAX_FORKS = 2**20  # in one call
 
@@ -55,7 +54,7 @@ class Branch:
         return int(self.tree.branch_length[self._checked()])
 
     @property
-    def tokens(self) -> Ints:
+    def tokens(self) -> Int32Array:
         """Token ids from the root on, int32 `[length - position of the root]`; a copy."""
         return self.tree.tokens(self)
 
@@ -255,25 +254,25 @@ class Tree(Nodes):
 
     # ---------------------------------------------------------------- text
 
-    def append(self, branches: Sequence[Branch] | NDArray[np.int64], tokens: ArrayLike) -> None:
+    def append(self, branches: Sequence[Branch] | Int64Array, tokens: ArrayLike) -> None:
         """One more token for each of many branches. `tokens` int `[len(branches)]`."""
         ids = self.ids(branches, distinct=True)
-        self._append_each(ids, integers("tokens", tokens, 0, MAX_TOKEN, count=len(ids)))
+        self._append_each(ids, integers("tokens", tokens, 0, MAX_TOKEN_ID, count=len(ids)))
 
-    def append_pending(self, branches: Sequence[Branch] | NDArray[np.int64]) -> None:
+    def append_pending(self, branches: Sequence[Branch] | Int64Array) -> None:
         """One more token for each branch, `PENDING_TOKEN` until `resolve_last_tokens` or `undo_append`."""
         self._append_each(self.ids(branches, distinct=True), PENDING_TOKEN)
 
-    def resolve_last_tokens(self, branches: Sequence[Branch] | NDArray[np.int64], tokens: ArrayLike) -> None:
+    def resolve_last_tokens(self, branches: Sequence[Branch] | Int64Array, tokens: ArrayLike) -> None:
         """Fills in the ids of tokens that were appended as `PENDING_TOKEN`. `tokens` int `[len(branches)]`."""
         ids = self.ids(branches, distinct=True)
-        tokens = integers("tokens", tokens, 0, MAX_TOKEN, count=len(ids))
+        tokens = integers("tokens", tokens, 0, MAX_TOKEN_ID, count=len(ids))
         node, length = self.branch_node[ids], self.branch_length[ids]
         at = self.arena.begin[node] + length - self.start[node] - 1
         assert (self.arena.token[at] == PENDING_TOKEN).all(), "the last token of a branch is known already"
         self.arena.token[at] = tokens
 
-    def undo_append(self, branches: Sequence[Branch] | NDArray[np.int64]) -> None:
+    def undo_append(self, branches: Sequence[Branch] | Int64Array) -> None:
         """Takes back the token that `append` gave each of the branches last. Unlike after a rewind, their random
         numbers are what they would have been without it."""
         ids = self.ids(branches, distinct=True)
@@ -290,25 +289,25 @@ class Tree(Nodes):
     def append_text(self, branch: Branch, tokens: ArrayLike) -> None:
         """See `Branch.append`."""
         self._id(branch)
-        text = integers("tokens", tokens, 0, MAX_TOKEN)
+        text = integers("tokens", tokens, 0, MAX_TOKEN_ID)
         if len(text):
             self._append(branch, text)
 
-    def tokens(self, branch: Branch) -> Ints:
+    def tokens(self, branch: Branch) -> Int32Array:
         """See `Branch.tokens`."""
         id = self._id(branch)
         begin, token = self.arena.begin, self.arena.token
         path = self.path(int(self.branch_node[id]), int(self.branch_length[id]))
         return np.concatenate([token[begin[node] : begin[node] + count] for node, count in path[::-1]])
 
-    def _append_each(self, ids: NDArray[np.int64], tokens: NDArray[np.integer] | int) -> None:
+    def _append_each(self, ids: Int64Array, tokens: IntArray | int) -> None:
         node = self._own_nodes(ids)
         self._ensure_capacity(node, 1)
         self.arena.token[self.arena.begin[node] + self.length[node]] = tokens
         self.length[node] += 1
         self.branch_length[ids] += 1
 
-    def _append(self, branch: Branch, tokens: NDArray[np.integer]) -> None:
+    def _append(self, branch: Branch, tokens: IntArray) -> None:
         id = np.array([branch.id])
         node = self._own_nodes(id)
         self._ensure_capacity(node, len(tokens))
@@ -319,7 +318,7 @@ class Tree(Nodes):
 
     # ---------------------------------------------------------------- what is to be computed
 
-    def ids(self, branches: Iterable[Branch] | NDArray[np.int64], *, distinct: bool = False) -> NDArray[np.int64]:
+    def ids(self, branches: Iterable[Branch] | Int64Array, *, distinct: bool = False) -> Int64Array:
         """Indices of the branch arrays, `[len(branches)]`. Raises `InvalidInput` unless all are live branches of this
         tree and, if asked, no two are the same. Every call here takes such an array in place of the branches, and
         trusts it: it is good as long as none of these is dropped."""
@@ -338,31 +337,31 @@ class Tree(Nodes):
             raise InvalidInput(f"branches must be distinct, got branch {again} of {len(ids)} a second time")
         return np.array(ids, np.int64)
 
-    def nodes_at(self, ids: NDArray[np.int64], positions: NDArray[np.integer]) -> Ints:
+    def nodes_at(self, ids: Int64Array, positions: IntArray) -> Int32Array:
         """Node that holds the token that each of the branches `ids` has at a position, int32 `[len(ids)]`."""
         node = self.branch_node[ids]
         while (earlier := self.start[node] > positions).any():
             node = np.where(earlier, self.parent[node], node)
         return node
 
-    def first_positions(self, ids: NDArray[np.int64]) -> Ints:
+    def first_positions(self, ids: Int64Array) -> Int32Array:
         """Position of the first token of each of the branches `ids`, int32 `[len(ids)]`."""
         node = self.branch_node[ids]
         while (below := self.parent[node] >= 0).any():
             node = np.where(below, self.parent[node], node)
         return self.start[node]
 
-    def tips(self, branches: Sequence[Branch] | NDArray[np.int64]) -> tuple[Ints, Ints]:
+    def tips(self, branches: Sequence[Branch] | Int64Array) -> tuple[Int32Array, Int32Array]:
         """Node of each branch and its length, int32 `[len(branches)]`."""
         ids = self.ids(branches)
         return self.branch_node[ids], self.branch_length[ids]
 
-    def view(self, branches: Sequence[Branch] | NDArray[np.int64]) -> Ints:
+    def view(self, branches: Sequence[Branch] | Int64Array) -> Int32Array:
         """How many tokens of each node the branches see together, int32 `[num_nodes]`."""
         return self.visible_lengths(*self.tips(branches))
 
     def pending(
-        self, branches: Sequence[Branch] | NDArray[np.int64], positions: NDArray[np.integer] | None = None
+        self, branches: Sequence[Branch] | Int64Array, positions: IntArray | None = None
     ) -> list[Chunk]:
         """What must be computed before tokens of the branches have hidden states: ancestors first.
 
@@ -392,7 +391,7 @@ class Tree(Nodes):
         return self._computed_again(node[again], offset[again], chunks) if again.any() else chunks
 
     def _computed_again(
-        self, node: NDArray[np.integer], offset: NDArray[np.integer], late: list[Chunk]
+        self, node: IntArray, offset: IntArray, late: list[Chunk]
     ) -> list[Chunk]:
         """Chunks of tokens that have KV, at an offset in a node each, then `late`, those of tokens that have none; one
         of these that begins where such a chunk ends becomes one with it."""
@@ -400,7 +399,7 @@ class Tree(Nodes):
         token = np.unique(node.astype(np.int64) << 32 | offset)
         chunks = []
         for run in np.split(token, np.flatnonzero(np.diff(token) != 1) + 1):
-            at, begin, stop = int(run[0] >> 32), int(run[0] & MAX_TOKEN), int(run[-1] & MAX_TOKEN) + 1
+            at, begin, stop = int(run[0] >> 32), int(run[0] & MAX_TOKEN_ID), int(run[-1] & MAX_TOKEN_ID) + 1
             if at in first_late and stop == self.num_computed[at]:
                 i = first_late[at]
                 late[i] = late[i]._replace(begin=begin)
@@ -430,9 +429,7 @@ class Tree(Nodes):
                 raise InvalidInput(f"{which} belongs to {branch.tree.name}, expected one of {self.name}")
         raise InvalidInput(f"branches must be those that {self.name} gave, got other handles")
 
-    def _new_branches(
-        self, node: NDArray[np.integer], length: NDArray[np.integer], key: NDArray[np.uint64], owner: int
-    ) -> list[Branch]:
+    def _new_branches(self, node: IntArray, length: IntArray, key: UInt64Array, owner: int) -> list[Branch]:
         count = len(node)
         if len(self._free_branches) < count:
             size = len(self.branch_node)
@@ -454,7 +451,7 @@ class Tree(Nodes):
             self._handles[handle.id] = handle
         return handles
 
-    def _own_nodes(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _own_nodes(self, ids: Int64Array) -> Int64Array:
         """The node each branch appends to: its own if nobody else looks at it, else a new child."""
         node, end = self.branch_node[ids], self.branch_length[ids]
         own = (self.readers[node] == 1) & (self.children[node] == 0) & (end == self.start[node] + self.length[node])
@@ -468,12 +465,12 @@ class Tree(Nodes):
             self._release(forked[self.num_slots[forked] > self.length[forked]], self.length)
         return self.branch_node[ids].astype(np.int64)
 
-    def _collect_garbage(self, nodes: NDArray[np.integer]) -> None:
+    def _collect_garbage(self, nodes: IntArray) -> None:
         """After readers left `nodes`: frees dead nodes, trims unread tails, remembers what may be merged."""
         touched = np.zeros(self.num_nodes, bool)
         touched[nodes] = True
         near = np.flatnonzero(touched & (self.arena.capacity > 0))
-        dead: list[NDArray[np.int64]] = []
+        dead: list[Int64Array] = []
         while len(near := near[(self.readers[near] | self.children[near]) == 0]):
             dead.append(near)
             up = self.parent[near]
@@ -525,15 +522,15 @@ def _tree_of(branches: Sequence[Branch]) -> Tree:
     return next((b.tree for b in _listed(branches) if isinstance(b, Branch)), None) or Tree(1)
 
 
-def _text(tokens: ArrayLike) -> NDArray[np.integer]:
-    text = integers("tokens", tokens, 0, MAX_TOKEN)
+def _text(tokens: ArrayLike) -> IntArray:
+    text = integers("tokens", tokens, 0, MAX_TOKEN_ID)
     if not len(text):
         raise InvalidInput("tokens must be at least one id, got none")
     return text
 
 
 def _owner(owner: int) -> int:
-    return integer("owner", owner, NO_OWNER, MAX_TOKEN)
+    return integer("owner", owner, NO_OWNER, MAX_TOKEN_ID)
 
 
 def _key_and_owner(key: int, owner: int) -> tuple[int, int]:

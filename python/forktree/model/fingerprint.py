@@ -1,7 +1,7 @@
-"""What the proof of a model rested on: how it is built, and the values of its weights.
+"""What the verification of a model rested on: how the model is built, and the values of its weights.
 
-Read off in one walk over its modules that looks at no weight, as torch counts the writes to every tensor. Compared are
-plain values and identities. None of the objects is kept alive; while they are, nothing else can have their identity.
+It is read in one walk over the modules that looks at no weight, as torch counts the writes to every tensor. Plain
+values and identities are compared. No object is kept alive; while one is, nothing else can have its identity.
 """
 
 import weakref
@@ -14,20 +14,25 @@ from torch.nn.modules import module as torch_module
 from transformers.configuration_utils import PreTrainedConfig
 
 PLAIN = {int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size}  # compared by value
-_DEVICES = ("cpu", "cuda")  # that have an autocast of their own
+_AUTOCAST_DEVICES = ("cpu", "cuda")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _READ_APART = frozenset(vars(nn.Module())) - {"training"}  # torch's own entries
 
 
-class Fingerprint:
-    """Of a model as it is now: modules, parameters, buffers, hooks, overrides of `forward`, attributes and configs.
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast computes in on such a device at the moment; None where it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
-    Not seen: writes that torch does not count (through `.data`, by kernels that take an address, to inference tensors,
-    to weights that wait elsewhere between forward passes), and what is kept outside modules, as in closures.
+
+class Fingerprint:
+    """A model as it is now: modules, parameters, buffers, hooks, overrides of `forward`, attributes, configs, autocast.
+
+    It does not see writes that torch does not count (through `.data`, by kernels that take an address, to inference
+    tensors, to weights that wait elsewhere between forward passes), nor what is kept outside modules, as in closures.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._structure: list[Any] = [torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in _DEVICES]
+        self._structure: list[Any] = [autocast_dtype(device) for device in _AUTOCAST_DEVICES]
         self._structure += [*torch_module._global_forward_pre_hooks, *torch_module._global_forward_hooks]
         self._writes: list[int] = []  # to each tensor so far
         self._refs: list[weakref.ref[Any]] = []
@@ -46,7 +51,7 @@ class Fingerprint:
     __hash__ = object.__hash__
 
     def built_like(self, other: "Fingerprint") -> bool:
-        """Whether at most values have changed, all of them in place: memory and Python code have stayed."""
+        """Whether nothing but values has changed, and these in place: memory and Python code are the same."""
         return self._structure == other._structure and not any(ref() is None for ref in other._refs)
 
     def _read_module(self, module: nn.Module, seen: set[int]) -> None:

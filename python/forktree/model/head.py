@@ -1,6 +1,7 @@
-"""From hidden states to scores of the next token: by `cap(scale * (h W^T + b))` where that is the head, else by itself.
+"""Heads: from hidden states to scores of the next token.
 
-The first is what `forktree.ops.score_tokens` computes without a row of logits.
+`LinearHead` is `cap(scale * (h W^T + b))`, which `forktree.ops.score_tokens` computes without a row of logits; where a
+model's head is something else, `OwnHead` lets the model compute it.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from forktree.ops.token_request import TokenRequest, TokenScores
 
 @dataclass(frozen=True)
 class LinearHead:
-    """logits = cap * tanh(scale * (h W^T + b) / cap), without the tanh where cap is None."""
+    """Logits are cap * tanh(scale * (h W^T + b) / cap), without the tanh where cap is None."""
 
     packed: PackedModel
     vocab_size: int
@@ -36,12 +37,12 @@ class LinearHead:
         return weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
 
     def score(self, hidden: Tensor, request: TokenRequest) -> TokenScores:
-        """What `request` asks of hidden [n, H]; see `forktree.ops.score_tokens`, whose check is left out."""
+        """Scores the token after each of hidden [n, H] by `forktree.ops.score_tokens`, without its check."""
         weight, bias = self.parameters
         return ops.score_tokens(hidden, weight, request, bias=bias, scale=self.scale, softcap=self.cap, check=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, H] -> [n, V] fp32, each step rounded to the dtype of hidden, as models do."""
+        """Logits [n, V] of hidden [n, H], fp32, each operation rounded to the dtype of hidden, as models do."""
         logits = F.linear(hidden, *self.parameters)
         if self.scale != 1.0:
             logits *= self.scale
@@ -50,13 +51,18 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class OwnHead:
-    """Whatever the model does after its decoder: it runs with the decoder replaced by one that returns h."""
+    """Whatever the model does after its decoder, which is replaced by one that returns the hidden states.
+
+    Attributes:
+        packed: the model.
+        output_class: of what its decoder returns.
+    """
 
     packed: PackedModel
-    output_class: type[ModelOutput]  # what the decoder returns
+    output_class: type[ModelOutput]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, H] -> [n, V] fp32."""
+        """Logits [n, V] of hidden [n, H], fp32."""
         return self.packed.after_decoder(self.output_class(last_hidden_state=hidden[None])).float()
 
 
@@ -92,8 +98,10 @@ def find_linear_head(packed: PackedModel, hidden: Tensor, logits: Tensor) -> Lin
 
 
 def is_scored_alike(head: LinearHead, hidden: Tensor, logits: Tensor) -> bool:
-    """Whether `head.score` of hidden [n, H] agrees with the model's own logits [n, V]: sums over all of them, the best
-    of them, and single ones, as these are computed in different ways."""
+    """Whether `head.score` of hidden [n, H] agrees with the model's own logits [n, V].
+
+    Compared are sums over all of them, the best of them, and single ones, as these are computed in different ways.
+    """
     vocab = logits.shape[1]
     some = torch.linspace(0, vocab - 1, min(vocab, 64), device=hidden.device).long()
     found = head.score(hidden, TokenRequest(top_k=min(vocab, 64), select=some, lse=True))

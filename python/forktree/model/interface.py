@@ -1,16 +1,17 @@
-"""How forktree enters a transformers model: an attention function, a mask function, an idle cache.
+"""How forktree enters a transformers model: by an attention function, a mask function and an idle cache.
 
-All live tokens of a step run as one packed row `input_ids [1, T]` with explicit positions. What a token may
-see is decided by the step, which the attention function finds in a context variable: many models pass no keyword
+All live tokens of a step run as one packed row `input_ids [1, T]` with explicit positions. What a token may see is
+decided by the step, which the attention function finds in a context variable, because many models pass no keyword
 arguments on to their layers. Nothing here is global except the name registered with transformers.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from forktree.model.decoder_layers import find_decoder_layers, watched
+from forktree.model.fingerprint import autocast_dtype
 from forktree.model.replica import Replica
+from forktree.model.step import Step
 
 IMPLEMENTATION = "forktree"
 
@@ -31,9 +35,10 @@ FP32_MIN_ROWS = 16
 class Window:
     """What our mask function returns instead of a mask; it arrives at the attention as `attention_mask`.
 
-    size: how many positions a token sees, itself included; None = all earlier ones.
-    mask_function: transformers' own description of the mask, `(batch, head, q_pos, kv_pos) -> bool`. `attach`
-        compares the two; afterwards nobody reads it.
+    Attributes:
+        size: how many positions a token sees, itself included; None = all earlier ones.
+        mask_function: transformers' own description of the mask, `(batch, head, q_pos, kv_pos) -> bool`. `attach`
+            compares the two; afterwards nobody reads it.
     """
 
     size: int | None
@@ -45,31 +50,6 @@ class Window:
         if not all(part in (slice(None), slice(0, None)) for part in parts):
             raise TypeError(f"the model takes {index} of a mask that forktree keeps whole")
         return self
-
-
-class Step(Protocol):
-    """The attention of one forward pass, called once by every layer."""
-
-    num_tokens: int  # rows of the packed forward that are tokens; the rest is padding
-
-    def attend(
-        self,
-        layer_idx: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        window: Any,
-        *,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """query [T, Hq, Dk], key [T, Hk, Dk], value [T, Hk, Dv], rotated already -> [T, Hq, Dv].
-
-        Stores key and value first, so that the tokens of a step see each other. window is a `Window`, or
-        what a model that makes its own masks passes instead.
-        """
-        ...
 
 
 _current_step: ContextVar[Step] = ContextVar("forktree_step")
@@ -86,7 +66,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """query [1, Hq, T, Dk], key [1, Hk, T, Dk], value [1, Hk, T, Dv] -> [1, T, Hq, Dv]."""
+    """What every layer calls: query [1, Hq, T, Dk], key [1, Hk, T, Dk], value [1, Hk, T, Dv] -> [1, T, Hq, Dv]."""
     step = _current_step.get()
     q, k, v = (_autocast(x)[0].transpose(0, 1) for x in (query, key, value))
     tokens, padding = step.num_tokens, q.shape[0] - step.num_tokens
@@ -105,14 +85,9 @@ def _attention(
     return F.pad(out[None], (0, 0, 0, 0, 0, padding)) if padding else out[None], None
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on such a device at the moment; None where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-
-
 def _autocast(x: Tensor) -> Tensor:
     """What autocast makes of an argument of attention, whose own operations it knows and ours it does not."""
-    dtype = autocast_dtype(x.device)
+    dtype = autocast_dtype(x.device.type)
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
@@ -156,7 +131,10 @@ _answer: ContextVar[Any] = ContextVar("what a decoder that has been replaced ret
 
 
 class PackedModel:
-    """A transformers model and the way to run it on packed tokens. It runs as a replica: nobody else can see it."""
+    """A transformers model and the way to run it on packed tokens.
+
+    It runs as a replica, so nothing of the model is written, and nobody else sees how it runs.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         model = model._modules.get("_orig_mod", model)  # compiled by torch
@@ -167,14 +145,20 @@ class PackedModel:
         self._cache_name = "cache" if "cache" in self.parameters else "past_key_values"  # renamed in transformers 5.24
         self.device = next(iter(execution_devices(model)))
         self.dtype: torch.dtype = model.dtype
-        self.autocast = autocast_dtype(self.device)  # as it is while the model is proved
+        self.autocast = autocast_dtype(self.device.type)  # as it is while the model is verified
         # the modules of a model need not share a dtype
         self.min_rows = FP32_MIN_ROWS if any(p.dtype == torch.float32 for p in model.parameters()) else 1
 
     def read_buffers(self) -> None:
-        """Takes over what was written into buffers of the model, whose memory has stayed."""
+        """Copies what was written into buffers of the model, whose memory has stayed."""
         self._replica.read_buffers()
         vars(self).pop("_head", None)
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """The modules that compute one layer each, in order; raises LookupError if they cannot be found."""
+        config = self.model.config.get_text_config(decoder=True)
+        return find_decoder_layers(self.decoder, config.num_hidden_layers)
 
     @cached_property
     def _head(self) -> nn.Module:
@@ -185,7 +169,7 @@ class PackedModel:
         return root
 
     def after_decoder(self, output: ModelOutput) -> Tensor:
-        """output: what the decoder returns, with last_hidden_state [1, n, H] -> the model's own logits [n, V]."""
+        """The model's own logits [n, V] of what its decoder returns, with last_hidden_state [1, n, H]."""
         hidden = output.last_hidden_state
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         token = _answer.set(output)
@@ -196,22 +180,22 @@ class PackedModel:
         return logits
 
     def padded(self, values: Tensor) -> Tensor:
-        """values [T] with zeros up to the least rows of a pass."""
+        """Appends zeros to values [T], up to the fewest rows that a pass has."""
         return F.pad(values, (0, max(0, self.min_rows - values.shape[0])))
 
-    def forward(self, tokens: Tensor, positions: Tensor, step: Step) -> Tensor:
-        """tokens, positions [T] int64 on the model's device -> post-norm hidden states [T, H]."""
+    def forward(self, tokens: Tensor, step: Step) -> Tensor:
+        """Runs tokens [T], int64 on the model's device, as `step` says. Returns post-norm hidden states [T, H]."""
         # The clone is an ordinary tensor, which its owner may modify in place.
-        return self.compute(tokens, positions, step).clone()
+        return self.compute(tokens, step).clone()
 
-    def compute(self, tokens: Tensor, positions: Tensor, step: Step) -> Tensor:
+    def compute(self, tokens: Tensor, step: Step) -> Tensor:
         """`forward`, but the result is an inference tensor."""
         rows = tokens.shape[0]
-        tokens, positions = self.padded(tokens), self.padded(positions)
+        tokens, positions = self.padded(tokens), self.padded(step.rows.positions)
         before = _current_step.set(step)
         try:
             # inference_mode is a tenth faster than no_grad where T is small
-            with torch.inference_mode():
+            with torch.inference_mode(), watched(self.layers, step.residual) if step.sees_residual else nullcontext():
                 output = self.decoder(
                     input_ids=tokens[None],
                     position_ids=positions[None],
@@ -226,7 +210,7 @@ class PackedModel:
 
 
 def execution_devices(model: nn.Module) -> set[torch.device]:
-    """Where a model computes: where its parameters are, and where accelerate takes those that it keeps elsewhere."""
+    """Devices that a model computes on: those of its parameters, and those to which accelerate moves other ones."""
     devices = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)

@@ -1,4 +1,4 @@
-"""What one layer needs in a step: its kind, a plan of that kind, and a pool of keys and values."""
+"""`LayerSpec`: what is known of a layer, from which its plans and its pool are made."""
 
 from dataclasses import dataclass
 
@@ -14,15 +14,24 @@ Pool = tuple[Tensor, Tensor]  # K [slots, Hk, Dk], V [slots, Hk, Dv]
 
 
 @dataclass(frozen=True)
-class LayerKind:
-    """Layers of one kind share a plan; each has a pool of its own."""
+class LayerSpec:
+    """What is known of a layer. Layers of one spec share a plan; each has a pool of its own.
+
+    Attributes:
+        window: how many positions a token sees, itself included; None = all earlier ones.
+        num_qo_heads: heads of queries and outputs.
+        num_kv_heads: heads of keys and values.
+        head_dim: of queries and keys.
+        value_dim: of values and outputs.
+        dtype: of keys and values.
+    """
 
     window: int | None
     num_qo_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
-    dtype: torch.dtype  # of keys and values
+    dtype: torch.dtype
 
     @property
     def bytes_per_slot(self) -> int:
@@ -30,8 +39,11 @@ class LayerKind:
         return self.num_kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
 
     def plan(self, layout: TreeLayout, device: torch.device, max_partials: int | None = None) -> AttentionPlan:
-        """Invariant, so that a prompt's result does not depend on what else is in the batch; but not with a cap,
-        which strangers share."""
+        """The plan of a step for layers of this spec.
+
+        It is invariant, so that a prompt's result does not depend on what else is in the batch, unless max_partials
+        limits it: that limit is shared with strangers.
+        """
         return plan(
             layout,
             num_qo_heads=self.num_qo_heads,
@@ -44,7 +56,7 @@ class LayerKind:
         )
 
     def max_partials(self, scratch: int) -> int:
-        """How many rows of partials fit so many bytes."""
+        """How many rows of partials fit `scratch` bytes."""
         return scratch // (4 * self.num_qo_heads * (self.value_dim + 2))
 
     def pool(self, num_slots: int, device: torch.device) -> Pool:
@@ -68,7 +80,7 @@ def append_and_attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """query [T, Hq, Dk], key [T, Hk, Dk], value [T, Hk, Dv], slots [T] -> [T, Hq, Dv]."""
+    """Takes query [T, Hq, Dk], key [T, Hk, Dk], value [T, Hk, Dv] and slots [T]; returns [T, Hq, Dv]."""
     append_kv(key, value, slots, *pool)
     out = tree_attention(query, *pool, plan, scale=scale, softcap=softcap, sinks=sinks)
     assert isinstance(out, Tensor)  # not (out, lse)
@@ -88,7 +100,7 @@ def append_and_attend_captured(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """`append_and_attend` with what a captured step has in place of a plan: where plans will be, and most partials."""
+    """`append_and_attend` of a captured step: plan is the memory that plans will be in, max_partials their limit."""
     if (backend := choose("tree_attention", query, *pool)) in ("reference", "torch"):
         raise RuntimeError(f"the {backend} backend follows plans on the host")
     torch.ops.forktree.append_kv.default(key, value, slots, *pool)

@@ -1,4 +1,4 @@
-"""The files of a model directory: what they must be before transformers reads them, and digests of what they hold."""
+"""The files of a model directory: checks that they can be read by transformers, and digests of their contents."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ OBJECTS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-VOCABULARIES = ("tokenizer.json", "vocab.json")  # megabytes of JSON, which are parsed only to see what is wrong
+VOCABULARIES = ("tokenizer.json", "vocab.json")  # megabytes of JSON, parsed only to find out what is wrong
 TEXTS = ("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja")
 BLOCK, BLOCKS = 1 << 16, 1 << 10  # bytes of a block; how many of a file are read
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
@@ -28,23 +28,31 @@ MODULE_COUNT = re.compile(r"(num|n)_(\w+_)?(layers?|experts)")  # transformers m
 
 
 def check_files(directory: Path) -> None:
-    """Raises `InvalidInput`, which names the file, for what transformers would meet with a traceback or hang on."""
+    """Raises `InvalidInput`, which names the file, where transformers would fail with a traceback or hang."""
     contents = {name: read_object(directory / name) for name in OBJECTS if (directory / name).exists()}
     for name in ("config.json", "generation_config.json"):
         for key, value in contents.get(name, {}).items():
             if key.endswith("_token_id") and not all(type(i) is int for i in _listed(value)):
                 raise InvalidInput(f"{directory / name}: {key} must be an integer or a list of them, got {value!r:.60}")
-    most = max(1000, sum(1 for _ in _tensor_names(directory)))
+    limit = max(1000, sum(1 for _ in _tensor_names(directory)))
     for key, value in _integers(contents.get("config.json", {})):
         least = 1 if key in LAYERS else 0
-        if MODULE_COUNT.fullmatch(key) and not least <= value <= most:
+        if MODULE_COUNT.fullmatch(key) and not least <= value <= limit:
             raise InvalidInput(
-                f"{directory / 'config.json'}: {key} must lie between {least} and {most}, got {str(value)[:30]}"
+                f"{directory / 'config.json'}: {key} must lie between {least} and {limit}, got {str(value)[:30]}"
             )
 
 
 def digests(directory: Path, *, code: bool = False) -> dict[str, str]:
-    """A digest of each file of a model directory that decides what the model says. code: of its Python files, too."""
+    """A digest of each file of a model directory that decides what the model says.
+
+    Args:
+        directory: the model directory.
+        code: whether its Python files are among them.
+
+    Returns:
+        Digests by file name.
+    """
     files = [directory / name for name in (*OBJECTS, *VOCABULARIES, *TEXTS)]
     for pattern in ("*.safetensors", *(["*.py"] if code else [])):
         files += sorted(directory.glob(pattern))
@@ -52,8 +60,11 @@ def digests(directory: Path, *, code: bool = False) -> dict[str, str]:
 
 
 def digest(file: Path) -> str:
-    """Of size and content. A file of up to 64 MiB is read as a whole; of a larger one blocks of 64 KiB, as many and
-    evenly spaced: enough to tell models, trainings, merges and formats apart, but not the edit of a single row."""
+    """A digest of a file's size and content.
+
+    A file of up to 64 MiB is read as a whole; of a larger one 1,024 evenly spaced blocks of 64 KiB are read. That tells
+    models, trainings, merges and formats apart, but does not see the edit of a single row.
+    """
     try:
         size = file.stat().st_size
         found = hashlib.blake2b(str(size).encode(), digest_size=16)

@@ -1,4 +1,4 @@
-"""How many positions a model has: where it cannot go on, not what its config says."""
+"""How many positions a model has: where it really ends, whatever its config says."""
 
 from typing import Any
 
@@ -10,14 +10,18 @@ NO_LIMIT = 2**31 - 1  # positions are int32
 
 
 class PositionTables(TorchDispatchMode):
-    """Within, sees which tables a forward pass over tokens at `positions [T]` looks up by position.
+    """Within, sees which tables a forward pass looks up by position.
 
-    Positions must be told from other indices by their values: neither ascending throughout nor token ids.
+    Args:
+        positions: [T] of the pass. Their values must tell them from other indices: neither ascending nor token ids.
+
+    Attributes:
+        limit: positions that the smallest of the tables has.
     """
 
     def __init__(self, positions: Tensor) -> None:
         super().__init__()
-        self.limit = NO_LIMIT  # positions that the smallest of the tables has
+        self.limit = NO_LIMIT
         self._positions = positions
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,8 +51,8 @@ def find_max_position(config: Any, tables: PositionTables) -> tuple[int, str]:
     """How many positions a model with this text config has, and why.
 
     RoPE computes every position; `max_position_embeddings` is then what the model was trained for. The types `dynamic`
-    and `longrope` pick their frequencies by the longest position of the whole packed row: beyond the original length,
-    one long sequence would change every other one.
+    and `longrope` choose their frequencies by the largest position of the whole packed row: beyond the original length,
+    one long sequence would change all others.
     """
     limit, note = tables.limit, f"the model looks positions up in a table of {tables.limit}"
     rope = getattr(config, "rope_parameters", None) or {}

@@ -1,8 +1,8 @@
-"""A replica of a model: the same weights, another attention, and nothing of the model itself is written.
+"""`Replica`: a model with the same weights and another attention, while nothing of the model itself is written.
 
 Layers read the name of their attention from the config they were built with. So every config is copied, and with it
-every module that carries one, and those above them. All other modules (linear layers, norms, embeddings, adapters) are
-the model's own, as are the parameters and hooks of copied ones: what is done to them is seen by both.
+every module that carries one, and the modules above those. All other modules (linear layers, norms, embeddings,
+adapters) are the model's own, as are the parameters and hooks of copied ones: both see what is done to them.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,15 @@ _SHARED = frozenset(vars(nn.Module())) - {"_modules", "_buffers"}
 
 
 class Replica:
-    """The copied modules, by their originals."""
+    """Copies of the modules of a model that carry a config.
+
+    Args:
+        model: the original.
+        implementation: the attention that the copies use.
+
+    Attributes:
+        root: the copy of the model.
+    """
 
     def __init__(self, model: nn.Module, implementation: str) -> None:
         self._implementation = implementation
@@ -41,7 +49,7 @@ class Replica:
         self.root: Any = self._copies[id(model)]
 
     def read_buffers(self) -> None:
-        """Takes over what was written into buffers of the originals."""
+        """Copies what was written into buffers of the originals."""
         for module in self._originals:
             for name, buffer in module._buffers.items():
                 if buffer is not None:

@@ -18,6 +18,7 @@ from forktree.checks import integer, integers, number, shown
 from forktree.errors import InvalidInput, NonFinite
 from forktree.ops.sampling import Sampling
 from forktree.ops.splitmix import mix
+from forktree.types import MAX_TOKEN_ID
 
 ADD, REPETITION = 0, 1  # operations of `Edits`
 
@@ -38,7 +39,7 @@ class Edits:
 
     def __init__(self, indptr: ArrayLike, ids: ArrayLike, ops: ArrayLike, values: ArrayLike) -> None:
         for name, given in (("indptr", indptr), ("ids", ids), ("ops", ops)):
-            object.__setattr__(self, name, integers(f"{name} of edits", given, 0, LARGEST_ID, kind=np.int32))
+            object.__setattr__(self, name, integers(f"{name} of edits", given, 0, MAX_TOKEN_ID, kind=np.int32))
         object.__setattr__(self, "values", _numbers("values of edits", values).astype(np.float32))
         if not len(self.ids) == len(self.ops) == len(self.values):
             raise InvalidInput(
@@ -84,13 +85,13 @@ class Edits:
         given = [0] * len(texts) if prompt_lengths is None else prompt_lengths
         if len(given) != len(texts):
             raise InvalidInput(f"prompt_lengths must be one for each of {len(texts)} texts, got {len(given)}")
-        biased = integers("tokens of bias", list(bias or {}), 0, LARGEST_ID, kind=np.int64)
+        biased = integers("tokens of bias", list(bias or {}), 0, MAX_TOKEN_ID, kind=np.int64)
         order = np.argsort(biased)
         bias_of = _numbers("values of bias", list((bias or {}).values()))[order]
         biased = biased[order]
         ids, ops, values, ends = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0)], [0]
         for i, (text, length) in enumerate(zip(texts, given, strict=True)):
-            tokens = integers(f"text {i}", text, 0, LARGEST_ID, kind=np.int64)
+            tokens = integers(f"text {i}", text, 0, MAX_TOKEN_ID, kind=np.int64)
             skip = integer(f"prompt length of text {i}", length, 0, len(tokens))
             parts = []  # (tokens, operation, value)
             if repetition != 1:
@@ -177,7 +178,6 @@ def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
     return given.astype(np.float64).reshape(-1)
 
 
-LARGEST_ID = np.iinfo(np.int32).max  # of a token
 COLDEST = 1e-5  # temperatures below count as 0
 
 

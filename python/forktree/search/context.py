@@ -1,32 +1,37 @@
 """What every search is given: its prompt, and what the decoder knows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from forktree.engine.counters import Counters
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
-from forktree.kv.slots import Ints
 from forktree.search.request import Stop
+from forktree.search.trace import SearchTrace
+from forktree.types import Int32Array
 
 
 @dataclass(frozen=True)
 class SearchContext:
     """One prompt to search.
 
-    root: branch that sees the prompt. It stays alive until the search ends.
-    max_new_tokens: most tokens a hypothesis may have, EOS included.
-    eos_token_ids: any of them ends a hypothesis.
-    pad_token_id: fills rows that logits processors look at.
-    vocab_size: V.
-    device: where logits are.
-    stops: builds a `Stop` from texts; None when the decoder has no tokenizer.
-    decode: text of tokens after the prompt; None when the decoder has no tokenizer.
-    rng: randomness of the search's own choices (resampling); token draws are keyed by branch and position.
-    opens: gives a branch for a prompt and a model's name, see `open`.
+    Args:
+        root: branch that sees the prompt. It stays alive until the search ends.
+        max_new_tokens: maximum number of tokens of a hypothesis, EOS included.
+        eos_token_ids: any of them ends a hypothesis.
+        pad_token_id: fills rows that logits processors look at.
+        vocab_size: V.
+        device: where logits are.
+        stops: builds a `Stop` from texts; None when the decoder has no tokenizer.
+        decode: text of tokens after the prompt; None when the decoder has no tokenizer.
+        rng: randomness of the search's own choices (resampling); tokens are sampled by keys of branch and position.
+        opens: gives a branch for a prompt and a model's name, see `open`.
+        counters: what the search has cost so far.
+        trace: what it has done so far; the search appends to it.
     """
 
     root: Branch
@@ -36,9 +41,11 @@ class SearchContext:
     vocab_size: int
     device: torch.device
     stops: Callable[[Sequence[str]], Stop] | None
-    decode: Callable[[Ints], str | None] | None
+    decode: Callable[[Int32Array], str | None] | None
     rng: np.random.Generator
     opens: Callable[[Any, str], Branch]
+    counters: Counters = field(default_factory=Counters)
+    trace: SearchTrace = field(default_factory=SearchTrace)
 
     def open(self, prompt: Any, model: str = "main") -> Branch:
         """A further text of this search, on whatever prefix of it the model's tree has.
@@ -59,7 +66,7 @@ class SearchContext:
         return self.opens(prompt, model)
 
     def stop_at(self, *texts: str) -> Stop | None:
-        """A stop behind the first token that completes one of `texts`; empty texts are passed over."""
+        """Stops after the first token that completes one of `texts`; empty texts are ignored. None if all are empty."""
         wanted = [text for text in texts if text]
         if not wanted:
             return None

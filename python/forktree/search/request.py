@@ -1,7 +1,7 @@
-"""What a search may await: requests that need a forward pass or a scorer. The engine answers them.
+"""What a search may await: requests that need a forward pass or a reward. The engine answers them.
 
     extension = await extend(branches, sampling, max_tokens=64, stop=step_end)
-    rewards = await score(branches, scorer)
+    rewards = await reward_branches(branches, reward)
     scores = await score_tokens(branches, TokenRequest(top_k=8, entropy=True))
     verified = await score_tokens(branches, TokenRequest(targets=drafts), since=lengths)
     logits = await next_logits(branches)
@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from forktree.checks import integer, integers, shown
-from forktree.errors import InvalidInput, ScorerError
+from forktree.errors import InvalidInput
 from forktree.kv import Branch
-from forktree.kv.tree import MAX_TOKEN
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import TokenRequest, TokenScores
+from forktree.rewards.base import Rewards
 from forktree.search.processors import Processor, check_processors
+from forktree.types import MAX_TOKEN_ID
 
 T = TypeVar("T")
 
@@ -61,14 +62,6 @@ class Extension:
     num_tokens: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Rewards:
-    """What `score` says of each branch: `values [n]` fp64, NaN where `errors[i]` tells why it could not be had."""
-
-    values: NDArray[np.float64]
-    errors: list[ScorerError | None]
-
-
 @dataclass(frozen=True, eq=False)
 class Extend(Request[Extension]):
     """See `extend`."""
@@ -92,20 +85,20 @@ class Extend(Request[Extension]):
                 raise InvalidInput(f"sampling must be {what}, got {shown(self.sampling)}")
         if self.race is not None:
             integer("race", self.race, 1, n)
-        integers("max_tokens", self.max_tokens, 1, MAX_TOKEN, count=len(self.branches))
-        integers("eos_token_ids", list(self.eos_token_ids), 0, MAX_TOKEN)
-        integer("pad_token_id", self.pad_token_id, -MAX_TOKEN, MAX_TOKEN)
+        integers("max_tokens", self.max_tokens, 1, MAX_TOKEN_ID, count=len(self.branches))
+        integers("eos_token_ids", list(self.eos_token_ids), 0, MAX_TOKEN_ID)
+        integer("pad_token_id", self.pad_token_id, -MAX_TOKEN_ID, MAX_TOKEN_ID)
         if self.stop is not None and not callable(self.stop):
             raise InvalidInput(f"stop must be a function of the newest token and all, or None, got {shown(self.stop)}")
         check_processors("processors", self.processors)
 
 
 @dataclass(frozen=True, eq=False)
-class Score(Request[Rewards]):
-    """See `score`."""
+class RewardBranches(Request[Rewards]):
+    """See `reward_branches`."""
 
     branches: Sequence[Branch]
-    scorer: Any
+    reward: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,16 +178,16 @@ def extend(
     """
     some = tuple(branches)
     one = np.ndim(max_tokens) == 0
-    limit = [integer("max_tokens", max_tokens, 1, MAX_TOKEN)] * len(some) if one else max_tokens
-    each = integers("max_tokens", limit, 1, MAX_TOKEN, count=len(some))
+    limit = [integer("max_tokens", max_tokens, 1, MAX_TOKEN_ID)] * len(some) if one else max_tokens
+    each = integers("max_tokens", limit, 1, MAX_TOKEN_ID, count=len(some))
     return Extend(
         some, sampling, each, frozenset(eos_token_ids), stop, tuple(processors), pad_token_id, unfinished, race
     )
 
 
-def score(branches: Sequence[Branch], scorer: Any) -> Score:
-    """A reward for every branch as it stands. A scorer's failure is a value of its branch, not an exception."""
-    return Score(tuple(branches), scorer)
+def reward_branches(branches: Sequence[Branch], reward: Reward) -> RewardBranches:
+    """A reward for every branch as it stands. A reward's failure is a value of its branch, not an exception."""
+    return RewardBranches(tuple(branches), reward)
 
 
 @overload
@@ -246,7 +239,7 @@ def score_tokens(
     if since is None:
         return ScoreTokens(some, request, checked)
     each = [since] * len(some) if np.ndim(since) == 0 else since
-    return ScoreSuffixes(some, request, integers("since", each, 0, MAX_TOKEN, count=len(some)), checked)
+    return ScoreSuffixes(some, request, integers("since", each, 0, MAX_TOKEN_ID, count=len(some)), checked)
 
 
 def _check_token_request(request: object) -> None:

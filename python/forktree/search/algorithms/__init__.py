@@ -1,1 +1,1 @@
-"""Search algorithms, one file a family."""
+"""Search algorithms, one file a family. A module here is found by `forktree.search.registry` without being listed."""

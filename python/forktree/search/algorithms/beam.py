@@ -10,16 +10,21 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from forktree.checks import integer, number
+from forktree.device.transfer import Download
 from forktree.errors import InvalidInput, NonFinite
 from forktree.kv import Branch, append, reassign
 from forktree.ops.token_request import TokenRequest
-from forktree.search.base import Hypothesis, Search, SearchContext
+from forktree.search.base import Hypothesis, Search
+from forktree.search.context import SearchContext
 from forktree.search.processors import Processor, check_processors, process
+from forktree.search.registry import register
 from forktree.search.request import next_logits, score_tokens
+from forktree.search.trace import PROMPT, SearchTrace
 
 NEVER = -1.0e9  # the score of what must not be chosen; finite, as in transformers, so that sums stay ordered
 
@@ -32,10 +37,14 @@ Criterion = Callable[[Tensor], Tensor]  # rows [n, L] -> stopped, bool [n]
 class BeamRules:
     """How beams are kept; the meaning of each setting is that of transformers' `GenerationConfig`.
 
-    num_candidates: M, continuations looked at a step: `max(2, 1 + number of EOS ids) * num_beams`.
-    max_new_tokens: used by the bound of `early_stopping="never"`.
-    do_sample: draw the candidates without replacement, by torch's global generator, instead of taking the best.
-    best_first: put drawn candidates in order, as transformers does from 5.24 on; before, they stood as drawn.
+    Args:
+        num_beams: k.
+        num_candidates: M, the number of continuations considered at a step: `max(2, 1 + number of EOS ids) * k`.
+        length_penalty: the exponent on the length by which a score is divided.
+        early_stopping: True, False or "never".
+        max_new_tokens: used by the bound of `early_stopping="never"`.
+        do_sample: sample the candidates without replacement, by torch's global generator, instead of taking the best.
+        best_first: sort sampled candidates, as transformers does from 5.24 on; before, they stood as sampled.
     """
 
     num_beams: int
@@ -58,10 +67,14 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Finished:
-    """The k best finished rows of every prompt.
+    """The k best finished rows of every prompt; N tokens have been generated so far.
 
-    N: tokens generated so far. rows [B, k, L + N] int64, scores [B, k] (with length penalty), done bool [B, k],
-    beam_indices [B, k, N] int32 (-1 behind the end), open bool [B]: a running beam may still do better.
+    Args:
+        rows: int64 `[B, k, L + N]`.
+        scores: with length penalty, `[B, k]`.
+        done: whether there is such a row, bool `[B, k]`.
+        beam_indices: the beam that each token continues, int32 `[B, k, N]`; -1 after the end.
+        open: whether a running beam may still do better, bool `[B]`.
     """
 
     rows: Tensor
@@ -79,10 +92,6 @@ class Finished:
 def propose(log_probs: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
     """M continuations of `scores [B, k]` by `log_probs [B, k, V]`."""
     batch, _, vocab = log_probs.shape
-    if log_probs.is_cpu and vocab >= 64 * rules.num_candidates and not rules.do_sample:
-        found = [_best(*prompt, rules.num_candidates) for prompt in zip(log_probs, scores, strict=True)]
-        best, index = (torch.stack(column) for column in zip(*found, strict=True))
-        return Candidates(best, index // vocab, index % vocab)
     total = (log_probs + scores[:, :, None]).reshape(batch, -1)
     if rules.do_sample:
         index = torch.multinomial(total.softmax(dim=-1), num_samples=rules.num_candidates)
@@ -100,26 +109,6 @@ def propose_among(log_probs: Tensor, tokens: Tensor, scores: Tensor, rules: Beam
     batch, _, each = log_probs.shape
     best, index = (log_probs + scores[:, :, None]).reshape(batch, -1).topk(rules.num_candidates)
     return Candidates(best, index // each, tokens.reshape(batch, -1).gather(1, index))
-
-
-def _best(log_probs: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`(log_probs + scores[:, None]).flatten().topk(count)` for `[k, V]` and `[k]`, sooner, ties ordered alike.
-
-    On a CPU, `topk` of few among many (64 times as many) goes through its input in order and passes over what does not
-    exceed the count-th best so far: what does not exceed the count-th best of the first beam is left out here.
-    """
-    vocab = log_probs.shape[1]
-    first = log_probs[0] + scores[:1]
-    floor = first.topk(count).values[-1]
-    totals, indices = [first], [torch.arange(vocab)]
-    for i in range(1, len(scores)):
-        total = log_probs[i] + scores[i : i + 1]
-        exceeds = (total <= floor).logical_not_()  # NaN is the largest to topk
-        more = torch.from_numpy(np.flatnonzero(exceeds.numpy()))  # many times sooner than torch's nonzero
-        totals.append(total[more])
-        indices.append(more + i * vocab)
-    best, at = torch.cat(totals).topk(count)
-    return best, torch.cat(indices)[at]
 
 
 def select_running(candidates: Candidates, stopped: Tensor, num_beams: int) -> tuple[Tensor, Tensor]:
@@ -178,19 +167,32 @@ async def beam_search(
     stops: Criterion,
     on_step: Callable[[Tensor], None] | None = None,
     whole_rows: bool = False,
+    trace: SearchTrace | None = None,
 ) -> Finished:
     """Searches the prompts of `roots` side by side; `rows [B, L]` are their tokens, left-padded.
 
-    fill: token behind the end of a finished row. processors: applied to the log-probs of all `[B * k]` rows. stops:
-    told every candidate row. on_step: sees the processed log-probs of every step, `[B * k, V]`. With processors,
-    on_step, do_sample or whole_rows, rows of logits are computed, rounded as the model rounds them; without, only their
-    best are.
+    With processors, on_step, do_sample or whole_rows, rows of logits are computed, rounded as the model rounds them;
+    without, only their best are. A beam that processors leave no token goes on at a score of -inf, as in transformers:
+    below all others.
 
-    A beam that processors leave no token goes on at a score of -inf, as in transformers: below all others. Raises
-    `InvalidInput` if they give NaN or +inf, or leave none to any beam of a prompt that has nothing finished.
+    Args:
+        roots: a branch for each prompt, `[B]`.
+        rows: the tokens of each, left-padded, int64 `[B, L]`.
+        rules: how beams are kept.
+        fill: token after the end of a finished row.
+        processors: applied to the log-probs of all `[B * k]` rows.
+        stops: candidate rows `[n, L]` -> which of them stop, bool `[n]`.
+        on_step: sees the processed log-probs of every step, `[B * k, V]`.
+        whole_rows: whether to compute rows of logits in any case.
+        trace: where the beams of every step are recorded, if anywhere.
+
+    Raises:
+        NonFinite: the model gives NaN or infinity.
+        InvalidInput: processors give NaN or +inf, or leave no token to any beam of a prompt that has nothing finished.
     """
     batch, prompt = rows.shape
     k, device = rules.num_beams, rows.device
+    nodes = np.full(batch * k, PROMPT, np.int64)
     beams = [branch for root in roots for branch in root.fork(k)]
     running = rows[:, None].repeat(1, k, 1)
     scores = torch.zeros(batch, k, device=device)
@@ -244,7 +246,10 @@ async def beam_search(
             over = over | finished.done.all()
         parents = candidates.beam.gather(1, chosen) + offset
         told = torch.stack([parents.flatten(), running[:, :, -1].flatten(), wrong, over.expand(batch * k)])
-        origin, token, bad, ends = told.cpu().numpy()  # all that the host needs to know, at once
+        if trace is not None:
+            told = torch.cat([told.double(), scores.double().flatten()[None]])  # fp64 holds all of these integers
+        on_host = Download(told).read()  # all that the host needs to know, at once
+        origin, token, bad, ends = on_host[:4].astype(np.int64)
         if bad.any():
             first = int(np.argmax(bad > 0))
             position = beams[first].length
@@ -260,14 +265,24 @@ async def beam_search(
             break
         beams = reassign(beams, origin)
         append(beams, token)
+        if trace is not None:
+            trace.select(nodes, origin, why="beam")
+            nodes = trace.grow(nodes[origin], token[:, None], scores=on_host[4])
     return finished
 
 
+@register("beam")
 @dataclass(frozen=True, kw_only=True)
 class BeamSearch(Search):
-    """Beam search; `num_beams`, `length_penalty`, `early_stopping` and `num_return_sequences` as in transformers.
+    """Beam search; every setting means what it means in transformers.
 
-    logits_processor: applied to log-probs, as in transformers; see `forktree.search.processors`.
+    Args:
+        num_beams: number of texts kept at every token.
+        length_penalty: a text's score is the sum of its log-probs over its length to this power.
+        early_stopping: True ends the search with `num_beams` finished texts; False, when no running text is expected to
+            do better; "never", when none can.
+        num_return_sequences: number of texts to return, at most `num_beams`.
+        logits_processor: functions that change the log-probs, see `forktree.search.processors`.
     """
 
     num_beams: int = 4
@@ -306,11 +321,20 @@ class BeamSearch(Search):
         def stops(rows: Tensor) -> Tensor:
             return torch.isin(rows[:, -1], ends) | (rows.shape[1] >= last)
 
+        first = context.trace.num_nodes
         found = await beam_search(
-            [context.root], prompt, rules, fill=context.pad_token_id, processors=self.logits_processor, stops=stops
+            [context.root],
+            prompt,
+            rules,
+            fill=context.pad_token_id,
+            processors=self.logits_processor,
+            stops=stops,
+            trace=context.trace,
         )
         wanted = found.found[0, : self.num_return_sequences].nonzero().flatten().tolist()
-        return [self._hypothesis(found, i, prompt.shape[1], context) for i in wanted]
+        hypotheses = [self._hypothesis(found, i, prompt.shape[1], context) for i in wanted]
+        self._record(hypotheses, found.beam_indices[0, wanted].cpu().numpy(), first, context)
+        return hypotheses
 
     def _hypothesis(self, found: Finished, i: int, prompt: int, context: SearchContext) -> Hypothesis:
         length = int((found.beam_indices[0, i] >= 0).sum())
@@ -323,6 +347,25 @@ class BeamSearch(Search):
             log_prob=score * length**self.length_penalty,
             finish_reason="eos" if ended else "length",
         )
+
+    def _record(
+        self, hypotheses: Sequence[Hypothesis], beams: NDArray[np.int32], first: int, context: SearchContext
+    ) -> None:
+        """Records the last token of each hypothesis, which is no running beam's, and what is returned.
+
+        Args:
+            hypotheses: `[n]`.
+            beams: the beam that each of its tokens continues, -1 after the end, `[n, N]`.
+            first: node of the first beam after the first token; every token has `num_beams` nodes.
+            context: of the search.
+        """
+        length = (beams >= 0).sum(axis=1)
+        origin = beams[np.arange(len(beams)), length - 1]
+        parents = np.where(length > 1, first + (length - 2) * self.num_beams + origin, PROMPT)
+        ends = [h.finish_reason for h in hypotheses]
+        tokens = [h.token_ids[-1:] if h.finish_reason == "length" else h.token_ids[:0] for h in hypotheses]
+        nodes = context.trace.grow(parents, tokens, scores=[h.log_prob for h in hypotheses], ends=ends)
+        context.trace.record("return", nodes=nodes, scores=[h.score for h in hypotheses])
 
 
 def _wider(values: Tensor, column: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """A decode step of a Llama-3.2-1B-shaped model (random bf16 weights) on a GPU: 64 branches over one prompt.
 
-    python bench/gpu_decode.py --out decode.json
-    python bench/gpu_decode.py --dry-run --out /tmp/decode.json     # a tiny model on the CPU: proves the script only
+    export PYTHONPATH=bench
+    python bench/gpu/decode.py --out decode.json
+    python bench/gpu/decode.py --dry-run --out /tmp/decode.json     # a tiny model on the CPU: proves the script only
 
 `step`: one forward pass of all branches and their logits, from the start of one step to the start of the next, launched
 one after the other with tokens the host already knows: planning, growing and packing count where they hold the GPU up.
@@ -20,15 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from decode import Case, build
-from decode import sides as search_sides
-from floors import floor
-from measure import about, ceilings, gpu, summary, write
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
-from workloads import star
 
+from common.decoding import Case, build
+from common.decoding import sides as search_sides
+from common.measure import about, ceilings, gpu, summary, write
+from common.roofline import floor
+from common.workloads import star
 from forktree.engine.worker import ModelWorker
 
 WITHIN = 1.2  # of the floor

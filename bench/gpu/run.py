@@ -1,4 +1,4 @@
-"""Runs the steps of `gpu.sh`, each under its own time limit, and writes one report of all of them.
+"""Runs the steps of `run.sh`, each under its own time limit, and writes one report of all of them.
 
 A step that fails is recorded and stops none of the others. Ends with the table of steps; the exit status is 0 only if
 every step that was not skipped succeeded.
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import about, write
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).parent.parent
+from common.measure import about, write
+
+ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "gpu"
 LIMIT = 550  # seconds for everything
 TAIL = 5000  # characters of a failed step's log that a report holds
@@ -130,16 +131,16 @@ def gpu_steps(folder: Path, runner: Runner) -> None:
     out = {name: str(folder / f"{name}.json") for name in ("warm", "attention", "scores", "decode")}
     build = ["setup.py", "-q", "build", "--build-base", str(BUILD), "--build-lib", str(BUILD / "lib")]
     runner.run(Step("build", python + build, 150))
-    warm = runner.start(Step("warm", script("baselines.py", "--report", out["warm"]), 200))
+    warm = runner.start(Step("warm", script("common/baselines.py", "--report", out["warm"]), 200))
     options = ["-q", "-rfE", "-m", "gpu", "--durations=8"]
     options += ["-n", "8"] if find_spec("xdist") else []  # Triton compiles many instances
     options += ["--timeout", "100"] if find_spec("pytest_timeout") else []
     runner.run(Step("tests", [*python, "-P", "-m", "pytest", *options, "tests"], 210))
     runner.finish(warm)
-    runner.run(Step("attention", script("gpu_attention.py", "--out", out["attention"], "--warm", out["warm"]), 170))
+    runner.run(Step("attention", script("gpu/attention.py", "--out", out["attention"], "--warm", out["warm"]), 170))
     runner.run(Step("scores", script("score_tokens.py", "--device", "cuda", "--out", out["scores"]), 60))
-    runner.run(Step("decode", script("gpu_decode.py", "--out", out["decode"]), 110))
-    for step in sanitizers(script("small_case.py")):
+    runner.run(Step("decode", script("gpu/decode.py", "--out", out["decode"]), 110))
+    for step in sanitizers(script("gpu/small_case.py")):
         runner.run(step)
 
 
@@ -166,14 +167,16 @@ def sanitizers(command: list[str]) -> list[Step]:
 def dry_steps(folder: Path, runner: Runner) -> None:
     """The same scripts on the CPU, on tiny sizes, with the core that is there; the tests are only collected."""
     python, out = sys.executable, str(folder)
-    collect = ["-P", "-m", "pytest", "-q", "-m", "gpu", "--collect-only", "tests/test_gpu.py", "tests/test_gpu_ops.py"]
-    runner.run(Step("warm", [python, "bench/baselines.py", "--device", "cpu", "--report", f"{out}/warm.json"], 60))
+    tests = [str(path) for path in sorted((ROOT / "tests").rglob("test_gpu*.py"))]
+    collect = ["-P", "-m", "pytest", "-q", "-m", "gpu", "--collect-only", *tests]
+    warm = ["bench/common/baselines.py", "--device", "cpu", "--report", f"{out}/warm.json"]
+    runner.run(Step("warm", [python, *warm], 60))
     runner.run(Step("tests", [python, *collect], 60))
-    attention = ["bench/gpu_attention.py", "--dry-run", "--out", f"{out}/attention.json", "--warm", f"{out}/warm.json"]
+    attention = ["bench/gpu/attention.py", "--dry-run", "--out", f"{out}/attention.json", "--warm", f"{out}/warm.json"]
     runner.run(Step("attention", [python, *attention], 60))
     runner.run(Step("scores", [python, "bench/score_tokens.py", "--dry-run", "--out", f"{out}/scores.json"], 60))
-    runner.run(Step("decode", [python, "bench/gpu_decode.py", "--dry-run", "--out", f"{out}/decode.json"], 90))
-    runner.run(Step("small-case", [python, "bench/small_case.py", "--device", "cpu"], 60))
+    runner.run(Step("decode", [python, "bench/gpu/decode.py", "--dry-run", "--out", f"{out}/decode.json"], 90))
+    runner.run(Step("small-case", [python, "bench/gpu/small_case.py", "--device", "cpu"], 60))
 
 
 def deliver(runner: Runner, about: dict[str, Any], target: Path, out: str | None) -> None:
@@ -215,7 +218,7 @@ def main() -> None:
     folder = BUILD / ("dry" if dry else "run")
     shutil.rmtree(folder, ignore_errors=True)
     package = "python" if dry else str(BUILD / "lib")
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [package, str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
     this = about("cpu" if dry else "cuda")
     name = this["machine"].lower().replace(" ", "-")
     target = folder / "report.json" if dry else ROOT / "bench" / "results" / f"{name}.json"

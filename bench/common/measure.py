@@ -38,7 +38,7 @@ class Stopwatch:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 4 << 20
+        cache = torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 16 << 20
         self._cold = torch.zeros(4 * cache // 4, device=device)  # read, not written: dirty lines would be written back
         self._busy: dict[str, float] = {}  # us that the device must be kept busy while the host hands a call over
 
@@ -99,7 +99,7 @@ def _exponentials(device: str) -> tuple[Call, int]:
     if device == "cpu":
         x = torch.rand(1 << 20)
         return x.exp2, x.numel()
-    from exponentials import exponentials, exponentials_of
+    from common.exponentials import exponentials, exponentials_of
 
     programs = 64 * torch.cuda.get_device_properties(device).multi_processor_count
     return lambda: exponentials(programs, device), exponentials_of(programs)
@@ -112,15 +112,20 @@ def about(device: str) -> dict[str, Any]:
     """Commit, machine and versions. COMMIT names the commit where there is no git."""
     return dict(
         commit=os.environ.get("COMMIT") or _said("git", "describe", "--always", "--dirty", "--abbrev=12"),
-        machine=torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        machine=torch.cuda.get_device_name() if device == "cuda" else processor(),
         gpu=gpu(),
         cuda=torch.version.cuda,
         python=platform.python_version(),
-        **{
-            name: _version(name)
-            for name in ("torch", "triton", "transformers", "numpy", "flashinfer-python", "xformers")
-        },
+        **{name: _version(name) for name in PACKAGES},
     )
+
+
+def processor() -> str:
+    """Its name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def write(path: Path, report: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from workloads import Tree
+from common.workloads import Tree
 
 LAUNCH_US = 5.0
 OF_BANDWIDTH, OF_MATMUL = 0.85, 0.60

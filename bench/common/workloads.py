@@ -1,4 +1,4 @@
-"""What the GPU benchmarks compute: trees of tokens, who looks at them, and where their slots lie.
+"""What benchmarks of attention compute: trees of tokens, who looks at them, and where their slots lie.
 
 A tree is a list of nodes, whose children follow all of their tokens. A row is one query at the last token of a node.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from forktree import TreeLayout
 
-TRACES = Path(__file__).parent / "traces"
+TRACES = Path(__file__).parents[1] / "traces"
 EXTENT = 16  # slots in a row that a growing branch gets
 PROMPT, STRETCH = 4096, 8  # of a trace: tokens of its prompt, tokens for each one it generated
 

@@ -1,14 +1,15 @@
 """One small step through every operation of a backend, against the specification: for memory and race checkers.
 
-FORKTREE_BACKEND=cuda compute-sanitizer --tool racecheck python bench/small_case.py
-python bench/small_case.py --device cpu
+    export PYTHONPATH=bench
+    FORKTREE_BACKEND=cuda compute-sanitizer --tool racecheck python bench/gpu/small_case.py
+    python bench/gpu/small_case.py --device cpu
 """
 
 import argparse
 
 import torch
-from workloads import layout, levels, slots
 
+from common.workloads import layout, levels, slots
 from forktree import ops
 from forktree.ops import reference
 from forktree.plan.cost_model import memory_bound_gpu

@@ -1,6 +1,8 @@
 """What tree attention is measured beside: PyTorch's attention, FlexAttention, FlashInfer, xFormers.
 
-    python bench/baselines.py --report warm.json      # compiles each of them once, so that measuring does not wait
+    PYTHONPATH=bench python bench/common/baselines.py --report warm.json
+
+compiles each of them once, so that measuring does not wait.
 
 A side is made for a problem: `plan` does what is done once a tree, `run` what is done every layer. What cannot run says
 why (`Absent`). None of them is charged for gathering keys and values into the form it wants, nor for the memory.
@@ -16,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from workloads import Tree, slots, star
+
+from common.measure import write
+from common.workloads import Tree, slots, star
 
 WORKSPACE = 768 << 20  # bytes, for FlashInfer
 ROOM = 0.8  # of the free memory that a baseline's copies may take
@@ -70,10 +73,18 @@ class Side:
     plan: Callable[[], Any] | None = None  # made once already
 
 
-def problem(tree: Tree, slot_of: np.ndarray, heads: int, kv_heads: int, dim: int, device: str) -> Problem:
-    """Random bf16 queries, keys and values."""
+def problem(
+    tree: Tree,
+    slot_of: np.ndarray,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Problem:
+    """Random queries, keys and values."""
     torch.manual_seed(0)
-    where: Any = dict(dtype=torch.bfloat16, device=device)
+    where: Any = dict(dtype=dtype, device=device)
     k_slots, v_slots = (torch.randn(slot_of.size, kv_heads, dim, **where) for _ in range(2))
     return Problem(tree, slot_of, torch.randn(len(tree.rows), heads, dim, **where), k_slots, v_slots)
 

@@ -1,11 +1,12 @@
 """The attention of one layer and decode step on a GPU, beside its baselines and its floor: 32/8 heads, D 128, bf16.
 
-    python bench/gpu_attention.py --out attention.json
-    python bench/gpu_attention.py --dry-run --out /tmp/attention.json    # tiny trees on the CPU: proves the script only
+    export PYTHONPATH=bench
+    python bench/gpu/attention.py --out attention.json
+    python bench/gpu/attention.py --dry-run --out /tmp/attention.json    # tiny trees on the CPU: proves the script only
 
 Sides: `forktree` as it chooses by itself; held to each of its backends, on plans for narrow and for wide steps
-(`plan.cost_model`); and `baselines.py`. All are interleaved; the L2 cache holds nothing of them; launching is hidden
-behind work that keeps the GPU busy. Every side's result is compared with an fp32 computation before it is timed.
+(`forktree.plan.cost_model`); and `common/baselines.py`. All take turns; the L2 cache holds nothing of them; launches
+are hidden by work that keeps the GPU busy. Every side's result is compared with an fp32 computation before it is timed.
 
 Planning is not in those times. It is done once a tree for all layers; here one layer bears all of it. `included`: a
 plan for every step. `amortised`: a plan for as many steps as it serves, all rows growing by a token a step until the
@@ -23,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import Problem, Side, problem, sides
-from floors import floor, partial_bytes, targets
-from measure import Call, Stopwatch, about, ceilings, gpu, host_us, summary, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from workloads import EXTENT, FIVE, STARS, Tree, layout, levels, slots, star, trace
 
+from common.baselines import Problem, Side, problem, sides
+from common.measure import Call, Stopwatch, about, ceilings, gpu, host_us, summary, write
+from common.roofline import floor, partial_bytes, targets
+from common.workloads import EXTENT, FIVE, STARS, Tree, layout, levels, slots, star, trace
 from forktree import TreeLayout, ops
 from forktree.plan.cost_model import CostModel, compute_bound_gpu, memory_bound_gpu, multiprocessors
 from forktree.plan.plan import AttentionPlan, plan

@@ -1,0 +1,1 @@
+"""What benchmarks share: workloads, baselines, measuring, and what a machine could do at best."""

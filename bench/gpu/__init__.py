@@ -1,0 +1,1 @@
+"""For machines with a GPU: `run.sh` builds, tests and measures there."""

@@ -1,0 +1,269 @@
+"""The steps that searches share: texts that grow side by side, and what is done to them again and again.
+
+    walkers = Walkers.start(context, 16)
+    await grow(walkers, live, context, search)             # to the end of a step, or of the text
+    await judged(walkers, live, search.reward)             # a reward for each
+    walkers = walkers.taken(ancestors, why="resampling")   # some are forked, others dropped
+    return walkers.hypotheses(order, context)
+
+All of it is recorded in the search's trace.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forktree.checks import integer
+from forktree.errors import InvalidInput, RewardError
+from forktree.kv import Branch, reassign
+from forktree.rewards.base import Reward, check_reward
+from forktree.search.base import ExtendingSearch, Hypothesis, SamplingSearch
+from forktree.search.context import SearchContext
+from forktree.search.request import Stop, extend, reward_branches
+from forktree.search.trace import PROMPT, SearchTrace
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
+    "last": lambda rewards: rewards[-1],
+    "min": min,
+    "prod": lambda rewards: float(np.prod(rewards)),
+    "mean": lambda rewards: float(np.mean(rewards)),
+}
+"""From the rewards of a text's steps to one for the whole text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSearch(SamplingSearch):
+    """A search whose texts grow step by step, each step with a reward.
+
+    Args:
+        reward: reward of a text so far (a process-reward model).
+        step_delimiter: text that ends a step; it stays part of the step. `stop` is looked for within a step.
+        max_step_tokens: maximum number of tokens of a step; a delimiter that they cut in half ends the next step when
+            its rest comes.
+        max_steps: maximum number of steps of a text.
+    """
+
+    reward: Reward
+    step_delimiter: str = "\n\n"
+    max_step_tokens: int = 1024
+    max_steps: int = 40
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_step_tokens", "max_steps"):
+            integer(name, getattr(self, name), 1)
+        check_reward(self.reward)
+        if not isinstance(self.step_delimiter, str):
+            raise InvalidInput(f"step_delimiter must be a text, got {self.step_delimiter!r}")
+
+    @property
+    def rewards(self) -> Sequence[Reward]:
+        """The process reward."""
+        return (self.reward,)
+
+
+@dataclass
+class Walkers:
+    """Texts that grow side by side: a struct of arrays and lists, `[N]` each. A subclass may have more of them.
+
+    Args:
+        trace: where everything that is done to them is recorded.
+        branches: their branches.
+        node: the newest step of each in the trace. int64.
+        alive: False once the text has ended. bool.
+        reason: why the newest step ended: "eos", "stop" or "length".
+        steps: steps grown so far. int64.
+        num_tokens: tokens generated so far, EOS included. int64.
+        log_prob: sum of their log-probs under the model. fp64.
+        unfinished: newest tokens since the last text that ended a step. int64.
+        rewards: the newest reward; NaN if there is none or it failed. fp64.
+        history: the rewards after each step.
+        errors: why the newest reward failed, None if it did not.
+    """
+
+    trace: SearchTrace
+    branches: list[Branch]
+    node: Indices
+    alive: NDArray[np.bool_]
+    reason: list[str]
+    steps: Indices
+    num_tokens: Indices
+    log_prob: Floats
+    unfinished: Indices
+    rewards: Floats
+    history: list[list[float]]
+    errors: list[RewardError | None]
+
+    @classmethod
+    def start(cls, context: SearchContext, n: int) -> Self:
+        """`n` forks of the prompt."""
+        return cls(
+            trace=context.trace,
+            branches=context.root.fork(n),
+            node=np.full(n, PROMPT, np.int64),
+            alive=np.ones(n, bool),
+            reason=["length"] * n,
+            steps=np.zeros(n, np.int64),
+            num_tokens=np.zeros(n, np.int64),
+            log_prob=np.zeros(n),
+            unfinished=np.zeros(n, np.int64),
+            rewards=np.full(n, np.nan),
+            history=[[]] * n,
+            errors=[None] * n,
+        )
+
+    def __len__(self) -> int:
+        return len(self.branches)
+
+    def taken(self, ancestors: Indices, *, why: str, **facts: Any) -> Self:
+        """Walkers of which number i continues `ancestors[i]` of these; those that none continues are dropped.
+
+        Args:
+            ancestors: indices `[n]`; n may be any number of at least 1.
+            why: what decided so, such as "resampling".
+            facts: what it was decided by, for the trace.
+        """
+        branches = reassign(self.branches, ancestors)
+        self.trace.select(self.node, ancestors, why=why, **facts)
+        moved = {f.name: _at(getattr(self, f.name), ancestors) for f in fields(self) if f.name != "branches"}
+        return replace(self, branches=branches, **moved)
+
+    def split(self, counts: Indices, *, why: str, **facts: Any) -> Self:
+        """Walkers that continue number i of these `counts[i]` times; 0 drops it. See `taken`."""
+        return self.taken(np.repeat(np.arange(len(self)), counts), why=why, **facts)
+
+    def hypotheses(
+        self, order: Indices, context: SearchContext, *, scores: Floats | None = None, weights: Floats | None = None
+    ) -> list[Hypothesis]:
+        """What the search returns.
+
+        Args:
+            order: walkers to return, best first.
+            scores: what they are ranked by, `[N]`; default: their newest rewards.
+            weights: normalised weights, `[N]`, if there are any.
+        """
+        scores = self.rewards if scores is None else scores
+        self.trace.record("return", nodes=self.node[order], scores=scores[order])
+        return [
+            Hypothesis(
+                token_ids=self.branches[i].tokens[context.root.length :],
+                score=float(scores[i]),
+                log_prob=float(self.log_prob[i]),
+                finish_reason=self.reason[i],
+                step_rewards=self.history[i] if self.steps[i] else [],
+                weight=None if weights is None else float(weights[i]),
+                error=self.errors[i],
+            )
+            for i in order.tolist()
+        ]
+
+
+async def grow(walkers: Walkers, which: Indices, context: SearchContext, search: StepSearch) -> None:
+    """Extends walkers by one step each, all in one request.
+
+    A step ends with the search's delimiter, or as a text does: with EOS, one of the search's stop texts, or because no
+    more tokens or steps are allowed. Walkers whose text has ended are not alive afterwards.
+
+    Args:
+        walkers: changed in place.
+        which: indices of those to extend, int64 `[m]`.
+    """
+    most = np.minimum(search.max_step_tokens, context.max_new_tokens - walkers.num_tokens[which])
+    walkers.steps[which] += 1
+    last = walkers.steps[which] >= search.max_steps
+    await _extend(walkers, which, context, search, most, context.stop_at(search.step_delimiter, *search.stop), last)
+
+
+async def complete(walkers: Walkers, context: SearchContext, search: ExtendingSearch) -> None:
+    """Extends all walkers to the end of their texts; that is not counted as a step."""
+    which = np.arange(len(walkers))
+    most = context.max_new_tokens - walkers.num_tokens
+    await _extend(walkers, which, context, search, most, context.stop_at(*search.stop), np.ones(len(walkers), bool))
+
+
+async def _extend(
+    walkers: Walkers,
+    which: Indices,
+    context: SearchContext,
+    search: ExtendingSearch,
+    max_tokens: Indices,
+    stop: Stop | None,
+    last: NDArray[np.bool_],
+) -> None:
+    """One `extend` of `which`, at `last` of them the text's last; all that is known of the walkers afterwards."""
+    branches = [walkers.branches[i] for i in which]
+    before = [branch.length for branch in branches]
+    unfinished = walkers.unfinished[which]
+    done = await extend(
+        branches,
+        search.sampling,
+        max_tokens=max_tokens,
+        eos_token_ids=context.eos_token_ids,
+        stop=stop,
+        processors=search.logits_processor,
+        pad_token_id=context.pad_token_id,
+        unfinished=unfinished.tolist() if unfinished.any() else None,
+    )
+    walkers.log_prob[which] += done.log_prob
+    walkers.num_tokens[which] += done.num_tokens
+    walkers.unfinished[which] += done.num_tokens
+    full = last | (walkers.num_tokens[which] >= context.max_new_tokens)
+    text_end = context.stop_at(*search.stop)
+    steps, ends = [], []
+    for i, branch, begin, reason, ended in zip(which, branches, before, done.reason, full, strict=True):
+        tokens = branch.tokens
+        steps.append(tokens[begin:])
+        if reason == "stop":
+            new = tokens[len(tokens) - walkers.unfinished[i] :]
+            walkers.unfinished[i] = 0
+            if text_end is not None and text_end(int(new[-1]), new.tolist()):
+                ended = True
+            elif ended:
+                reason = "length"
+        over = bool(ended) or reason == "eos"
+        walkers.alive[i], walkers.reason[i] = not over, reason
+        ends.append(reason if over else None)
+    walkers.node[which] = walkers.trace.grow(walkers.node[which], steps, log_probs=done.log_prob, ends=ends)
+
+
+async def judged(
+    walkers: Walkers, which: Indices, reward: Reward, *, valid: Callable[[Floats], Floats] | None = None
+) -> None:
+    """Asks for the rewards of walkers. A failure is a value of its walker: reward NaN, and an error.
+
+    Args:
+        walkers: changed in place.
+        which: indices of those to judge, int64 `[m]`.
+        reward: what is asked.
+        valid: rewards `[m]` -> those to keep, such as clipped ones; raises if the search cannot use one.
+
+    Raises:
+        RewardError: no walker has a reward left.
+    """
+    found = await reward_branches([walkers.branches[i] for i in which], reward)
+    rewards = np.where([error is None for error in found.errors], found.values, np.nan)
+    rewards = rewards if valid is None else valid(rewards)
+    walkers.rewards[which] = rewards
+    for i, reward, error in zip(which, rewards.tolist(), found.errors, strict=True):
+        walkers.history[i], walkers.errors[i] = [*walkers.history[i], reward], error
+    walkers.trace.record("reward", nodes=walkers.node[which], rewards=rewards, errors=found.errors)
+    check_any(found.errors, walkers.rewards)
+
+
+def check_any(errors: Sequence[RewardError | None], rewards: Floats) -> None:
+    """Raises RewardError, with the first of `errors`, if all `rewards` are NaN."""
+    if np.isnan(rewards).all():
+        raise RewardError(f"no branch has a reward left; the first failure: {next(filter(None, errors))}")
+
+
+def _at(values: Any, indices: Indices) -> Any:
+    """Entries of an array or list; anything else is shared by all walkers."""
+    if isinstance(values, np.ndarray):
+        return values[indices]
+    return [values[i] for i in indices] if isinstance(values, list) else values

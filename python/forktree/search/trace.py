@@ -1,0 +1,72 @@
+"""What a search has done, as data that `json` can write: who was grown, rewarded, kept, dropped, and why.
+
+A trace is a list of events in the order in which they happened. A node is one step of one text: tokens that were
+generated after those of its parent node. Nodes are numbered as they come; -1 is the prompt. Every event is a dict with
+its kind under `"event"`; a list in it has one entry for each node of the event, unless something else is said.
+
+    grow    nodes, parents, tokens (ids; EOS is not among them), log_probs, ends ("eos", "stop" or "length"; null: the
+            text goes on). Beam search gives `scores`, sums over the whole text, in place of `log_probs`.
+    reward  nodes, rewards (null: the reward failed), errors
+    select  why, nodes (of all texts before), ancestors (the place in `nodes` that each text after it continues),
+            dropped (the nodes that no text continues); what the choice was made by, such as weights and their
+            effective sample size `ess`
+    vote    nodes, answers, shares, errors
+    return  nodes of the hypotheses, best first, and their scores
+
+Following `parents` from a node that was returned gives the whole text, step by step, with a reward for each.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+PROMPT = -1  # the parent of every first step
+
+
+class SearchTrace:
+    """The events of one search so far; see the module's description for what they hold.
+
+    Attributes:
+        events: what happened, oldest first.
+        num_nodes: nodes so far.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.num_nodes = 0
+
+    def record(self, event: str, **facts: Any) -> None:
+        """Appends an event. Arrays become lists; NaN and infinity, which JSON does not have, become None."""
+        self.events.append({"event": event, **{name: _plain(value) for name, value in facts.items()}})
+
+    def grow(self, parents: ArrayLike, tokens: Sequence[ArrayLike], **facts: Any) -> NDArray[np.int64]:
+        """Records a step for each of `parents [n]`, with its new `tokens`.
+
+        Returns:
+            The new nodes, int64 `[n]`.
+        """
+        nodes = np.arange(self.num_nodes, self.num_nodes + len(tokens))
+        self.num_nodes += len(tokens)
+        self.record("grow", nodes=nodes, parents=parents, tokens=tokens, **facts)
+        return nodes
+
+    def select(self, nodes: NDArray[np.int64], ancestors: NDArray[np.int64], *, why: str, **facts: Any) -> None:
+        """Records that the texts at `nodes [n]` were replaced by copies of those at `nodes[ancestors]`."""
+        dropped = np.setdiff1d(nodes, nodes[ancestors])
+        self.record("select", why=why, nodes=nodes, ancestors=ancestors, dropped=dropped, **facts)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as what `json` writes, and reads again as the same."""
+    if isinstance(value, np.ndarray | np.generic):
+        if value.dtype.kind != "f":
+            return value.tolist()
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, BaseException):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

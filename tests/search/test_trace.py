@@ -1,0 +1,220 @@
+"""Traces: every search says what it did, in data that `json` writes, and its texts can be read out of that alone."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tiny
+from forktree import (
+    BeamSearch,
+    BestOfN,
+    Decoder,
+    FunctionReward,
+    Greedy,
+    MajorityVote,
+    ParticleFilter,
+    Reward,
+    Sample,
+    SearchResult,
+)
+from forktree.rewards.base import PendingReward, RewardInput
+from forktree.search import Search
+from forktree.search.selection import log_weights, softmax
+from forktree.search.trace import SearchTrace
+
+PROMPT = "12+3="
+
+
+def value(response: str) -> float:
+    """Between 0.05 and 0.95, different for most texts."""
+    return 0.05 + 0.9 * (sum((i + 3) * ord(c) for i, c in enumerate(response)) % 17) / 16
+
+
+class Asked(Reward):
+    """Remembers every list of responses that it was asked about, in order; fails for texts with a "7"."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def start(self, given: RewardInput) -> PendingReward:
+        self.asked.append(given.responses())
+        return FunctionReward(reward).start(given)
+
+
+def reward(prompt: str, response: str) -> float:
+    if "7" in response:
+        raise ValueError("a seven")
+    return value(response)
+
+
+def traced(search: Search, *, seed: int = 0, max_new_tokens: int = 12) -> tuple[SearchResult, list[dict[str, Any]]]:
+    """A result, and its trace as it is read from a file."""
+    result = tiny.decoder().search([PROMPT], search, seed=seed, max_new_tokens=max_new_tokens)[0]
+    assert result.error is None
+    return result, json.loads(json.dumps(result.trace.events, allow_nan=False))
+
+
+class Steps:
+    """The steps of every text, by node, from events alone."""
+
+    def __init__(self, events: list[dict[str, Any]]) -> None:
+        self.parent: dict[int, int] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.end: dict[int, str | None] = {}
+        self.reward: dict[int, float | None] = {}
+        for event in events:
+            if event["event"] == "grow":
+                assert event["nodes"] == list(range(len(self.parent), len(self.parent) + len(event["nodes"])))
+                ends = event.get("ends", [None] * len(event["nodes"]))
+                grown = zip(event["nodes"], event["parents"], event["tokens"], ends, strict=True)
+                for node, parent, tokens, end in grown:
+                    assert parent in self.parent or parent == -1
+                    self.parent[node], self.tokens[node], self.end[node] = parent, tokens, end
+            if event["event"] == "reward":
+                self.reward.update(zip(event["nodes"], event["rewards"], strict=True))
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the first step to this one."""
+        path = []
+        while node != -1:
+            path.append(node)
+            node = self.parent[node]
+        return path[::-1]
+
+    def text(self, node: int) -> str:
+        return tiny.tokenizer().decode([t for n in self.path(node) for t in self.tokens[n]])
+
+
+SEARCHES: dict[str, Callable[[], Search]] = {
+    "greedy": Greedy,
+    "sample": lambda: Sample(num_return_sequences=5),
+    "best-of-n": lambda: BestOfN(reward=FunctionReward(reward), num_samples=9),
+    "vote": lambda: MajorityVote(answer=lambda text: text[-1:] or None, num_samples=9),
+    "beam": lambda: BeamSearch(num_beams=4, num_return_sequences=3),
+    "particle": lambda: ParticleFilter(
+        reward=FunctionReward(reward), num_particles=9, step_delimiter="5", max_step_tokens=3, stop=("b",)
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", SEARCHES)
+def test_what_is_returned_can_be_read_out_of_the_trace(name: str, seed: int) -> None:
+    """Texts, why they ended and what they are ranked by; by the search's own order."""
+    result, events = traced(SEARCHES[name](), seed=seed)
+    steps = Steps(events)
+    assert [e["event"] for e in events].count("return") == 1 and events[-1]["event"] == "return"
+    returned = events[-1]
+    assert [steps.text(node) for node in returned["nodes"]] == [c.text for c in result.candidates]
+    assert [steps.end[node] for node in returned["nodes"]] == [c.hypothesis.finish_reason for c in result.candidates]
+    scores = [None if np.isnan(c.score) else c.score for c in result.candidates]
+    assert returned["scores"] == scores
+    if name in ("best-of-n", "particle"):
+        assert [steps.reward[node] for node in returned["nodes"]] == scores
+
+
+@pytest.mark.parametrize("resampling", ["systematic", "multinomial"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_particle_run_can_be_replayed_from_its_trace(seed: int, resampling: str) -> None:
+    """Every population, weight, ancestor and reward, against what the reward was asked and the formulas."""
+    reward, n = Asked(), 12
+    search = ParticleFilter(
+        reward=reward,
+        num_particles=n,
+        step_delimiter="5",
+        max_step_tokens=3,
+        max_steps=5,
+        resampling=resampling,
+        weight_temperature=0.5,
+        stop=("b",),
+    )
+    result, events = traced(search, seed=seed, max_new_tokens=14)
+    steps, asked = Steps(events), iter(reward.asked)
+    population, copied, dropped = [-1] * n, 0, set()
+    for event in events[:-1]:
+        if event["event"] == "grow":
+            live = [i for i, node in enumerate(population) if node == -1 or steps.end[node] is None]
+            assert event["parents"] == [population[i] for i in live]
+            for i, node in zip(live, event["nodes"], strict=True):
+                population[i] = node
+        elif event["event"] == "reward":
+            texts = [steps.text(node) for node in event["nodes"]]
+            assert texts == next(asked)
+            assert event["rewards"] == [None if "7" in text else value(text) for text in texts]
+            for text, error in zip(texts, event["errors"], strict=True):
+                assert (error is not None) == ("7" in text) and (error is None or "a seven" in error)
+        else:
+            assert (event["event"], event["why"]) == ("select", "resampling") and event["nodes"] == population
+            rewards = np.array([steps.reward[node] for node in population], float)
+            weights = softmax(log_weights(rewards, 0.5))
+            np.testing.assert_allclose(event["weights"], weights, rtol=1e-12)
+            assert event["ess"] == pytest.approx(1 / sum(w * w for w in weights))
+            assert all(weights[a] > 0 for a in event["ancestors"])
+            copied += n - len(set(event["ancestors"]))
+            gone = {node for i, node in enumerate(population) if i not in event["ancestors"]}
+            population = [population[a] for a in event["ancestors"]]
+            assert event["dropped"] == sorted(gone - set(population))
+            dropped.update(event["dropped"])
+    assert next(asked, None) is None and copied and dropped
+    assert sorted(events[-1]["nodes"]) == sorted(population)
+    for node, candidate in zip(events[-1]["nodes"], result.candidates, strict=True):
+        path = steps.path(node)
+        assert not dropped.intersection(path[-1:]), "a text that was dropped does not come back"
+        said = [np.nan if steps.reward[n] is None else steps.reward[n] for n in path]
+        np.testing.assert_array_equal(candidate.hypothesis.step_rewards, said)
+        assert steps.text(node) == candidate.text
+
+
+def test_votes_and_beams_say_what_they_chose_by() -> None:
+    result, events = traced(SEARCHES["vote"]())
+    (votes,) = [e for e in events if e["event"] == "vote"]
+    steps = Steps(events)
+    assert votes["answers"] == [repr(steps.text(n)[-1:]) if steps.text(n) else None for n in votes["nodes"]]
+    assert sorted(votes["shares"], reverse=True) == [c.score for c in result.candidates]
+    _, events = traced(SEARCHES["beam"]())
+    grown = [e for e in events if e["event"] == "grow"]
+    selected = [e for e in events if e["event"] == "select"]
+    for chosen, before, after in zip(selected[1:], grown, grown[1:], strict=False):
+        assert chosen["why"] == "beam" and chosen["nodes"] == before["nodes"]
+        assert after["parents"] == [chosen["nodes"][a] for a in chosen["ancestors"]]
+        assert set(chosen["dropped"]) == set(before["nodes"]) - set(after["parents"])
+        assert after["scores"] == sorted(after["scores"], reverse=True)
+
+
+def test_a_search_that_fails_leaves_its_trace_and_knows_its_costs() -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Watching(Sample):
+        async def run(self, context: Any) -> Any:
+            seen.append((context.counters.model_tokens, context.counters.reward_calls))
+            found = await super().run(context)
+            seen.append((context.counters.model_tokens, context.counters.reward_calls))
+            raise RuntimeError(f"after {len(found)} texts")
+
+    result = tiny.decoder().search([PROMPT], Watching(num_return_sequences=3), max_new_tokens=4)[0]
+    assert "after 3 texts" in str(result.error)
+    assert [e["event"] for e in result.trace.events] == ["grow", "return"]
+    assert seen[0] == (0, 0) and seen[1] == (result.counters.model_tokens, 0) and seen[1][0] > len(PROMPT)
+
+
+def test_what_json_does_not_have_becomes_null() -> None:
+    trace = SearchTrace()
+    numbers = np.array([1.5, np.nan, np.inf])
+    trace.record("made up", a=numbers, b=np.int64(3), c=[ValueError("why"), None], d=(True, "x"))
+    assert trace.events == [{"event": "made up", "a": [1.5, None, None], "b": 3, "c": ["why", None], "d": [True, "x"]}]
+    json.dumps(trace.events, allow_nan=False)
+
+
+def test_traces_of_searches_side_by_side_are_their_own() -> None:
+    decoder: Decoder = tiny.decoder()
+    names = ["sample", "beam", "particle"]
+    results = list(decoder.search_iter([PROMPT] * 3, [SEARCHES[n]() for n in names], max_new_tokens=12))
+    for result in results:
+        alone, _ = traced(SEARCHES[names[result.index]]())
+        assert [e["event"] for e in result.trace.events] == [e["event"] for e in alone.trace.events]
+        kinds = [e.get("nodes") for e in result.trace.events]
+        assert kinds == [e.get("nodes") for e in alone.trace.events]
+        assert [e.get("tokens") for e in result.trace.events] == [e.get("tokens") for e in alone.trace.events]
