@@ -154,9 +154,8 @@ def callers(decoder: Decoder, tried: list[Any]) -> dict[str, Any]:
         return branches
 
     async def in_reward(context: SearchContext) -> list[Branch]:
-        await reward_branches(
-            branches := context.root.fork(2), Custom(lambda s: (again(), Rewarding(2, close=again))[1])
-        )
+        branches = context.root.fork(2)
+        await reward_branches(branches, Custom(lambda s: (again(), Rewarding(2, close=again))[1]))
         return branches
 
     def answer(text: str) -> str:

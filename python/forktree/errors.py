@@ -29,7 +29,7 @@ class NonFinite(ForktreeError):
 
 
 class RewardError(ForktreeError):
-    """Raised if a reward raised, returned something other than a finite number, or took too long."""
+    """Raised if a text has no reward: what gives it raised, took too long, or returned no finite number."""
 
 
 class Cancelled(ForktreeError):

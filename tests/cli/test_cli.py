@@ -185,12 +185,9 @@ WRONG: list[tuple[list[str], str]] = [
     (["--search", "sample", "--set", "temperature=hot"], "temperature must be a number, got 'hot'"),
     (["--search", "beam", "--set", "early_stopping=maybe"], "early_stopping must be True, False or 'never', got"),
     (["--search", "majority-vote"], "needs --set answer=...; see --help-search majority-vote"),
-    (["--search", "majority-vote", "--set", "answer=own_rewards:nothing"], "module 'rewards' has no 'nothing'"),
-    (
-        ["--search", "particle", "--set", "reward=own_rewards:length"],
-        "reward cannot be given as a text: it is a reward",
-    ),
-    (["--search", "own_rewards:nothing"], "--search 'own_rewards:nothing': module 'rewards' has no 'nothing'"),
+    (["--search", "majority-vote", "--set", "answer=own_rewards:nothing"], "module 'own_rewards' has no 'nothing'"),
+    (["--search", "particle", "--set", "reward=own_rewards:length"], "reward cannot be given as a text"),
+    (["--search", "own_rewards:nothing"], "--search 'own_rewards:nothing': module 'own_rewards' has no 'nothing'"),
     (["--search", "own_rewards:length"], "must be a class derived from forktree.search.Search"),
     (["--help-search", "beem"], "--help-search must be one of beam, best-of-n, greedy,"),
     (["--search", "particle"], "needs --reward"),
@@ -386,7 +383,7 @@ def test_a_search_of_ones_own(
     with (files / "own_rewards.py").open("a") as source:
         source.write("# changed\n")
     code, error = run(*options, "--resume")
-    assert code == 2 and "another code.rewards:Longest" in complaint(error)
+    assert code == 2 and "another code.own_rewards:Longest" in complaint(error)
     code, error = run("--search", "own_rewards:Longest", "--set", "loud=no")
     assert code == 2 and "loud must be true or false, got 'no'" in complaint(error)
     monkeypatch.setattr(sys, "argv", ["forktree", "generate", "--help-search", "own_rewards:Longest"])

@@ -167,7 +167,7 @@ SCRIPTS: dict[str, tuple[Callable[[SearchContext], Any], type[Exception] | tuple
         InvalidInput,
         "branch 0 of 3 was dropped",
     ),
-    "begin wants foreign": (scoring(lambda s: on_own_worker(s, [FOREIGN] * 3)), InvalidInput, "belongs to tree"),
+    "start wants foreign": (scoring(lambda s: on_own_worker(s, [FOREIGN] * 3)), InvalidInput, "belongs to tree"),
     "begin lengthens": (
         scoring(lambda s: (lengthen(s.branches), on_own_worker(s, s.branches))[1]),
         InvalidInput,

@@ -16,10 +16,14 @@ from forktree.rewards.base import PendingReward, Reward, RewardInput, Rewards
 
 
 class FunctionReward(Reward):
-    """Any Python function `(prompt, response) -> float`. It runs beside the decoding, in a thread.
+    """Any Python function of the text. It runs beside the decoding, in a thread.
 
-    A call that raises, returns something other than a finite number, or takes longer than `time_limit` seconds
-    costs its branch only. A call that never returns keeps its thread: Python cannot end it.
+    A call that raises, returns something other than a finite number, or takes too long costs its branch only. A call
+    that never returns keeps its thread: Python cannot end it.
+
+    Args:
+        function: `(prompt, response) -> float`.
+        time_limit: maximum number of seconds for a call.
     """
 
     def __init__(self, function: Callable[[str, str], float], *, time_limit: float = 60.0) -> None:

@@ -20,13 +20,19 @@ if TYPE_CHECKING:
 
 
 class RewardModel(Reward):
-    """A second model whose tree mirrors the policy's: a score reads only tokens it has not read before.
+    """A second model whose tree mirrors the policy's: it reads only tokens that it has not read before.
 
-    worker: the model's own. head: what reads a reward from the last hidden state: a `ValueHead`,
-    or a `TokenProbability` on the model's own logits. format: what is fed. A text that cannot be rendered, or is too long
-    for the model, costs its branch only. pad_token_id: left out at the end of what is fed, as sequence classifiers of
-    transformers pass over it. The mirror needs no bookkeeping: the reward model's tree is asked for the longest prefix
-    it knows, and what the last score read stays alive until the next one has found its prefixes.
+    A text that cannot be rendered, or is too long for the model, costs its branch only. The mirror needs no
+    bookkeeping: the reward model's tree is asked for the longest prefix that it knows, and what was read last stays
+    alive until the next call has found its prefixes.
+
+    Args:
+        worker: the model's own.
+        tokenizer: the model's own.
+        head: what reads a reward from the last hidden state: a `ValueHead`, or a `TokenProbability` on the model's own
+            logits.
+        format: what the model is fed.
+        pad_token_id: left out at the end of what is fed, as sequence classifiers of transformers pass over it.
     """
 
     def __init__(
@@ -60,9 +66,20 @@ class RewardModel(Reward):
     ) -> "RewardModel":
         """Model, tokenizer and head from one directory of safetensors.
 
-        format: what is fed and how the reward is read, or its name, one of `REWARD_FORMATS`; default: the prompt, the
-        response, and a sigmoid. Warns if the directory's config names a model that is known to be read in another way.
-        activation: instead of the format's. trust_remote_code: whether Python files of the directory may be run.
+        Warns if the directory's config names a model that is known to be read in another way than `format` says.
+
+        Args:
+            directory: where they are.
+            num_slots: number of tokens whose KV fits at once; default: by the free memory.
+            dtype: of the model; default: that of its weights.
+            device: where the model runs.
+            format: what is fed and how the reward is read, or its name, one of `REWARD_FORMATS`; default: the prompt,
+                the response, and a sigmoid.
+            activation: of the head, in place of the format's.
+            trust_remote_code: whether Python files of the directory may be run.
+
+        Raises:
+            InvalidInput: a file is missing or not what it has to be.
         """
         from forktree.engine.worker import ModelWorker
         from forktree.model.checkpoints import load_model, load_tokenizer

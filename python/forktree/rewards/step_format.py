@@ -16,20 +16,22 @@ CHAT = "chat"
 class StepFormat:
     """What a reward model is fed; its reward is read at the last token of it.
 
-    template: text with `{prompt}`, then `{response}`, and perhaps `{bos}` in front, which is the tokenizer's BOS; or
-        "chat": the tokenizer's chat template, the prompt as the user's message, the response as the assistant's.
-    step_delimiter: what ends a step in the policy's text. Empty: the response is fed as it is, and what follows it in
-        the template too. Else what is fed ends with the last step: the reward belongs to that.
-    separator: fed in the delimiter's place after every step, the last one included even if it is unfinished or empty.
-        Empty: the delimiter itself.
-    between: fed after a separator that another step follows.
-    apart: whether steps and separators are tokenised each by itself; else the whole text is, as one.
-
     What the tokenizer itself puts at the end of a text, such as EOS, is never fed: where a model wants it, the template
     spells it out.
 
-    How `RewardModel.load` reads the last hidden state: by the value head in the directory, with its activation and
-    choice, see `Head`; or, if `answers` is a text of two tokens, by the probability of the first against the second.
+    Args:
+        template: text with `{prompt}`, then `{response}`, and perhaps `{bos}` before them, which is the tokenizer's
+            BOS; or "chat": the tokenizer's chat template, the prompt as the user's message, the response as the
+            assistant's.
+        step_delimiter: what ends a step in the policy's text. Empty: the response is fed as it is, and what follows it
+            in the template too. Otherwise what is fed ends with the last step, and the reward belongs to that.
+        separator: fed in place of the delimiter after every step, the last one included even if it is unfinished or
+            empty. Empty: the delimiter itself.
+        between: fed after a separator that another step follows.
+        apart: whether steps and separators are tokenised one by one; otherwise the whole text is tokenised at once.
+        activation: of the value head in the directory, see `ValueHead`.
+        choice: which output of that head, see `ValueHead`.
+        answers: a text of two tokens; the reward is then the model's probability of the first against the second.
     """
 
     template: str = "{prompt}{response}"

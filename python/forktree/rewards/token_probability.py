@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class TokenProbability(Reward):
     """`softmax(logits[tokens])[0]` of the next token: a judge's Yes against No, a 1 against a 0.
 
-    tokens: ids of at least two tokens; the reward is the probability of the first among them.
-    suffix: token ids of a question asked behind each branch, on a fork that is dropped afterwards.
+    Args:
+        tokens: ids of at least two tokens; the reward is the probability of the first among them.
+        suffix: token ids of a question asked after each branch, on a fork that is dropped afterwards.
     """
 
     def __init__(self, tokens: Sequence[int], *, suffix: Sequence[int] = ()) -> None:

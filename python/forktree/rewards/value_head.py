@@ -30,9 +30,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class ValueMlp:
     """A head on hidden states: `activation(W h + b)`, or `activation(W2 relu(W1 h + b1) + b2)`.
 
-    layers: one or two pairs (weight `[out, in]`, bias `[out]` or None). activation: of a head with one output,
-    "sigmoid", "tanh" or "identity". choice: with several outputs the value is the softmax of this one; of two it is
-    the second unless said otherwise (Qwen2.5-Math-PRM). Math is done in fp32 (fp64 for fp64 states).
+    Math is done in fp32 (fp64 for fp64 states).
+
+    Args:
+        layers: one or two pairs (weight `[out, in]`, bias `[out]` or None).
+        activation: of a head with one output, "sigmoid", "tanh" or "identity".
+        choice: with several outputs the value is the softmax of this one; of two it is the second unless said otherwise
+            (Qwen2.5-Math-PRM).
     """
 
     layers: Sequence[tuple[Tensor, Tensor | None]]
@@ -78,10 +82,12 @@ class ValueMlp:
 
 
 class ValueHead(Reward):
-    """A head on the last hidden state: see `Head`.
+    """A head on the policy's last hidden state: see `ValueMlp`.
 
-    weights: one or two pairs (weight `[out, in]`, bias `[out]` or None). activation: "sigmoid", "tanh" or "identity".
-    choice: which of several outputs.
+    Args:
+        weights: one or two pairs (weight `[out, in]`, bias `[out]` or None).
+        activation: "sigmoid", "tanh" or "identity".
+        choice: which of several outputs.
     """
 
     def __init__(
@@ -103,7 +109,15 @@ class ValueHead(Reward):
 
         Keys: `score.weight` (+ `score.bias`); `score.0.weight`, `score.2.weight` (+ biases; ReLU between); or
         `v_head.summary.weight`. Missing keys are an error, never a random head. Where a directory holds several heads,
-        the model's own `model.safetensors.index.json` decides; without, that is an error.
+        the model's own `model.safetensors.index.json` decides; without it, that is an error.
+
+        Args:
+            path: the file or directory.
+            activation: see `ValueHead`.
+            choice: see `ValueHead`.
+
+        Raises:
+            InvalidInput: there is not exactly one head, or it is not whole.
         """
         found = _read_tensors(Path(path), ("score.", "v_head."))
         layouts = [names for names in cls.LAYOUTS if f"{names[0]}.weight" in found]

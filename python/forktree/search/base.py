@@ -22,9 +22,9 @@ class Hypothesis:
         score: what the search ranks by (higher is better).
         log_prob: sum of token log-probs under the model, EOS included.
         finish_reason: "eos", "stop" or "length".
-        step_rewards: the reward's reward after each step, if the search has steps.
+        step_rewards: the reward after each step, if the search has steps.
         weight: normalised weight among its siblings, if the search weights them.
-        error: why the reward could not judge it.
+        error: why there is no reward.
     """
 
     token_ids: Int32Array
@@ -45,7 +45,7 @@ class Search(ABC):
 
     @property
     def rewards(self) -> Sequence[Reward]:
-        """Rewards that it asks; they are checked against the model before a run begins."""
+        """The rewards that it asks for; they are checked against the model before a run begins."""
         return ()
 
 

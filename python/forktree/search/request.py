@@ -22,7 +22,7 @@ from forktree.errors import InvalidInput
 from forktree.kv import Branch
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import TokenRequest, TokenScores
-from forktree.rewards.base import Rewards
+from forktree.rewards.base import Reward, Rewards
 from forktree.search.processors import Processor, check_processors
 from forktree.types import MAX_TOKEN_ID
 
@@ -98,7 +98,7 @@ class RewardBranches(Request[Rewards]):
     """See `reward_branches`."""
 
     branches: Sequence[Branch]
-    reward: Any
+    reward: Reward
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +186,7 @@ def extend(
 
 
 def reward_branches(branches: Sequence[Branch], reward: Reward) -> RewardBranches:
-    """A reward for every branch as it stands. A reward's failure is a value of its branch, not an exception."""
+    """Asks what every branch is worth as it stands. A failure is a value of its branch, not an exception."""
     return RewardBranches(tuple(branches), reward)
 
 

@@ -42,7 +42,7 @@ class StepSearch(SamplingSearch):
     """A search whose texts grow step by step, each step with a reward.
 
     Args:
-        reward: reward of a text so far (a process-reward model).
+        reward: what a text so far is worth (a process-reward model).
         step_delimiter: text that ends a step; it stays part of the step. `stop` is looked for within a step.
         max_step_tokens: maximum number of tokens of a step; a delimiter that they cut in half ends the next step when
             its rest comes.
@@ -240,7 +240,7 @@ async def judged(
     Args:
         walkers: changed in place.
         which: indices of those to judge, int64 `[m]`.
-        reward: what is asked.
+        reward: what gives them.
         valid: rewards `[m]` -> those to keep, such as clipped ones; raises if the search cannot use one.
 
     Raises:
@@ -250,8 +250,8 @@ async def judged(
     rewards = np.where([error is None for error in found.errors], found.values, np.nan)
     rewards = rewards if valid is None else valid(rewards)
     walkers.rewards[which] = rewards
-    for i, reward, error in zip(which, rewards.tolist(), found.errors, strict=True):
-        walkers.history[i], walkers.errors[i] = [*walkers.history[i], reward], error
+    for i, value, error in zip(which, rewards.tolist(), found.errors, strict=True):
+        walkers.history[i], walkers.errors[i] = [*walkers.history[i], value], error
     walkers.trace.record("reward", nodes=walkers.node[which], rewards=rewards, errors=found.errors)
     check_any(found.errors, walkers.rewards)
 

@@ -59,7 +59,7 @@ class BestOfN(SamplingSearch):
     """Independent samples, ranked by the reward of the whole text.
 
     Args:
-        reward: reward of a text.
+        reward: what a text is worth.
         num_samples: number of samples.
     """
 
@@ -77,7 +77,7 @@ class BestOfN(SamplingSearch):
         return (self.reward,)
 
     async def run(self, context: SearchContext) -> list[Hypothesis]:
-        """Best reward first; samples whose reward failed come last."""
+        """Best reward first; samples without one come last."""
         samples = Walkers.start(context, self.num_samples)
         await complete(samples, context, self)
         await judged(samples, np.arange(self.num_samples), self.reward)
