@@ -146,6 +146,8 @@ def _sample(worker: ModelWorker, states: Sequence[ExtendState]) -> tuple[Sampled
     chosen, rows = [s for group, *_ in parts for s in group], [at for _, some, *_ in parts for at in some]
     columns = zip(*(part[2:] for part in parts), strict=True)
     hidden, tokens, log_probs = (torch.cat(c) if len(c) > 1 else c[0] for c in columns)
+    for state in chosen:
+        state.check()  # a processor may have dropped anything
     ids = _ids(chosen, rows)
     for state, at in zip(chosen, rows, strict=True):
         state.count(at)
