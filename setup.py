@@ -34,10 +34,14 @@ CSRC = Path(__file__).parent.resolve() / "csrc"
 COMMON = [
     "bindings",
     "common/isa",
-    "plan/plan",
-    "plan/plan_count",
-    "plan/plan_view",
-    "plan/stretches",
+    "plan/bind_plan",
+    "plan/cut_search",
+    "plan/planner",
+    "plan/serialize",
+    "plan/shared_segments",
+    "plan/stats",
+    "plan/validate",
+    "plan/work_items",
     "cpu/append_kv",
     "cpu/rotate_rows",
     "cpu/merge_states",
@@ -268,7 +272,8 @@ def write_rules(out: ninja_syntax.Writer, compiler: Compiler, cuda: Cuda, target
     bindings += ["-DFORKTREE_CUDA"] * bool(cuda.built)
     # The portable objects come first: where the linker may choose between copies of an inline function, it takes one
     # that runs everywhere.
-    special = {"bindings": bindings, "common/isa": built, "cpu/score_tokens": built, "cpu/tree_attention": built}
+    special = {"bindings": bindings, "plan/bind_plan": bindings}
+    special |= dict.fromkeys(("common/isa", "cpu/score_tokens", "cpu/tree_attention"), built)
     objects = {f"{name}.o": (name, special.get(name, [])) for name in COMMON}
     for isa, flags in compiler.isas.items():
         objects |= {f"{name}.{isa}.o": (name, [f"-DFORKTREE_ISA={isa}", *flags]) for name in KERNELS}

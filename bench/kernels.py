@@ -36,6 +36,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from forktree.ops import AttentionOptions, KVPool
+from forktree.ops.assemble import LmHead, VocabPass
+from forktree.ops.plan_tensors import PlanTensors
+
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as up to 3.9; later ones would split products from sums
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,7 +121,7 @@ def triton_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     integers = meta(64, dtype=torch.int32)
     for name, dtype in DTYPES.items():
         x, pool = meta(64, 8, 128, dtype=dtype), meta(4096, 8, 128, dtype=dtype)
-        yield f"append_kv/{name}", lambda x=x, pool=pool: launcher("append_kv")(x, x, integers, pool, pool)
+        yield f"append_kv/{name}", lambda x=x, pool=pool: launcher("append_kv")(x, x, integers, KVPool(pool, pool))
         inv_freq = meta(64, dtype=torch.float32)
         yield f"rotate_rows/{name}", lambda x=x, f=inv_freq: launcher("rotate_rows")(x, integers, f, False, 128)
         lse = meta(64, 8, dtype=torch.float32)
@@ -126,7 +130,8 @@ def triton_calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     for name, dim, width, options in attention_cases():
         q, pool = meta(WIDTHS[width], 32, dim, dtype=DTYPES[name]), meta(4096, 8, dim, dtype=DTYPES[name])
         per_head = meta(32, dtype=torch.float32) if options else None
-        arguments = (q, pool, pool, integers, integers, 64, 64, 0.1, 30.0 * options, per_head, per_head)
+        chosen = AttentionOptions(0.1, 30.0 if options else None, per_head, per_head)
+        arguments = q, KVPool(pool, pool), PlanTensors(integers, integers, 64, 64), chosen
         label = f"tree_attention/{name}/{dim}/{width}" + "/softcap,sinks,alibi" * options
         yield label, lambda arguments=arguments: attention(*arguments)
     scores = launcher("score_tokens")
@@ -141,9 +146,9 @@ def everything(dtype: torch.dtype, rows: int) -> tuple[Any, ...]:
     vocab, size = 151_936, 4096
     integers, floats = meta(rows + 1, dtype=torch.int32), meta(rows + 1, dtype=torch.float32)
     keys, settings = meta(rows, dtype=torch.int64), meta(4, rows, dtype=torch.float64)
-    head = meta(rows, size, dtype=dtype), meta(vocab, size, dtype=dtype), meta(vocab, dtype=dtype)
+    head = LmHead(meta(vocab, size, dtype=dtype), meta(vocab, dtype=dtype), 1.0, 30.0)
     draw = keys, settings, True, integers, integers, integers, floats, meta(rows, vocab // 32, dtype=torch.int32)
-    return *head, 1.0, 30.0, 64, True, *draw
+    return meta(rows, size, dtype=dtype), head, VocabPass(64, True, *draw)
 
 
 def attention_cases() -> Iterator[tuple[str, int, str, bool]]:

@@ -23,7 +23,7 @@ def cases() -> dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]]:
     """By operation: its call, and name and call of its baseline."""
     k, v = torch.randn(2, 1, HEADS, DIM)
     k_slots, v_slots = torch.zeros(2, SLOTS, HEADS, DIM)
-    slots = torch.tensor([3])
+    pool, slots = ops.KVPool(k_slots, v_slots), torch.tensor([3])
     inv_freq = 10000.0 ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
     cos, sin = torch.randn(2, 1, 1, DIM)
     o, lse = torch.randn(2, HEADS, DIM), torch.randn(2, HEADS)
@@ -53,8 +53,8 @@ def cases() -> dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]]:
         return tuple((hidden @ lm_head.T).log_softmax(-1).topk(4))
 
     return {
-        "tree_attention": (lambda: ops.tree_attention(k, k_slots, v_slots, made), "sdpa on a slice", attention),
-        "append_kv": (lambda: ops.append_kv(k, v, slots, k_slots, v_slots), "2 index_copy_", index_copies),
+        "tree_attention": (lambda: ops.tree_attention(k, pool, made), "sdpa on a slice", attention),
+        "append_kv": (lambda: ops.append_kv(k, v, slots, pool), "2 index_copy_", index_copies),
         "rotate_rows": (lambda: ops.rotate_rows(k, slots, inv_freq), "cos and sin given", rotated),
         "merge_states": (lambda: ops.merge_states(o, lse, indptr, index), "softmax, logsumexp", merged),
         "score_tokens": (lambda: ops.score_tokens(hidden, lm_head, request), "product, log_softmax, topk", scored),

@@ -2,8 +2,10 @@
 
     python bench/plan.py
 
-plan: `forktree.plan` as a whole; grow: the same plan one token later; check: what a kernel checks at every call.
-predicted: time of one layer under the cost model; reread: tokens read for one distinct token.
+plan: `forktree.plan` as a whole; grow: the same plan one token later; validate: the check of all that a kernel reads,
+once in every plan that is made and part of its time; check: what is left of it in every layer's call, the header alone,
+in constant time (what shows here is the call from Python). predicted: time of one layer under the cost model; reread:
+tokens read for one distinct token.
 """
 
 import time
@@ -66,7 +68,8 @@ def microseconds(repeats: int, call: Callable[..., Any], *args: Any, **options: 
 def main() -> None:
     """Measures and prints medians."""
     print(
-        "branches levels nodes  options         plan   grow  check   items segments partials predicted reread padding"
+        "branches levels nodes  options         plan   grow validate  check   items segments partials predicted reread "
+        "padding"
     )
     for branches, levels, repeats in ((16, 5, 400), (256, 9, 400), (4096, 16, 40)):
         layout = even_tree(levels, branches)
@@ -78,10 +81,12 @@ def main() -> None:
                 microseconds(repeats, plan, layout, **HEADS, **options),
                 microseconds(repeats, made.grow, length, position),
                 microseconds(repeats, _core.check_plan_buffer, made.buffer),
+                microseconds(repeats, _core.check_plan_header, made.buffer),
             ]
             stats = made.stats()
             print(
-                f"{branches:8} {levels:6} {layout.num_nodes:5}  {name:12} {us[0]:7.0f} {us[1]:6.0f} {us[2]:6.1f}  "
+                f"{branches:8} {levels:6} {layout.num_nodes:5}  {name:12} "
+                f"{us[0]:7.0f} {us[1]:6.0f} {us[2]:8.1f} {us[3]:6.1f}  "
                 f"{len(made.item):6} {len(made.seg):8} {made.num_partials:8} {stats.predicted:9.0f} "
                 f"{stats.planned_tokens / stats.distinct_tokens:6.2f} {stats.padding:7.2f}"
             )

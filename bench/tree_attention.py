@@ -36,7 +36,7 @@ from common.baselines import Problem
 from common.measure import Call, Stopwatch, about, host_us, write
 from common.workloads import Tree, levels, star
 from forktree import TreeLayout, _core
-from forktree.ops import tree_attention
+from forktree.ops import KVPool, tree_attention
 from forktree.plan.plan import AttentionPlan, plan
 
 SECONDS = 3.0  # a side gets no more rounds once it took this long, but five at least
@@ -83,8 +83,10 @@ def problem(case: Case, dtype: torch.dtype) -> Problem:
 def sides(case: Case, p: Problem, made: AttentionPlan) -> dict[str, Call]:
     """Calls by name; all return [rows, Hq, D] values, SDPA's in a shape of its own."""
 
+    pool = KVPool(p.k_slots, p.v_slots)
+
     def ours() -> Tensor:
-        out = tree_attention(p.q, p.k_slots, p.v_slots, made)
+        out = tree_attention(p.q, pool, made)
         assert isinstance(out, Tensor)
         return out
 
@@ -163,7 +165,7 @@ def measured(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[dict
             check(case, dtype, calls)
             us = Stopwatch("cpu").turns(calls, args.repeat, SECONDS)
             times = {side: [x / 1e3 for x in of_side] for side, of_side in us.items()}
-            stats = made.stats(dtype.itemsize)
+            stats = made.stats()  # at 2 bytes an element
             name = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
             seconds = median(times["forktree"]) / 1e3
             yield dict(
@@ -174,7 +176,7 @@ def measured(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[dict
                 p90_ms={side: float(np.percentile(ms, 90)) for side, ms in times.items()},
                 rounds={side: len(ms) for side, ms in times.items()},
                 plan_us=plan_us,
-                gb_per_s=stats.distinct_bytes / seconds / 1e9,
+                gb_per_s=stats.distinct_bytes * dtype.itemsize / 2 / seconds / 1e9,
                 gflop_per_s=4 * case.heads[0] * case.heads[2] * stats.attended / seconds / 1e9,
                 read_gb_per_s=rates["read"],
                 matmul_gflop_per_s=rates[name],

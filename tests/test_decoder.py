@@ -20,7 +20,7 @@ from forktree import (
     Sample,
     SearchResult,
 )
-from forktree.model.layer_spec import LayerSpec
+from forktree.ops import KVFormat
 
 PROMPTS = ["12+3=", "a", "\n\n-- 7.", "0123456789abcd+-=. " * 4]
 
@@ -237,11 +237,11 @@ def test_pools_follow_what_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     for first in (4096, 1):
         tiny.pools_of_nan(monkeypatch, first)
         decoder = tiny.decoder(num_slots=10**9)
-        sizes = [{len(x) for pool in decoder.worker.runner.pools for x in pool}]
+        sizes = [{len(x) for pool in decoder.worker.runner.pools for x in pool.tensors}]
         for _ in range(2):
             results = decoder.search(prompts, search, max_new_tokens=20)
             found.append([[(c.token_ids, c.score) for c in result.candidates] for result in results])
-            sizes.append({len(x) for pool in decoder.worker.runner.pools for x in pool})
+            sizes.append({len(x) for pool in decoder.worker.runner.pools for x in pool.tensors})
         assert sizes[0] == {first} and sizes[1] == sizes[2] and max(sizes[2]) <= 4096
         tiny.assert_all_returned(decoder.worker)
     assert found[0] == found[2] and found[1] == found[3]
@@ -253,7 +253,7 @@ def test_no_memory_for_larger_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.pools_of_nan(monkeypatch, first=64)
     decoder = tiny.decoder()
     (want,) = decoder.search(["12+3="], Greedy(), max_new_tokens=20)
-    pool, calls = LayerSpec.pool, []
+    pool, calls = KVFormat.pool, []
 
     def scarce(*args: Any) -> Any:
         calls.append(args)
@@ -261,13 +261,13 @@ def test_no_memory_for_larger_pools(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return pool(*args)
 
-    monkeypatch.setattr(LayerSpec, "pool", scarce)
+    monkeypatch.setattr(KVFormat, "pool", scarce)
     for _ in range(2):
         with pytest.raises(
             OutOfMemory, match=r"no memory for the KV of \d+ tokens \(\d+ bytes each\), up from 64: CUDA"
         ):
             decoder.search(prompts, search, max_new_tokens=20)
-    monkeypatch.setattr(LayerSpec, "pool", pool)
+    monkeypatch.setattr(KVFormat, "pool", pool)
     (got,) = decoder.search(["12+3="], Greedy(), max_new_tokens=20)
     assert (got.best.token_ids, got.best.score) == (want.best.token_ids, pytest.approx(want.best.score, abs=1e-4))
     assert all(result.error is None for result in decoder.search(prompts, search, max_new_tokens=20))

@@ -5,9 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from forktree.ops.checks import check_append_kv, check_slots
-from forktree.ops.dtypes import dtype_number
-from forktree.ops.watched import is_watched
+from forktree.ops.checks import check_slots
+from forktree.ops.pool import KVPool
 from forktree.triton_kernels.device import device_of
 
 BLOCK = 1024  # elements copied at once: 16 bytes for each of 128 threads in 16-bit types
@@ -61,20 +60,12 @@ def _append_kv(
         _copy(v, v_slots, token, slot, v_strides, v_slot_strides, heads, DV, BLOCK)
 
 
-def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
-    call = torch.ops.forktree.append_kv.default if is_watched(k) else launch
-    call(k, v, slots, k_slots, v_slots)
-
-
-def launch(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
-    check_append_kv(k, v, slots, k_slots, v_slots)
-    if slots.is_cpu:
-        check_slots(slots, k_slots.shape[0])
-    dtype_number("k_slots", k_slots)
+def launch(k: Tensor, v: Tensor, slots: Tensor, pool: KVPool) -> None:
+    check_slots(slots, pool)
     tokens, heads, k_dim = k.shape
     if not k.numel():
         return
-    k, v, k_slots, v_slots = (x.view(INTEGERS[x.element_size()]) for x in (k, v, k_slots, v_slots))
+    k, v, k_slots, v_slots = (x.view(INTEGERS[x.element_size()]) for x in (k, v, pool.k, pool.v))
     with device_of(k):
         _append_kv[(tokens,)](
             k,

@@ -1,13 +1,9 @@
 """`forktree.ops.merge_states`: a program has some outputs and elements, and takes their lists some entries at once."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from forktree.ops.checks import check_merge_states
-from forktree.ops.dtypes import dtype_number
-from forktree.ops.watched import is_watched
 from forktree.triton_kernels.device import device_of
 
 LANES = 16  # (token, head) pairs of a program
@@ -90,15 +86,7 @@ def _merge_states(
         tl.store(total + at, state_lse, mask=real)
 
 
-def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    call = torch.ops.forktree.merge_states.default if is_watched(o) else launch
-    merged: tuple[Tensor, Tensor] = call(o, lse, indptr, index)
-    return merged
-
-
 def launch(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    check_merge_states(o, lse, indptr, index)
-    dtype_number("o", o)
     o, lse, indptr, index = o.contiguous(), lse.contiguous(), indptr.contiguous(), index.contiguous()
     tokens, heads, dim = indptr.numel() - 1, *o.shape[1:]
     out, total = o.new_empty(tokens, heads, dim), lse.new_empty(tokens, heads)

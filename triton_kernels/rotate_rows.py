@@ -1,13 +1,9 @@
 """`forktree.ops.rotate_rows`: one program a row, whose angles serve all its heads."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from forktree.ops.checks import check_rotate_rows
-from forktree.ops.dtypes import dtype_number
-from forktree.ops.watched import is_watched
 from forktree.triton_kernels.device import device_of
 
 HEADS = 8  # turned at once: 8 * 64 pairs are four for each of 128 threads
@@ -54,15 +50,7 @@ def _rotate_rows(
             tl.store(to + rest[None, :], tl.load(start + rest[None, :] * last_stride, mask=kept), mask=kept)
 
 
-def rotate_rows(q: Tensor, shift: Tensor, inv_freq: Tensor, *, interleaved: bool, rotary_dim: int) -> Tensor:
-    call = torch.ops.forktree.rotate_rows.default if is_watched(q) else launch
-    out: Tensor = call(q, shift, inv_freq, interleaved, rotary_dim)
-    return out
-
-
 def launch(q: Tensor, shift: Tensor, inv_freq: Tensor, interleaved: bool, rotary_dim: int) -> Tensor:
-    check_rotate_rows(q, shift, inv_freq, rotary_dim)
-    dtype_number("q", q)
     rows, heads, dim = q.shape
     out = q.new_empty(rows, heads, dim)
     if not out.numel():

@@ -23,11 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from forktree.ops.checks import check_draw_tensors, check_lm_head
+from forktree.ops.assemble import LmHead, VocabPass, VocabPassResult
 from forktree.ops.dispatch import FLOATS, launcher
 from forktree.ops.sampling import TILE as NOISE_TILE
 from forktree.ops.token_request import REPETITION as REPEATED
-from forktree.ops.vocabulary import Vocabulary
 from forktree.plan.cost_model import multiprocessors
 from forktree.triton_kernels.device import architecture, device_of
 
@@ -811,50 +810,23 @@ def config(arch: int, itemsize: int, rows: int) -> Config:
     return Config(128, block_t, 64, 4 if block_t < 64 or arch == 90 else 8, 4 if large else 3)
 
 
-def launch(
-    hidden: Tensor,
-    lm_head: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float,
-    top_k: int,
-    entropy: bool,
-    keys: Tensor | None,
-    settings: Tensor | None,
-    truncates: bool,
-    edit_indptr: Tensor | None,
-    edit_ids: Tensor | None,
-    edit_ops: Tensor | None,
-    edit_values: Tensor | None,
-    allowed: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """See `forktree.ops.vocabulary`. More than 64 best tokens, and fp64, are left to the torch backend."""
-    edits = edit_indptr, edit_ids, edit_ops, edit_values
-    check_lm_head(hidden, lm_head, bias, scale, softcap or None)
-    check_draw_tensors(hidden, len(lm_head), top_k, keys, settings, edits, allowed)
-    draw = keys, settings, truncates, *edits, allowed
-    if top_k > LISTED or hidden.dtype not in FLOATS:
-        answer: tuple[Tensor, ...] = launcher("torch", "score_tokens")(
-            hidden, lm_head, bias, scale, softcap, top_k, entropy, *draw
-        )
-        return answer
+def launch(hidden: Tensor, lm_head: LmHead, wanted: VocabPass) -> VocabPassResult:
+    """More than 64 best tokens, and fp64, are left to the torch backend."""
+    if wanted.top_k > LISTED or hidden.dtype not in FLOATS:
+        found: VocabPassResult = launcher("torch", "score_tokens")(hidden, lm_head, wanted)
+        return found
     rows, hidden = len(hidden), hidden.contiguous()
-    found = Vocabulary.empty(hidden, top_k, entropy, keys is not None)
+    found = VocabPassResult.empty(hidden, wanted)
+    keys, settings, indptr, allowed = wanted.keys, wanted.settings, wanted.edit_indptr, wanted.allowed
     for begin in range(0, rows, ROWS):
         part = slice(begin, begin + ROWS)
-        _launch(
-            hidden[part],
-            lm_head,
-            bias,
-            scale,
-            softcap,
-            None if keys is None else keys[part],
-            None if settings is None else settings[:, part].contiguous(),
-            truncates,
-            (None if edit_indptr is None else edit_indptr[begin : begin + ROWS + 1], edit_ids, edit_ops, edit_values),
-            None if allowed is None else allowed[part],
-            [x[part] if len(x) else x for x in found],
+        of_part = wanted._replace(
+            keys=None if keys is None else keys[part],
+            settings=None if settings is None else settings[:, part].contiguous(),
+            edit_indptr=None if indptr is None else indptr[begin : begin + ROWS + 1],
+            allowed=None if allowed is None else allowed[part],
         )
+        _launch(hidden[part], lm_head, of_part, VocabPassResult(*(x[part] if len(x) else x for x in found)))
     return found
 
 
@@ -866,21 +838,12 @@ def divided(rows: int, vocab: int, chosen: Config, programs: int, listed: int, t
     return triton.cdiv(tiles, of_split), of_split
 
 
-def _launch(
-    hidden: Tensor,
-    lm_head: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float,
-    keys: Tensor | None,
-    settings: Tensor | None,
-    truncates: bool,
-    edits: tuple[Tensor | None, ...],
-    allowed: Tensor | None,
-    found: list[Tensor],
-) -> None:
+def _launch(hidden: Tensor, lm_head: LmHead, wanted: VocabPass, found: VocabPassResult) -> None:
     """Up to ROWS rows, into `found`."""
-    (rows, size), vocab, top_k = hidden.shape, len(lm_head), found[2].shape[1]
+    (weight, bias, scale, softcap), (rows, size) = lm_head, hidden.shape
+    vocab, top_k, truncates = len(weight), wanted.top_k, wanted.has_truncation
+    edits, allowed = wanted.edits, wanted.allowed
+    softcap = softcap or 0.0
     if hidden.is_cpu:
         chosen, programs = INTERPRETED, INTERPRETED_PROGRAMS
     else:
@@ -891,13 +854,13 @@ def _launch(
     listed = LISTED if truncates else max(16, triton.next_power_of_2(top_k))
     row_tiles = triton.cdiv(rows, chosen.block_t)
     splits, of_split = divided(rows, vocab, chosen, programs, lists * listed, truncates)
-    state = found[0].new_empty(FIELDS, rows, splits)
-    best = found[2].new_empty(lists, rows, splits, listed) if lists else None
-    record = found[2].new_empty(RECORD, rows) if truncates else None
-    counts = found[2].new_empty(rows, BINS.value) if truncates else None
-    arrivals = found[2].new_empty(row_tiles, dtype=torch.int32) if truncates else None
+    state = found.lse.new_empty(FIELDS, rows, splits)
+    best = found.top_ids.new_empty(lists, rows, splits, listed) if lists else None
+    record = found.top_ids.new_empty(RECORD, rows) if truncates else None
+    counts = found.top_ids.new_empty(rows, BINS.value) if truncates else None
+    arrivals = found.top_ids.new_empty(row_tiles, dtype=torch.int32) if truncates else None
     tile = dict(BLOCK_V=chosen.block_v, BLOCK_T=chosen.block_t, BLOCK_K=chosen.block_k)
-    head = hidden, lm_head, bias, keys, settings
+    head = hidden, weight, bias, wanted.keys, wanted.settings
     lists_of = dict(LISTS=lists, LIST=listed, SHAPED_LIST=int(own_list))
     with device_of(hidden):
         _score_tokens[(row_tiles * splits,)](
@@ -917,7 +880,7 @@ def _launch(
             H=size,
             **tile,
             SOFTCAP=softcap > 0,
-            ENTROPY=len(found[1]) > 0,
+            ENTROPY=wanted.entropy,
             **lists_of,
             CLEARED=1024,
             num_warps=chosen.num_warps,
@@ -937,7 +900,7 @@ def _launch(
             H=size,
             SPLITS=triton.next_power_of_2(splits),
             SOFTCAP=softcap > 0,
-            ENTROPY=len(found[1]) > 0,
+            ENTROPY=wanted.entropy,
             TOP_K=top_k,
             **lists_of,
             BLOCK_H=1024,

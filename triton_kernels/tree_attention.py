@@ -1,4 +1,4 @@
-"""`forktree.ops.tree_attention`: persistent programs over the items of a plan (`csrc/plan_view.hpp`).
+"""`forktree.ops.tree_attention`: persistent programs over the items of a plan (`forktree.plan.format`).
 
 A unit of work is an item and a KV head. Its packed rows m are plan row m // G and head m % G of the group; its segments
 are one stream of tokens, cut into tiles whatever the segments' lengths, so that hundreds of one-token nodes fill a
@@ -13,14 +13,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from forktree.ops.checks import check_plan_tensors, check_scores, check_tree_attention
 from forktree.ops.dispatch import MAX_DIM
-from forktree.ops.dtypes import dtype_number
-from forktree.ops.watched import is_watched
+from forktree.ops.plan_tensors import PlanTensors
+from forktree.ops.pool import AttentionOptions, KVPool
 from forktree.plan.cost_model import ROOFLINE_ROWS, multiprocessors
-from forktree.plan.plan import AttentionPlan
 from forktree.triton_kernels.device import architecture, device_of
 from forktree.triton_kernels.merge_states import LANES, LISTED, _merge
+from forktree.triton_kernels.plan_format import (
+    HEADER_EMPTY_TOKENS_OFFSET,
+    HEADER_ITEM_OFFSET,
+    HEADER_MASK_OFFSET,
+    HEADER_MERGE_INDPTR_OFFSET,
+    HEADER_MERGE_PARTIAL_OFFSET,
+    HEADER_NODE_LEN_OFFSET,
+    HEADER_NUM_EMPTY_TOKENS,
+    HEADER_NUM_ITEMS,
+    HEADER_NUM_TOKENS,
+    HEADER_ROW_OFFSET,
+    HEADER_ROW_POS_OFFSET,
+    HEADER_SEG_OFFSET,
+    HEADER_WINDOW,
+    ITEM_PARTIAL,
+    ITEM_ROW_BEGIN,
+    ITEM_ROW_END,
+    ITEM_SEG_BEGIN,
+    ITEM_SEG_END,
+    ITEM_WIDTH,
+    LIVE,
+    ROW_LAST,
+    ROW_MASK,
+    ROW_ROW,
+    ROW_TAIL,
+    ROW_TIP,
+    ROW_TOKEN,
+    ROW_WIDTH,
+    SEG_INDEX_BEGIN,
+    SEG_NODE,
+    SEG_POS,
+    SEG_ROW_HI,
+    SEG_ROW_LO,
+    SEG_START,
+    SEG_STOP,
+    SEG_WIDTH,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,14 +69,17 @@ COUNTERS: dict[tuple[torch.device, int], list[Tensor]] = {}
 def _plain(fields, row_fields, rows, window):
     """Offsets [from, until) of a segment that all rows see."""
     row_lo, row_hi, tip_lo, tip_hi, pos_lo, pos_hi = rows
-    node, pos = tl.load(fields + 3), tl.load(fields + 6)
+    node, pos = tl.load(fields + SEG_NODE), tl.load(fields + SEG_POS)
     plain_from = 0
-    plain_until = tl.where((tl.load(fields + 4) <= row_lo) & (tl.load(fields + 5) > row_hi), 2147483647, 0)
+    all_rows = (tl.load(fields + SEG_ROW_LO) <= row_lo) & (tl.load(fields + SEG_ROW_HI) > row_hi)
+    plain_until = tl.where(all_rows, 2147483647, 0)
     if (node >= tip_lo) & (node <= tip_hi):
-        tail, last, mask = tl.load(row_fields + 3), tl.load(row_fields + 4), tl.load(row_fields + 5)
-        causal = tl.maximum(tail, tl.minimum(last, 2147483646) + 1)
+        tail, last = tl.load(row_fields + ROW_TAIL), tl.load(row_fields + ROW_LAST)
+        mask = tl.load(row_fields + ROW_MASK)
+        causal = tl.maximum(tail, tl.minimum(last, LIVE - 1) + 1)
         until = tl.where(mask >= 0, tail, causal)
-        plain_until = tl.minimum(plain_until, tl.min(tl.where(tl.load(row_fields + 2) == node, until, 2147483647)))
+        until = tl.where(tl.load(row_fields + ROW_TIP) == node, until, 2147483647)
+        plain_until = tl.minimum(plain_until, tl.min(until))
     if window > 0:
         plain_from = tl.maximum(pos_hi - pos, 0) - window + 1
         plain_until = tl.minimum(plain_until, pos_lo - pos + 1)
@@ -81,13 +119,13 @@ def _columns(
         passed = tl.max(tl.where(ends[:, None] <= col[None, :], key[:, None], 0), 0)
         at = first_seg + (passed % (2 * SEGS)).to(tl.int32)
         begin = (passed // (2 * SEGS)).to(tl.int32)
-        offset = tl.load(seg + 8 * at + 1, mask=inside, other=0) + col - begin
-        index = tl.load(seg + 8 * at, mask=inside, other=0) + offset
+        offset = tl.load(seg + SEG_WIDTH * at + SEG_START, mask=inside, other=0) + col - begin
+        index = tl.load(seg + SEG_WIDTH * at + SEG_INDEX_BEGIN, mask=inside, other=0) + offset
         number = tl.max(tl.where(inside, at, first_seg))
         run_end = tl.min(tl.where(first_seg + tl.arange(0, SEGS) >= number, ends, 2147483647))
         to_offset = tl.max(tl.where(inside & (at == number), offset - col, -2147483648))
-        to_index = tl.load(seg + 8 * number) + to_offset
-        plain_from, plain_until = _plain(seg + 8 * number, row_fields, rows, window)
+        to_index = tl.load(seg + SEG_WIDTH * number + SEG_INDEX_BEGIN) + to_offset
+        plain_from, plain_until = _plain(seg + SEG_WIDTH * number, row_fields, rows, window)
     first = tile + to_offset
     plain = within & (first >= plain_from) & (first + BLOCK_N <= plain_until)
     slot = tl.load(slot_index + index, mask=inside, other=0)
@@ -99,20 +137,20 @@ def _seen(seg, row, row_pos, mask_words, lanes, tipped, window, at, offset, insi
     """[M, N] which columns the rows see. `zero` keeps what follows in its branch: it would be spilled if hoisted."""
     first, packed, row_begin, group = lanes
     plan_row = row_begin + tl.minimum(first + zero + tl.arange(0, BLOCK_M), packed - 1) // group
-    row_fields = row + 6 * plan_row
-    lo = tl.load(seg + 8 * at + 4, mask=inside, other=0)
-    hi = tl.load(seg + 8 * at + 5, mask=inside, other=0)
+    row_fields = row + ROW_WIDTH * plan_row
+    lo = tl.load(seg + SEG_WIDTH * at + SEG_ROW_LO, mask=inside, other=0)
+    hi = tl.load(seg + SEG_WIDTH * at + SEG_ROW_HI, mask=inside, other=0)
     seen = (plan_row[:, None] >= lo[None, :]) & (plan_row[:, None] < hi[None, :])
     if window > 0:
-        pos = tl.load(seg + 8 * at + 6, mask=inside, other=0) + offset
-        back = tl.load(row_pos + tl.load(row_fields))[:, None] - pos[None, :]
+        pos = tl.load(seg + SEG_WIDTH * at + SEG_POS, mask=inside, other=0) + offset
+        back = tl.load(row_pos + tl.load(row_fields + ROW_ROW))[:, None] - pos[None, :]
         seen &= (back >= 0) & (back < window)
     if tipped:
-        node = tl.load(seg + 8 * at + 3, mask=inside, other=-1)
-        tail = tl.load(row_fields + 3)
-        own = (node[None, :] == tl.load(row_fields + 2)[:, None]) & (offset[None, :] >= tail[:, None])
-        seen &= (own == 0) | (offset[None, :] <= tl.load(row_fields + 4)[:, None])
-        mask = tl.load(row_fields + 5)
+        node = tl.load(seg + SEG_WIDTH * at + SEG_NODE, mask=inside, other=-1)
+        tail = tl.load(row_fields + ROW_TAIL)
+        own = (node[None, :] == tl.load(row_fields + ROW_TIP)[:, None]) & (offset[None, :] >= tail[:, None])
+        seen &= (own == 0) | (offset[None, :] <= tl.load(row_fields + ROW_LAST)[:, None])
+        mask = tl.load(row_fields + ROW_MASK)
         if tl.max(mask) >= 0:
             bit = offset[None, :] - tail[:, None]
             masked = seen & own & (mask[:, None] >= 0)
@@ -163,25 +201,25 @@ def _row_tile(
     if WIDEN:
         q = q.to(tl.float32)
     row_lo, row_hi = tl.min(plan_row), tl.max(plan_row)
-    tip = tl.load(row_fields + 2)
+    tip = tl.load(row_fields + ROW_TIP)
     tip_lo, tip_hi = tl.min(tip), tl.max(tip)
     tipped = tip_hi >= 0
-    furthest = tl.max(tl.load(row_fields + 4))
+    furthest = tl.max(tl.load(row_fields + ROW_LAST))
     pos_lo, pos_hi = row_lo, row_hi
     if window > 0:
-        at_pos = tl.load(row_pos + tl.load(row_fields))
+        at_pos = tl.load(row_pos + tl.load(row_fields + ROW_ROW))
         pos_lo, pos_hi = tl.min(at_pos), tl.max(at_pos)
     rows = (row_lo, row_hi, tl.maximum(tip_lo, 0), tip_hi, pos_lo, pos_hi)
     for first_seg in range(seg_begin, seg_end, SEGS):
-        fields = seg + 8 * (first_seg + tl.arange(0, SEGS))
+        fields = seg + SEG_WIDTH * (first_seg + tl.arange(0, SEGS))
         real = first_seg + tl.arange(0, SEGS) < seg_end
-        node = tl.load(fields + 3, mask=real, other=-1)
-        lo = tl.load(fields + 4, mask=real, other=0)
-        hi = tl.load(fields + 5, mask=real, other=0)
-        stop = tl.minimum(tl.load(fields + 2, mask=real, other=0), tl.load(node_len + node, mask=real, other=0))
+        node = tl.load(fields + SEG_NODE, mask=real, other=-1)
+        lo = tl.load(fields + SEG_ROW_LO, mask=real, other=0)
+        hi = tl.load(fields + SEG_ROW_HI, mask=real, other=0)
+        stop = tl.minimum(tl.load(fields + SEG_STOP, mask=real, other=0), tl.load(node_len + node, mask=real, other=0))
         if tipped & (tip_lo == tip_hi):
-            stop = tl.where(node == tip_hi, tl.minimum(stop, tl.minimum(furthest, 2147483646) + 1), stop)
-        length = tl.maximum(stop - tl.load(fields + 1, mask=real, other=0), 0)
+            stop = tl.where(node == tip_hi, tl.minimum(stop, tl.minimum(furthest, LIVE - 1) + 1), stop)
+        length = tl.maximum(stop - tl.load(fields + SEG_START, mask=real, other=0), 0)
         length = tl.where((lo <= row_hi) & (hi > row_lo), length, 0)
         ends = tl.cumsum(length, 0)
         total = tl.sum(length)
@@ -216,8 +254,8 @@ def _row_tile(
             else:
                 s *= scale * LOG2E
             if ALIBI:
-                pos = tl.load(seg + 8 * at + 6, mask=inside, other=0) + offset
-                s += slope[:, None] * (pos[None, :] - tl.load(row_pos + tl.load(row_fields))[:, None])
+                pos = tl.load(seg + SEG_WIDTH * at + SEG_POS, mask=inside, other=0) + offset
+                s += slope[:, None] * (pos[None, :] - tl.load(row_pos + tl.load(row_fields + ROW_ROW))[:, None])
             # The branch yields the mask: if it yielded s, Triton would do the softmax in another layout than that of s.
             seen = tl.full([BLOCK_M, BLOCK_N], True, tl.int1)
             if plain == 0:
@@ -282,8 +320,8 @@ def _item(
         lane = tl.minimum(lane, packed - 1)
         plan_row = row_begin + lane // group
         q_head = head * group + lane % group
-        fields = row + 6 * plan_row
-        layout_row = tl.load(fields)
+        fields = row + ROW_WIDTH * plan_row
+        layout_row = tl.load(fields + ROW_ROW)
         q_at = q + layout_row.to(tl.int64) * q_row_stride + q_head.to(tl.int64) * q_head_stride
         q_tile = tl.load(q_at[:, None] + dk[None, :], mask=dk[None, :] < DK, other=0.0)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -335,7 +373,7 @@ def _item(
         spoilt = tl.maximum(spoilt, tl.max((o != o).to(tl.int32)))
         stored = real[:, None] & (dv[None, :] < DV)
         if partial < 0:
-            state = tl.load(fields + 1).to(tl.int64) * (kv_heads * group) + q_head
+            state = tl.load(fields + ROW_TOKEN).to(tl.int64) * (kv_heads * group) + q_head
             tl.store(out + state[:, None] * DV + dv[None, :], o.to(out.dtype.element_ty), mask=stored)
             tl.store(lse + state, total, mask=real)
         else:
@@ -378,7 +416,7 @@ def _merge_last(
         lane = (i + turn) % blocks * LANES + tl.arange(0, LANES)
         real = lane < packed
         q_head = head * group + lane % group
-        token = tl.load(row + 6 * (row_begin + lane // group) + 1, mask=real, other=0)
+        token = tl.load(row + ROW_WIDTH * (row_begin + lane // group) + ROW_TOKEN, mask=real, other=0)
         begin = tl.load(merge_indptr + token, mask=real, other=0)
         count = tl.load(merge_indptr + token + 1, mask=real, other=0) - begin
         output = token.to(tl.int64) * (kv_heads * group) + q_head
@@ -414,16 +452,16 @@ def _merge_last(
 
 
 @triton.jit
-def _clear(token, sinks, out, lse, heads, DV: tl.constexpr, SINKS: tl.constexpr, CLEARED: tl.constexpr):
+def _write_empty(token, sinks, out, lse, heads, DV: tl.constexpr, SINKS: tl.constexpr, BLOCK: tl.constexpr):
     """A token that sees nothing."""
-    element = tl.arange(0, CLEARED)
-    zeros = tl.zeros([CLEARED], out.dtype.element_ty)
-    for first in range(0, heads * DV, CLEARED):
+    element = tl.arange(0, BLOCK)
+    zeros = tl.zeros([BLOCK], out.dtype.element_ty)
+    for first in range(0, heads * DV, BLOCK):
         at = first + element
         tl.store(out + token.to(tl.int64) * (heads * DV) + at, zeros, mask=at < heads * DV)
-    for first in range(0, heads, CLEARED):
+    for first in range(0, heads, BLOCK):
         at = first + element
-        total = tl.full([CLEARED], float("-inf"), tl.float32)
+        total = tl.full([BLOCK], float("-inf"), tl.float32)
         if SINKS:
             total = tl.load(sinks + at, mask=at < heads, other=0.0)
         tl.store(lse + token.to(tl.int64) * heads + at, total, mask=at < heads)
@@ -471,24 +509,17 @@ def _tree_attention(
     """Grid: any number of programs."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     heads = kv_heads * group
-    tokens, items, segs, nodes, partials, clears = (
-        tl.load(plan + 3),
-        tl.load(plan + 4),
-        tl.load(plan + 5),
-        tl.load(plan + 6),
-        tl.load(plan + 7),
-        tl.load(plan + 13),
-    )
-    rows, window = tl.load(plan + 2), tl.load(plan + 12)
-    item = plan + 16
-    seg = item + 5 * items
-    merge_indptr = seg + 8 * segs
-    merge_partial = merge_indptr + tokens + 1
-    clear = merge_partial + partials
-    row = clear + clears
-    node_len = row + 6 * rows
-    row_pos = node_len + nodes
-    mask_words = row_pos + rows
+    tokens, items = tl.load(plan + HEADER_NUM_TOKENS), tl.load(plan + HEADER_NUM_ITEMS)
+    num_empty, window = tl.load(plan + HEADER_NUM_EMPTY_TOKENS), tl.load(plan + HEADER_WINDOW)
+    item = plan + tl.load(plan + HEADER_ITEM_OFFSET)
+    seg = plan + tl.load(plan + HEADER_SEG_OFFSET)
+    merge_indptr = plan + tl.load(plan + HEADER_MERGE_INDPTR_OFFSET)
+    merge_partial = plan + tl.load(plan + HEADER_MERGE_PARTIAL_OFFSET)
+    empty_tokens = plan + tl.load(plan + HEADER_EMPTY_TOKENS_OFFSET)
+    row = plan + tl.load(plan + HEADER_ROW_OFFSET)
+    node_len = plan + tl.load(plan + HEADER_NODE_LEN_OFFSET)
+    row_pos = plan + tl.load(plan + HEADER_ROW_POS_OFFSET)
+    mask_words = plan + tl.load(plan + HEADER_MASK_OFFSET)
     partial_lse = scratch + max_partials.to(tl.int64) * heads * DV
 
     strides = (q_row_stride, q_head_stride, k_slot_stride, k_head_stride, v_slot_stride, v_head_stride)
@@ -496,10 +527,11 @@ def _tree_attention(
     sections = (seg, row, node_len, row_pos, mask_words, window)
     results = (out, lse, scratch, partial_lse)
     for unit in range(program, items * kv_heads, programs):
-        fields = item + unit // kv_heads * 5
+        fields = item + unit // kv_heads * ITEM_WIDTH
         head = unit % kv_heads
-        row_begin, row_end, partial = tl.load(fields), tl.load(fields + 1), tl.load(fields + 4)
-        seg_begin, seg_end = tl.load(fields + 2), tl.load(fields + 3)
+        row_begin, row_end = tl.load(fields + ITEM_ROW_BEGIN), tl.load(fields + ITEM_ROW_END)
+        seg_begin, seg_end = tl.load(fields + ITEM_SEG_BEGIN), tl.load(fields + ITEM_SEG_END)
+        partial = tl.load(fields + ITEM_PARTIAL)
         work = (row_begin, row_end, seg_begin, seg_end, partial, head, kv_heads, group)
         spoilt = _item(
             inputs,
@@ -567,11 +599,11 @@ def _tree_attention(
                 LISTED,
             )
 
-    for i in range(program, clears + num_tokens - tokens, programs):
-        token = tokens + i - clears
-        if i < clears:
-            token = tl.load(clear + i)
-        _clear(token, sinks, out, lse, heads, DV, SINKS, BLOCK_N * 16)
+    for i in range(program, num_empty + num_tokens - tokens, programs):
+        token = tokens + i - num_empty
+        if i < num_empty:
+            token = tl.load(empty_tokens + i)
+        _write_empty(token, sinks, out, lse, heads, DV, SINKS, BLOCK_N * 16)
 
 
 @dataclass(frozen=True)
@@ -607,54 +639,13 @@ def config(arch: int, itemsize: int, dim: int, packed_rows: int, biased: bool) -
     return Config(128, 64 if dim > 64 and 90 <= arch < 120 and not biased else 32, 8, 3)
 
 
-def tree_attention(
-    q: Tensor,
-    k_slots: Tensor,
-    v_slots: Tensor,
-    plan: AttentionPlan,
-    *,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    call = torch.ops.forktree.tree_attention.default if is_watched(q) else launch
-    state: tuple[Tensor, Tensor] = call(
-        q,
-        k_slots,
-        v_slots,
-        *plan.on(q.device),
-        plan.layout.num_tokens,
-        plan.num_partials,
-        scale,
-        softcap or 0.0,
-        sinks,
-        alibi_slopes,
-    )
-    return state
-
-
-def launch(
-    q: Tensor,
-    k_slots: Tensor,
-    v_slots: Tensor,
-    plan: Tensor,
-    slot_index: Tensor,
-    num_tokens: int,
-    max_partials: int,
-    scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    check_tree_attention(q, k_slots, v_slots, sinks, alibi_slopes)
-    check_scores(scale, softcap or None)
-    check_plan_tensors(plan, slot_index, q.device)
-    dtype_number("q", q)
+def launch(q: Tensor, pool: KVPool, plan: PlanTensors, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    k_slots, v_slots, num_tokens, max_partials = pool.k, pool.v, plan.num_tokens, plan.max_partials
+    softcap, sinks, alibi_slopes = options.softcap or 0.0, options.sinks, options.alibi_slopes
     heads, k_dim = q.shape[1:]
     kv_heads, v_dim = v_slots.shape[1:]
     if max(k_dim, v_dim) > MAX_DIM:
-        raise ValueError(f"k_slots and v_slots must have head dims of at most {MAX_DIM}, got {k_dim} and {v_dim}")
+        raise ValueError(f"k and v of the pool must have head dims of at most {MAX_DIM}, got {k_dim} and {v_dim}")
     if q.stride(2) != 1:
         q = q.contiguous()
     out = q.new_empty(num_tokens, heads, v_dim)
@@ -673,8 +664,8 @@ def launch(
             q,
             k_slots,
             v_slots,
-            plan,
-            slot_index,
+            plan.buffer,
+            plan.slot_index,
             _per_head(sinks),
             _per_head(alibi_slopes),
             out,
@@ -691,7 +682,7 @@ def launch(
             max_partials,
             kv_heads,
             heads // kv_heads,
-            scale,
+            options.scale_of(k_dim),
             softcap,
             DK=k_dim,
             DV=v_dim,

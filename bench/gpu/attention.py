@@ -84,7 +84,7 @@ def made_for(p: Problem, tree: TreeLayout, cost_model: CostModel | None = None) 
 def attend(p: Problem, made: AttentionPlan, name: str) -> Tensor:
     """By the backend of that name."""
     with backend(name):
-        out = ops.tree_attention(p.q, p.k_slots, p.v_slots, made)
+        out = ops.tree_attention(p.q, ops.KVPool(p.k_slots, p.v_slots), made)
     assert isinstance(out, Tensor)
     return out
 
@@ -93,7 +93,7 @@ def check(p: Problem, made: dict[str, Side]) -> tuple[dict[str, float], dict[str
     """Largest errors of the sides that are right, in parts of the largest output; and what is wrong with the others."""
     tree = made_for(p, layout(p.tree, p.slot_of))
     with backend("torch"):
-        expected = ops.tree_attention(p.q.float(), p.k_slots.float(), p.v_slots.float(), tree)
+        expected = ops.tree_attention(p.q.float(), ops.KVPool(p.k_slots.float(), p.v_slots.float()), tree)
     assert isinstance(expected, Tensor)
     errors, wrong = {}, {}
     for name, side in made.items():

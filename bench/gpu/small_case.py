@@ -11,7 +11,8 @@ import torch
 
 from common.workloads import layout, levels, slots
 from forktree import ops
-from forktree.ops import reference
+from forktree.ops.dispatch import launcher
+from forktree.ops.plan_tensors import PlanTensors
 from forktree.plan.cost_model import memory_bound_gpu
 from forktree.plan.plan import plan
 
@@ -35,15 +36,14 @@ def main() -> None:
     new = torch.randn(2, slot_of.size, KV_HEADS, DIM, dtype=torch.bfloat16)
     shift, inv_freq = torch.arange(rows), torch.rand(DIM // 2)
     pools = torch.full_like(new, torch.nan).to(device)
-    ops.append_kv(*new.to(device), torch.arange(slot_of.size, device=device), *pools)
+    ops.append_kv(*new.to(device), torch.arange(slot_of.size, device=device), ops.KVPool(*pools))
     turned = ops.rotate_rows(q.to(device), shift.to(device), inv_freq.to(device))
-    out, lse = ops.tree_attention(turned, *pools, made, return_lse=True)
+    out, lse = ops.tree_attention(turned, ops.KVPool(*pools), made, return_lse=True)
     merged, _ = ops.merge_states(out, lse, *(x.to(device) for x in (torch.arange(rows + 1), torch.arange(rows))))
 
-    expected = reference.rotate_rows(q, shift, inv_freq, interleaved=False, rotary_dim=DIM)
-    expected, _ = reference.tree_attention(
-        expected, *new, made, scale=DIM**-0.5, softcap=None, sinks=None, alibi_slopes=None
-    )
+    expected = launcher("reference", "rotate_rows")(q, shift, inv_freq, False, DIM)
+    attend = launcher("reference", "tree_attention")
+    expected, _ = attend(expected, ops.KVPool(*new), PlanTensors.of(made, q.device), ops.AttentionOptions())
     torch.testing.assert_close(merged.cpu(), expected, atol=2e-2, rtol=2e-2)
     print(f"{rows} rows, {made.num_partials} partials: as it should be")
 

@@ -37,8 +37,8 @@ public:
             return Pool{static_cast<const char*>(data) + head_begin * head_stride * item_size, slot_stride * item_size,
                         pieces, head_stride * item_size, heads / pieces * dim * item_size};
         };
-        pools[0] = part(call.k, call.k_slot_stride, call.k_head_stride, call.key_dim);
-        pools[1] = part(call.v, call.v_slot_stride, call.v_head_stride, call.value_dim);
+        pools[0] = part(call.pool.k, call.pool.k_slot_stride, call.pool.k_head_stride, call.pool.k_dim);
+        pools[1] = part(call.pool.v, call.pool.v_slot_stride, call.pool.v_head_stride, call.pool.v_dim);
     }
 
     // steps: how many there will be while this chunk is fetched, about.

@@ -34,9 +34,11 @@ struct Copy {
 
 }  // namespace
 
-void append_kv(int dtype, int64_t heads, int64_t num_slots, Indices slots, const Append& k, const Append& v,
-               int threads) {
-    const int64_t item = item_size(dtype);
+void append_kv(const AppendKvParams& params, int threads) {
+    const Append k = keys(params), v = values(params);
+    const Indices slots = params.slots;
+    const int64_t heads = params.pool.num_kv_heads, num_slots = params.pool.num_slots;
+    const int64_t item = item_size(int(params.pool.dtype));
     int64_t highest = -1;
     for (int64_t t = 0; t < slots.size; ++t) highest = std::max(highest, slots[t]);
     if (highest >= num_slots)

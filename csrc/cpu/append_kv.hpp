@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/indices.hpp"
+#include "params.h"
 
 namespace forktree {
 
@@ -20,17 +20,27 @@ struct Append {
     Strided pool;  // [num_slots, Hk, dim]
 };
 
-// slots [T]: a negative one is not stored. Throws std::invalid_argument, before anything is written, if one lies beyond
-// the pool. Of two tokens with the same slot either may win.
-void append_kv(int dtype, int64_t heads, int64_t num_slots, Indices slots, const Append& k, const Append& v,
-               int threads);
+inline Append keys(const AppendKvParams& x) {
+    return {x.pool.k_dim,
+            {const_cast<void*>(x.k), x.k_row_stride, x.k_head_stride},
+            {x.pool.k, x.pool.k_slot_stride, x.pool.k_head_stride}};
+}
+
+inline Append values(const AppendKvParams& x) {
+    return {x.pool.v_dim,
+            {const_cast<void*>(x.v), x.v_row_stride, x.v_head_stride},
+            {x.pool.v, x.pool.v_slot_stride, x.pool.v_head_stride}};
+}
+
+// Throws std::invalid_argument, before anything is written, if a slot lies beyond the pool. Of two tokens with the same
+// slot either may win.
+void append_kv(const AppendKvParams& params, int threads);
 
 namespace cuda {
 
 // The same on the current device, in order with what else `stream` does. Slots beyond the pool are not looked for, as
 // that would wait for the device: they are not stored. Throws std::runtime_error if the device does not take it.
-void append_kv(int dtype, int64_t heads, int64_t num_slots, Indices slots, const Append& k, const Append& v,
-               void* stream);
+void append_kv(const AppendKvParams& params, void* stream);
 
 }  // namespace cuda
 }  // namespace forktree

@@ -46,8 +46,11 @@ void add(const T* __restrict o, float weight, float* __restrict sum, int64_t dim
 }
 
 template <class T>
-void merge_all(const T* o, const float* lse, int64_t heads, int64_t dim, Indices indptr, Indices index, T* out,
-               float* total, int threads) {
+void merge_all(const MergeStatesParams& x, int threads) {
+    const T* o = static_cast<const T*>(x.o);
+    const float* lse = x.lse;
+    const int64_t heads = x.heads, dim = x.dim;
+    const Indices indptr = x.indptr, index = x.index;
     const int64_t outputs = (indptr.size - 1) * heads;
     const Ranges ranges(outputs, (index.size * heads + outputs) * dim * int64_t(sizeof(T)));
     std::vector<float> sums(size_t(ranges.tasks * dim));
@@ -56,7 +59,7 @@ void merge_all(const T* o, const float* lse, int64_t heads, int64_t dim, Indices
         for (int64_t output = first; output < last; ++output) {
             const int64_t t = output / heads, h = output % heads;
             const int64_t begin = indptr[t], end = indptr[t + 1];
-            T* to = out + output * dim;
+            T* to = static_cast<T*>(x.out) + output * dim;
             float highest = EMPTY;
             for (int64_t i = begin; i < end; ++i) highest = std::max(highest, lse[index[i] * heads + h]);
             if (highest == EMPTY) highest = 0;  // all empty: exp(-inf - 0) = 0, where -inf - -inf would be NaN
@@ -71,20 +74,16 @@ void merge_all(const T* o, const float* lse, int64_t heads, int64_t dim, Indices
             }
             const float scale = mass == 0 ? 1 : 1 / mass;
             for (int64_t d = 0; d < dim; ++d) to[d] = from_float<T>(sum[d] * scale);
-            total[output] = std::log(mass) + highest;
+            x.total[output] = std::log(mass) + highest;
         }
     });
 }
 
 }  // namespace
 
-void merge_states(int dtype, const void* o, const float* lse, int64_t states, int64_t heads, int64_t dim,
-                  Indices indptr, Indices index, void* out, float* total, int threads) {
-    check(indptr, index, states);
-    with_dtype(dtype, [&](auto x) {
-        using T = decltype(x);
-        merge_all(static_cast<const T*>(o), lse, heads, dim, indptr, index, static_cast<T*>(out), total, threads);
-    });
+void merge_states(const MergeStatesParams& params, int threads) {
+    check(params.indptr, params.index, params.states);
+    with_dtype(int(params.dtype), [&](auto x) { merge_all<decltype(x)>(params, threads); });
 }
 
 }  // namespace forktree

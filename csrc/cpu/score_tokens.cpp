@@ -8,7 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "common/isa.hpp"
 #include "common/memory.hpp"
 #include "common/parallel.hpp"
 
@@ -21,25 +20,11 @@ constexpr int64_t MOST_ROWS = 64;          // rows that share one reading of lm_
 constexpr int64_t MOST_BYTES = 15 << 20;   // of scratch
 constexpr float INF = std::numeric_limits<float>::infinity(), NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
-ScoringKernel kernel(Dtype dtype) {
-    switch (isa()) {
-#ifdef FORKTREE_BUILT_AMX
-        case Isa::amx: return amx::scoring_kernel(dtype);
-#endif
-#ifdef FORKTREE_BUILT_AVX512BF16
-        case Isa::avx512bf16: return avx512bf16::scoring_kernel(dtype);
-#endif
-#ifdef FORKTREE_BUILT_AVX512
-        case Isa::avx512: return avx512::scoring_kernel(dtype);
-#endif
-#ifdef FORKTREE_BUILT_AVX2
-        case Isa::avx2: return avx2::scoring_kernel(dtype);
-#endif
-        default: return portable::scoring_kernel(dtype);
-    }
-}
+ScoringKernel kernel(Dtype dtype){FORKTREE_RETURN_OF_ISA(scoring_kernel(dtype))}
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
 
 bool better(const Candidate& a, const Candidate& b) { return a.value > b.value || (a.value == b.value && a.id < b.id); }
 
@@ -47,7 +32,7 @@ bool better(const Candidate& a, const Candidate& b) { return a.value > b.value |
 struct Setting {
     double temperature, top_k, top_p, min_p;
 
-    Setting(const TokenScoring& call, int64_t row)
+    Setting(const ScoreTokensParams& call, int64_t row)
         : temperature(call.settings[row]),
           top_k(call.settings[call.rows + row]),
           top_p(call.settings[2 * call.rows + row]),
@@ -68,7 +53,7 @@ struct Room {
 
     static int64_t room(int64_t keep) { return keep ? keep + std::max<int64_t>(keep / 2, NOISE_TILE) : 0; }
 
-    Room(const TokenScoring& call, const ScoringKernel& kernel, int most_threads) : threads(most_threads) {
+    Room(const ScoreTokensParams& call, const ScoringKernel& kernel, int most_threads) : threads(most_threads) {
         bool truncates = false;
         for (int64_t row = 0; call.keys && row < call.rows; ++row)
             truncates |= Setting(call, row).truncates(call.vocab);
@@ -116,7 +101,7 @@ struct Nucleus {
 };
 
 class Block {
-    const TokenScoring& call;
+    const ScoreTokensParams& call;
     const ScoringKernel kernel;
     const Room& room;
     char* const memory;
@@ -130,7 +115,7 @@ class Block {
     std::vector<std::vector<Lead>> leads;
 
 public:
-    Block(const TokenScoring& call, const ScoringKernel& kernel, const Room& room, char* memory,
+    Block(const ScoreTokensParams& call, const ScoringKernel& kernel, const Room& room, char* memory,
           std::vector<int32_t> which)
         : call(call), kernel(kernel), room(room), memory(memory), rows(std::move(which)), n(int64_t(rows.size())) {
         pass.call = &call;
@@ -166,7 +151,7 @@ public:
             const Total plain = total(i, 0), after = total(i, 3);
             const double lse = plain.lse();
             call.lse[rows[i]] = float(lse);
-            if (call.entropies) call.entropies[rows[i]] = float(lse - plain.max - plain.weighted / plain.sum);
+            if (call.entropy) call.entropy[rows[i]] = float(lse - plain.max - plain.weighted / plain.sum);
             gather(raw, i, best);
             write_top(rows[i], best);
             if (!call.keys) continue;
@@ -416,19 +401,19 @@ private:
         return with_dtype(int(call.dtype), [&](auto x) {
             using T = decltype(x);
             const T* a = static_cast<const T*>(call.hidden) + rows[lane] * call.row_stride;
-            const T* b = static_cast<const T*>(call.lm_head) + token * call.size;
+            const T* b = static_cast<const T*>(call.lm_head) + token * call.hidden_size;
             double sum = 0;
-            for (int64_t k = 0; k < call.size; ++k) sum += double(to_float(a[k])) * to_float(b[k]);
+            for (int64_t k = 0; k < call.hidden_size; ++k) sum += double(to_float(a[k])) * to_float(b[k]);
             const double z = (sum + (call.bias ? call.bias[token] : 0.0f)) * call.scale;
             return float(call.softcap ? call.softcap * std::tanh(z / call.softcap) : z);
         });
     }
 };
 
-int threads_for(const TokenScoring& call, const ScoringKernel& kernel, int threads) {
+int threads_for(const ScoreTokensParams& call, const ScoringKernel& kernel, int threads) {
     // A thread is worth calling for some 10 us of work.
     const int64_t vectors = ceil_div(std::min(call.rows, MOST_ROWS), kernel.lane_block);
-    return int(std::clamp<int64_t>(call.vocab * call.size * vectors / 30000, 1,
+    return int(std::clamp<int64_t>(call.vocab * call.hidden_size * vectors / 30000, 1,
                                    std::clamp<int64_t>(threads, 1, ceil_div(call.vocab, CHUNK))));
 }
 
@@ -440,7 +425,7 @@ void shrink(CandidateList& list) {
     list.floor = list.items[list.keep - 1].value;
 }
 
-int64_t score_tokens(const TokenScoring& call, int threads) {
+int64_t score_tokens(const ScoreTokensParams& call, int threads) {
     if (call.vocab > std::numeric_limits<int32_t>::max())
         throw std::invalid_argument("lm_head must have fewer than 2^31 rows, got " + std::to_string(call.vocab));
     const ScoringKernel own = kernel(call.dtype);

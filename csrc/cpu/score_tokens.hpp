@@ -4,38 +4,12 @@
 #include <cstdint>
 
 #include "common/numeric.hpp"
+#include "isa_dispatch.hpp"
+#include "params.h"
 
 namespace forktree {
 
 constexpr int64_t NOISE_TILE = 64;  // tokens whose mass shares one Gumbel number: TILE in forktree.sampling
-
-// All of one call.
-struct TokenScoring {
-    Dtype dtype;
-    const void* hidden;  // [T, H], rows `row_stride` elements apart
-    int64_t row_stride, rows, size;
-    const void* lm_head;  // [V, H]
-    int64_t vocab;
-    const float* bias;     // [V] or null
-    float scale, softcap;  // softcap 0 = none
-    int64_t top_k;         // at most V
-    // The draw; keys null: none.
-    const uint64_t* keys;        // [T]
-    const double* settings;      // [4, T]: temperature (0 = greedy), top_k, top_p, min_p
-    const int32_t* edit_indptr;  // [T + 1] or null
-    const int32_t* edit_ids;
-    const int32_t* edit_ops;  // 0: add, 1: repetition
-    const float* edit_values;
-    const int32_t* allowed;  // [T, ceil(V / 32)] bits or null
-    // Results; those not asked for are null.
-    float* lse;              // [T]
-    float* entropies;        // [T]
-    int64_t* top_ids;        // [T, top_k]
-    float* top_logits;       // [T, top_k]
-    int64_t* token;          // [T]
-    float* token_logit;      // [T]
-    float* shaped_log_prob;  // [T]
-};
 
 struct Candidate {
     float value;
@@ -73,7 +47,7 @@ enum class Purpose {
 
 // One pass over lm_head for a few rows. Arrays are by lane: row `row[lane]` of the call.
 struct ScoringPass {
-    const TokenScoring* call;
+    const ScoreTokensParams* call;
     Purpose purpose;
     int64_t rows, lanes;     // lanes: rows, rounded up to whole vectors
     const int32_t* row;      // [rows]
@@ -109,32 +83,18 @@ struct ScoringWorker {
 // The part that is compiled for each instruction set.
 struct ScoringKernel {
     int64_t lane_block;  // lanes are a multiple of this
-    int64_t (*packed_bytes)(const TokenScoring&, int64_t lanes);
-    int64_t (*scratch_bytes)(const TokenScoring&, int64_t lanes);  // of a worker
+    int64_t (*packed_bytes)(const ScoreTokensParams&, int64_t lanes);
+    int64_t (*scratch_bytes)(const ScoreTokensParams&, int64_t lanes);  // of a worker
     void (*pack)(const ScoringPass&);
     // Tokens [begin, end), begin a multiple of NOISE_TILE.
     void (*walk)(const ScoringPass&, int64_t begin, int64_t end, const ChunkSums&, ScoringWorker&);
 };
 
-namespace portable {
-ScoringKernel scoring_kernel(Dtype dtype);
-}
-namespace avx2 {
-ScoringKernel scoring_kernel(Dtype dtype);
-}
-namespace avx512 {
-ScoringKernel scoring_kernel(Dtype dtype);
-}
-namespace avx512bf16 {
-ScoringKernel scoring_kernel(Dtype dtype);
-}
-namespace amx {
-ScoringKernel scoring_kernel(Dtype dtype);
-}
+FORKTREE_FOR_EACH_ISA(ScoringKernel scoring_kernel(Dtype dtype);)
 
 // The whole operation. Returns the bytes of scratch it took. Throws std::invalid_argument or std::bad_alloc before
 // anything is written.
-int64_t score_tokens(const TokenScoring& call, int threads);
+int64_t score_tokens(const ScoreTokensParams& call, int threads);
 
 // What the draw of a row needs for a tile: see `noise` in forktree.sampling.
 FORKTREE_INLINE uint64_t mix64(uint64_t z) {

@@ -29,8 +29,8 @@ constexpr float LOG2_E = 1.44269504f, INF = __builtin_inff();
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 template <class Element>
-int64_t terms_of(const TokenScoring& call) {
-    return round_up(call.size, 16 * Element::TERMS) / Element::TERMS;  // whole tiles of AMX
+int64_t terms_of(const ScoreTokensParams& call) {
+    return round_up(call.hidden_size, 16 * Element::TERMS) / Element::TERMS;  // whole tiles of AMX
 }
 
 // ------------------------------------------------------------------ the product
@@ -198,7 +198,7 @@ class Walk {
     typedef typename Element::Term Term;
 
     const ScoringPass& pass;
-    const TokenScoring& call;
+    const ScoreTokensParams& call;
     const int64_t lanes, terms;
     const ChunkSums& sums;
     ScoringWorker& worker;
@@ -244,7 +244,7 @@ public:
 
 private:
     const char* head(int64_t token) const {
-        return static_cast<const char*>(call.lm_head) + token * call.size * (call.dtype == Dtype::fp32 ? 4 : 2);
+        return static_cast<const char*>(call.lm_head) + token * call.hidden_size * (call.dtype == Dtype::fp32 ? 4 : 2);
     }
 
     bool edits() const { return pass.inverse && call.edit_indptr; }
@@ -264,7 +264,7 @@ private:
             for (int64_t k = 0; k < terms; k += DEPTH) {
                 const int64_t here = terms - k < DEPTH ? terms - k : DEPTH;
                 const int64_t first = k * Element::TERMS;
-                const int64_t left = call.size - first < depth ? call.size - first : depth;
+                const int64_t left = call.hidden_size - first < depth ? call.hidden_size - first : depth;
                 for (int64_t m = 0; m < STAGED; ++m) {
                     if (m < real)
                         stage(head(token + row + m) + first * item, staged + m * STRIDE, left, here, call.dtype);
@@ -365,8 +365,8 @@ private:
         const float* z = logits + lane;
         const vf top = top_of(z, n, lanes);
         if (worker.raw) push(worker.raw, z, token, n, lane, top);
-        const Sums plain = call.entropies ? sums_of<true>(z, n, lanes, top) : sums_of<false>(z, n, lanes, top);
-        add(sums.max + lane, sums.sum + lane, call.entropies ? sums.weighted + lane : nullptr, plain);
+        const Sums plain = call.entropy ? sums_of<true>(z, n, lanes, top) : sums_of<false>(z, n, lanes, top);
+        add(sums.max + lane, sums.sum + lane, call.entropy ? sums.weighted + lane : nullptr, plain);
         if (!pass.inverse) return;
         const float* s = shape(token, n, lane);
         if (s == z) {
@@ -512,7 +512,7 @@ inline uint32_t term(const void* from, int64_t k, int64_t size, Dtype, uint32_t*
 template <class Element>
 void pack(const ScoringPass& pass) {
     typedef typename Element::Term Term;
-    const TokenScoring& call = *pass.call;
+    const ScoreTokensParams& call = *pass.call;
     Term* packed = static_cast<Term*>(pass.packed);
     const int64_t terms = terms_of<Element>(call), item = call.dtype == Dtype::fp32 ? 4 : 2;
     for (int64_t lane = 0; lane < pass.lanes; ++lane) {
@@ -520,17 +520,17 @@ void pack(const ScoringPass& pass) {
         if (lane < pass.rows) from += pass.row[lane] * call.row_stride * item;
         for (int64_t k = 0; k < terms; ++k)
             packed[k * pass.lanes + lane] =
-                lane < pass.rows ? term(from, k, call.size, call.dtype, static_cast<Term*>(nullptr)) : Term(0);
+                lane < pass.rows ? term(from, k, call.hidden_size, call.dtype, static_cast<Term*>(nullptr)) : Term(0);
     }
 }
 
 template <class Element>
-int64_t packed_bytes(const TokenScoring& call, int64_t lanes) {
+int64_t packed_bytes(const ScoreTokensParams& call, int64_t lanes) {
     return 4 * terms_of<Element>(call) * lanes;
 }
 
 template <class Element>
-int64_t scratch_bytes(const TokenScoring&, int64_t lanes) {
+int64_t scratch_bytes(const ScoreTokensParams&, int64_t lanes) {
     return Walk<Element>::bytes(lanes);
 }
 

@@ -8,30 +8,14 @@
 #include <string>
 #include <vector>
 
-#include "common/isa.hpp"
 #include "common/memory.hpp"
 #include "common/parallel.hpp"
+#include "plan/validate.hpp"
 
 namespace forktree {
 namespace {
 
-AttentionKernel kernel(const Attention& call) {
-    switch (isa()) {
-#ifdef FORKTREE_BUILT_AMX
-        case Isa::amx: return amx::attention_kernel(call);
-#endif
-#ifdef FORKTREE_BUILT_AVX512BF16
-        case Isa::avx512bf16: return avx512bf16::attention_kernel(call);
-#endif
-#ifdef FORKTREE_BUILT_AVX512
-        case Isa::avx512: return avx512::attention_kernel(call);
-#endif
-#ifdef FORKTREE_BUILT_AVX2
-        case Isa::avx2: return avx2::attention_kernel(call);
-#endif
-        default: return portable::attention_kernel(call);
-    }
-}
+AttentionKernel kernel(const Attention& call){FORKTREE_RETURN_OF_ISA(attention_kernel(call))}
 
 int64_t seg_tokens(const PlanView& plan, const Seg& seg) {
     return std::max<int64_t>(0, int64_t(std::min(seg.stop, plan.node_len[seg.node])) - seg.start);
@@ -50,11 +34,13 @@ void expect_at_least(const char* what, int64_t planned, int64_t given) {
                                     " as in the plan, got " + std::to_string(given));
 }
 
-void check_slots(const Attention& call, int64_t num_slots, int64_t slot_index_size) {
-    if (call.plan.index_end > slot_index_size)
-        throw std::invalid_argument("slot_index must have at least " + std::to_string(call.plan.index_end) +
-                                    " entries for this plan, got " + std::to_string(slot_index_size));
-    for (int32_t s = 0; s < call.plan.header->segs; ++s) {
+// Validates the plan, and that the slots it reads are in the pool.
+void check_plan(const Attention& call) {
+    const int64_t index_end = validate(call.plan);
+    if (index_end > call.slot_index_size)
+        throw std::invalid_argument("slot_index must have at least " + std::to_string(index_end) +
+                                    " entries for this plan, got " + std::to_string(call.slot_index_size));
+    for (int32_t s = 0; s < call.plan.header->num_segs; ++s) {
         const Seg& seg = call.plan.seg[s];
         const int64_t tokens = seg_tokens(call.plan, seg), begin = int64_t(seg.index_begin) + seg.start;
         int32_t low = 0, high = -1;
@@ -62,17 +48,17 @@ void check_slots(const Attention& call, int64_t num_slots, int64_t slot_index_si
             low = std::min(low, call.slot_index[i]);
             high = std::max(high, call.slot_index[i]);
         }
-        if (low < 0 || high >= num_slots)
-            throw std::invalid_argument("slot_index must be in [0, " + std::to_string(num_slots) + "), the pool, got " +
-                                        std::to_string(low < 0 ? low : high));
+        if (low < 0 || high >= call.pool.num_slots)
+            throw std::invalid_argument("slot_index must be in [0, " + std::to_string(call.pool.num_slots) +
+                                        "), the pool, got " + std::to_string(low < 0 ? low : high));
     }
 }
 
 // What items cost for one KV head: vectors of 16 lanes x tokens, and something for each segment.
 std::vector<int64_t> work_of(const Attention& call) {
     const PlanView& plan = call.plan;
-    std::vector<int64_t> work(plan.header->items);
-    for (int32_t i = 0; i < plan.header->items; ++i)
+    std::vector<int64_t> work(plan.header->num_items);
+    for (int32_t i = 0; i < plan.header->num_items; ++i)
         for (int32_t s = plan.item[i].seg_begin; s < plan.item[i].seg_end; ++s) {
             const Seg& seg = plan.seg[s];
             work[i] += (seg_tokens(plan, seg) + 8) * ((int64_t(seg.row_hi - seg.row_lo) * call.group + 15) / 16);
@@ -82,7 +68,7 @@ std::vector<int64_t> work_of(const Attention& call) {
 
 // Items, most work first, for as many KV heads at a time as leave every thread enough to do.
 std::vector<AttentionTask> tasks(const Attention& call, const std::vector<int64_t>& work, int64_t all, int threads) {
-    const int32_t items = int32_t(work.size()), heads = call.num_kv_heads;
+    const int32_t items = int32_t(work.size()), heads = call.pool.num_kv_heads;
     std::vector<int32_t> order(items);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return work[a] > work[b]; });
@@ -100,8 +86,8 @@ std::vector<AttentionTask> tasks(const Attention& call, const std::vector<int64_
 }
 
 // An output that nothing is computed for: 0, and the log-sum-exp of nothing or of the sink alone.
-void clear(const Attention& call, int64_t token) {
-    const int64_t heads = call.num_qo_heads, row = heads * call.value_dim * item_size(int(call.dtype));
+void write_empty(const Attention& call, int64_t token) {
+    const int64_t heads = call.num_qo_heads, row = heads * call.pool.v_dim * item_size(int(call.dtype));
     std::memset(static_cast<char*>(call.out) + token * row, 0, row);
     for (int64_t head = 0; head < heads; ++head)
         call.lse[token * heads + head] = call.sinks ? call.sinks[head] : -__builtin_inff();
@@ -109,32 +95,32 @@ void clear(const Attention& call, int64_t token) {
 
 }  // namespace
 
-void tree_attention(Attention call, const AttentionSizes& sizes, int threads) {
-    call.plan = plan_view(sizes.plan, sizes.plan_size);
+void tree_attention(const TreeAttentionParams& params, int threads) {
+    Attention call{params, open_plan(params.plan_buffer, params.plan_size), 0, nullptr, nullptr, nullptr};
     const PlanView& plan = call.plan;
-    expect_at_least("rows of q", plan.header->rows, sizes.rows);
-    expect_at_least("num_tokens", plan.header->tokens, sizes.tokens);
-    expect_at_least("max_partials", plan.header->partials, sizes.max_partials);
+    expect_at_least("rows of q", plan.header->num_rows, call.rows);
+    expect_at_least("num_tokens", plan.header->num_tokens, call.num_tokens);
+    expect_at_least("max_partials", plan.header->num_partials, call.max_partials);
     expect("query heads", plan.header->num_qo_heads, call.num_qo_heads);
-    expect("KV heads", plan.header->num_kv_heads, call.num_kv_heads);
-    expect("head_dim", plan.header->head_dim, call.key_dim);
-    call.group = call.num_qo_heads / call.num_kv_heads;
-    check_slots(call, sizes.num_slots, sizes.slot_index_size);
+    expect("KV heads", plan.header->num_kv_heads, call.pool.num_kv_heads);
+    expect("head_dim", plan.header->head_dim, call.pool.k_dim);
+    call.group = call.num_qo_heads / call.pool.num_kv_heads;
+    if (!call.plan_trusted) check_plan(call);
     const AttentionKernel run = kernel(call);
 
     static thread_local Memory scratch, partials;
-    const int64_t states = int64_t(plan.header->partials) * call.num_qo_heads;
-    call.partial_out = reinterpret_cast<float*>(partials.get(4 * states * (call.value_dim + 2)));
-    call.partial_max = call.partial_out + states * call.value_dim;
+    const int64_t states = int64_t(plan.header->num_partials) * call.num_qo_heads;
+    call.partial_out = reinterpret_cast<float*>(partials.get(4 * states * (call.pool.v_dim + 2)));
+    call.partial_max = call.partial_out + states * call.pool.v_dim;
     call.partial_mass = call.partial_max + states;
 
-    for (int32_t i = 0; i < plan.header->clears; ++i) clear(call, plan.clear[i]);
-    for (int64_t token = plan.header->tokens; token < sizes.tokens; ++token) clear(call, token);
+    for (int32_t i = 0; i < plan.header->num_empty_tokens; ++i) write_empty(call, plan.empty_tokens[i]);
+    for (int64_t token = plan.header->num_tokens; token < call.num_tokens; ++token) write_empty(call, token);
 
     // A thread is worth calling for some 10 us of work: 30,000 multiply-adds of vectors.
     const std::vector<int64_t> work = work_of(call);
     const int64_t all = std::accumulate(work.begin(), work.end(), int64_t(0));
-    const int64_t steps = all * call.num_kv_heads * (call.key_dim + call.value_dim);
+    const int64_t steps = all * call.pool.num_kv_heads * (call.pool.k_dim + call.pool.v_dim);
     threads = int(std::clamp<int64_t>(steps / 30000, 1, std::max(threads, 1)));
     const std::vector<AttentionTask> todo = tasks(call, work, all, threads);
     std::atomic<bool> no_memory{false};
@@ -148,10 +134,10 @@ void tree_attention(Attention call, const AttentionSizes& sizes, int threads) {
         }
     });
     if (no_memory) throw std::bad_alloc();
-    if (plan.header->partials)
-        parallel(plan.header->tokens, threads, [&](int64_t token) {
+    if (plan.header->num_partials)
+        parallel(plan.header->num_tokens, threads, [&](int64_t token) {
             if (plan.merge_indptr[token] < plan.merge_indptr[token + 1])
-                run.merge(call, token, reinterpret_cast<float*>(scratch.get(4 * call.value_dim)));
+                run.merge(call, token, reinterpret_cast<float*>(scratch.get(4 * call.pool.v_dim)));
         });
 }
 

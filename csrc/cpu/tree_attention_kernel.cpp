@@ -43,7 +43,7 @@ constexpr Interleave interleave_indices;
 
 // An output, [Dv].
 inline void put(const Attention& call, int64_t to, const float* from) {
-    const int64_t dim = call.value_dim;
+    const int64_t dim = call.pool.v_dim;
     if (call.dtype == Dtype::fp32) __builtin_memcpy(static_cast<float*>(call.out) + to * dim, from, 4 * dim);
     else narrow(from, static_cast<uint16_t*>(call.out) + to * dim, dim, call.dtype);
 }
@@ -99,7 +99,7 @@ struct Scratch {
 
     Scratch(const Attention& call, int64_t rows, int64_t heads, uintptr_t address)
         : stride(lane_stride(rows * call.group)) {
-        const int64_t key_terms = call.key_dim / Element::TERMS, value_dim = call.value_dim;
+        const int64_t key_terms = call.pool.k_dim / Element::TERMS, value_dim = call.pool.v_dim;
         const uintptr_t begin = address;
         const auto take = [&](auto*& pointer, int64_t count) {
             pointer = reinterpret_cast<decltype(pointer + 0)>(address);
@@ -149,8 +149,8 @@ public:
           heads(task.head_end - task.head_begin),
           group(call.group),
           lanes((item.row_end - item.row_begin) * group),
-          key_terms(call.key_dim / Element::TERMS),
-          value_dim(call.value_dim),
+          key_terms(call.pool.k_dim / Element::TERMS),
+          value_dim(call.pool.v_dim),
           prefetch(call, task.head_begin, task.head_end - task.head_begin) {}
 
     // Damage is rare and shows in the sums, so that they alone are looked at: all is done again then, with care.
@@ -198,7 +198,7 @@ private:
     }
 
     void advance(Chunk& chunk) const {
-        const int64_t token_bytes = heads * (call.key_dim + value_dim) * (call.dtype == Dtype::fp32 ? 4 : 2);
+        const int64_t token_bytes = heads * (call.pool.k_dim + value_dim) * (call.dtype == Dtype::fp32 ? 4 : 2);
         int64_t most = CACHED / token_bytes / TILE * TILE;
         most = most < TILE ? TILE : most > CHUNK ? CHUNK : most;
         chunk.at += chunk.count;
@@ -319,7 +319,7 @@ private:
                vf* factor) {
         const int vectors = int(ceil_div(n, VL));
         // What is scaled only is scaled within the exponential.
-        const bool scaled_only = !call.softcap && !call.alibi_slopes && call.scale > 0;
+        const bool scaled_only = !call.biased();
         if (!scaled_only) reshape_scores(seg, lane, n, at, tokens, head);
         if (!whole) hide(seg, lane, n, at, tokens);
         const float unit = scaled_only ? call.scale * LOG2_E : 1.0f;
@@ -436,13 +436,13 @@ private:
     // ---------------------------------------------------------------- tiles
 
     const char* k_at(int64_t slot, int64_t head) const {
-        return static_cast<const char*>(call.k) +
-               (slot * call.k_slot_stride + head * call.k_head_stride) * (call.dtype == Dtype::fp32 ? 4 : 2);
+        return static_cast<const char*>(call.pool.k) +
+               (slot * call.pool.k_slot_stride + head * call.pool.k_head_stride) * (call.dtype == Dtype::fp32 ? 4 : 2);
     }
 
     const char* v_at(int64_t slot, int64_t head) const {
-        return static_cast<const char*>(call.v) +
-               (slot * call.v_slot_stride + head * call.v_head_stride) * (call.dtype == Dtype::fp32 ? 4 : 2);
+        return static_cast<const char*>(call.pool.v) +
+               (slot * call.pool.v_slot_stride + head * call.pool.v_head_stride) * (call.dtype == Dtype::fp32 ? 4 : 2);
     }
 
     float element(const void* from, int64_t d) const {
@@ -465,7 +465,7 @@ private:
 
     Tile<Element> key_tile(const int32_t* slots, int64_t count, int64_t head) {
         if constexpr (Element::TERMS == 1) {
-            return tile([&](int64_t t) { return k_at(slots[t], head); }, count, call.key_dim, keys);
+            return tile([&](int64_t t) { return k_at(slots[t], head); }, count, call.pool.k_dim, keys);
         } else {
             for (int64_t t = 0; t < count; ++t)
                 __builtin_memcpy(keys + t * key_terms, k_at(slots[t], head), 4 * key_terms);
@@ -551,7 +551,7 @@ private:
 };
 
 void merge(const Attention& call, int64_t token, float* sum) {
-    const int64_t heads = call.num_qo_heads, dim = call.value_dim;
+    const int64_t heads = call.num_qo_heads, dim = call.pool.v_dim;
     const int32_t* begin = call.plan.merge_partial + call.plan.merge_indptr[token];
     const int32_t* end = call.plan.merge_partial + call.plan.merge_indptr[token + 1];
     for (int64_t head = 0; head < heads; ++head) {
@@ -601,7 +601,7 @@ AttentionKernel kernel_of() {
 
 AttentionKernel attention_kernel(const Attention& call) {
 #if defined(__AVX512BF16__)
-    if (call.dtype == Dtype::bf16 && call.key_dim % 2 == 0) return kernel_of<Pair>();
+    if (call.dtype == Dtype::bf16 && call.pool.k_dim % 2 == 0) return kernel_of<Pair>();
 #endif
     (void)call;
     return kernel_of<Single>();

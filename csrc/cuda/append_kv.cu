@@ -42,14 +42,15 @@ void append_all(int64_t heads, int64_t num_slots, Indices slots, const Append& k
 
 }  // namespace
 
-void append_kv(int dtype, int64_t heads, int64_t num_slots, Indices slots, const Append& k, const Append& v,
-               void* stream) {
+void append_kv(const AppendKvParams& params, void* stream) {
+    const Append k = keys(params), v = values(params);
+    const int64_t heads = params.pool.num_kv_heads;
     if (heads * (k.dim + v.dim) > INT32_MAX)
         throw std::invalid_argument("K and V of a token must be below 2^31 elements, got " +
                                     std::to_string(heads * (k.dim + v.dim)));
     // Numbers are not looked at: elements of 16 bits are all alike.
-    if (item_size(dtype) == 4) append_all<uint32_t>(heads, num_slots, slots, k, v, stream);
-    else append_all<uint16_t>(heads, num_slots, slots, k, v, stream);
+    const auto append_as = item_size(int(params.pool.dtype)) == 4 ? append_all<uint32_t> : append_all<uint16_t>;
+    append_as(heads, params.pool.num_slots, params.slots, k, v, stream);
 }
 
 }  // namespace forktree::cuda

@@ -46,28 +46,26 @@ FORKTREE_KERNEL void merge(const T* o, const float* lse, int64_t states, int hea
 }
 
 template <class T>
-void merge_all(const T* o, const float* lse, int64_t states, int heads, int dim, Indices indptr, Indices index, T* out,
-               float* total, void* stream) {
+void merge_all(const MergeStatesParams& x, void* stream) {
+    const T* o = static_cast<const T*>(x.o);
+    T* out = static_cast<T*>(x.out);
+    const int heads = int(x.heads), dim = int(x.dim);
     const bool wide = gpu::in_chunks(sizeof(T), {o, out}, {dim});
     const int64_t vectors = int64_t(heads) * dim / (wide ? gpu::WIDE<T> : 1);
     const int64_t parts = (vectors + THREADS - 1) / THREADS;
     const auto kernel = wide ? merge<T, gpu::WIDE<T>> : merge<T, 1>;
-    gpu::launch(kernel, (indptr.size - 1) * parts, THREADS, 0, stream, o, lse, states, heads, dim, indptr, index, out,
-                total, int(parts));
+    gpu::launch(kernel, (x.indptr.size - 1) * parts, THREADS, 0, stream, o, x.lse, x.states, heads, dim, x.indptr,
+                x.index, out, x.total, int(parts));
 }
 
 }  // namespace
 
-void merge_states(int dtype, const void* o, const float* lse, int64_t states, int64_t heads, int64_t dim,
-                  Indices indptr, Indices index, void* out, float* total, void* stream) {
-    if (indptr.size < 1) throw std::invalid_argument("indptr must have at least 1 entry, got 0");
-    if (heads * dim > INT32_MAX)
-        throw std::invalid_argument("a state must be below 2^31 elements, got " + std::to_string(heads * dim));
-    with_dtype(dtype, [&](auto x) {
-        using T = decltype(x);
-        merge_all(static_cast<const T*>(o), lse, states, int(heads), int(dim), indptr, index, static_cast<T*>(out),
-                  total, stream);
-    });
+void merge_states(const MergeStatesParams& params, void* stream) {
+    const int64_t size = params.heads * params.dim;
+    if (params.indptr.size < 1) throw std::invalid_argument("indptr must have at least 1 entry, got 0");
+    if (size > INT32_MAX)
+        throw std::invalid_argument("a state must be below 2^31 elements, got " + std::to_string(size));
+    with_dtype(int(params.dtype), [&](auto x) { merge_all<decltype(x)>(params, stream); });
 }
 
 }  // namespace forktree::cuda

@@ -17,6 +17,12 @@ struct Rows {
     int heads, dim;
 };
 
+struct Rotation {
+    const double* inv_freq;
+    int64_t pairs;
+    bool interleaved;
+};
+
 // One block a row: its angles once, into shared memory, then N pairs of a head at a time.
 template <class T, int N, bool INTERLEAVED>
 FORKTREE_KERNEL void rotate(Rows x, Indices shift, Rotation rotation) {
@@ -68,17 +74,17 @@ void rotate_all(const Rows& x, Indices shift, const Rotation& rotation, void* st
 
 }  // namespace
 
-void rotate_rows(int dtype, const void* q, int64_t row_stride, int64_t head_stride, int64_t heads, int64_t dim,
-                 Indices shift, const Rotation& rotation, void* out, void* stream) {
-    if (rotation.pairs < 1 || rotation.pairs > dim / 2)
+void rotate_rows(const RotateRowsParams& params, void* stream) {
+    const int64_t heads = params.heads, dim = params.dim;
+    if (params.pairs < 1 || params.pairs > dim / 2)
         throw std::invalid_argument("rotary_dim must be even and in [2, " + std::to_string(dim) + "] (D), got " +
-                                    std::to_string(2 * rotation.pairs));
+                                    std::to_string(2 * params.pairs));
     if (heads * dim > INT32_MAX)
         throw std::invalid_argument("a row must be below 2^31 elements, got " + std::to_string(heads * dim));
     if (!heads) return;
-    with_dtype(dtype, [&](auto x) {
-        rotate_all<decltype(x)>({q, row_stride, head_stride, out, int(heads), int(dim)}, shift, rotation, stream);
-    });
+    const Rows rows{params.q, params.row_stride, params.head_stride, params.out, int(heads), int(dim)};
+    const Rotation rotation{params.inv_freq, params.pairs, params.interleaved};
+    with_dtype(int(params.dtype), [&](auto x) { rotate_all<decltype(x)>(rows, params.shift, rotation, stream); });
 }
 
 }  // namespace forktree::cuda

@@ -19,44 +19,46 @@ void check_strides(const char* name, int64_t row_stride, int64_t head_stride) {
 }
 
 template <class T>
-void launch_dim(int32_t head_dim, const GpuAttention& call, bool biased, GpuStream stream) {
-    switch (head_dim) {
-        case 64: return launch_attention<T, 64>(call, biased, stream);
-        case 96: return launch_attention<T, 96>(call, biased, stream);
-        case 128: return launch_attention<T, 128>(call, biased, stream);
-        case 256: return launch_attention<T, 256>(call, biased, stream);
+void launch_dim(const GpuAttention& call, void* stream) {
+    switch (call.pool.k_dim) {
+        case 64: return launch_attention<T, 64>(call, stream);
+        case 96: return launch_attention<T, 96>(call, stream);
+        case 128: return launch_attention<T, 128>(call, stream);
+        case 256: return launch_attention<T, 256>(call, stream);
     }
-    throw std::invalid_argument("head_dim must be 64, 96, 128 or 256, got " + std::to_string(head_dim));
+    throw std::invalid_argument("head_dim must be 64, 96, 128 or 256, got " + std::to_string(call.pool.k_dim));
 }
 
 }  // namespace
 
-void cuda::tree_attention(int dtype, int32_t head_dim, int64_t max_partials, float* partials, GpuAttention call,
-                          GpuStream stream) {
-    check_aligned("q", call.q);
-    check_aligned("k_slots", call.k);
-    check_aligned("v_slots", call.v);
-    check_aligned("out", call.out);
-    check_aligned("partials", partials);
-    check_strides("q", call.q_row_stride, call.q_head_stride);
-    check_strides("k_slots", call.k_slot_stride, call.k_head_stride);
-    check_strides("v_slots", call.v_slot_stride, call.v_head_stride);
-    if (call.num_kv_heads < 1 || call.num_qo_heads < 1 || call.num_qo_heads % call.num_kv_heads)
-        throw std::invalid_argument("query heads must be a multiple of the KV heads, got " +
-                                    std::to_string(call.num_qo_heads) + " and " + std::to_string(call.num_kv_heads));
-    if (call.num_tokens < 0 || max_partials < 0)
+void cuda::tree_attention(const TreeAttentionParams& params, void* stream) {
+    const KvPool& pool = params.pool;
+    check_aligned("q", params.q);
+    check_aligned("k_slots", pool.k);
+    check_aligned("v_slots", pool.v);
+    check_aligned("out", params.out);
+    check_aligned("partials", params.partials);
+    check_strides("q", params.q_row_stride, params.q_head_stride);
+    check_strides("k_slots", pool.k_slot_stride, pool.k_head_stride);
+    check_strides("v_slots", pool.v_slot_stride, pool.v_head_stride);
+    const int32_t heads = params.num_qo_heads, kv_heads = pool.num_kv_heads, dim = pool.k_dim;
+    if (kv_heads < 1 || heads < 1 || heads % kv_heads)
+        throw std::invalid_argument("query heads must be a multiple of the KV heads, got " + std::to_string(heads) +
+                                    " and " + std::to_string(kv_heads));
+    if (params.num_tokens < 0 || params.max_partials < 0)
         throw std::invalid_argument("num_tokens and max_partials must be at least 0, got " +
-                                    std::to_string(call.num_tokens) + " and " + std::to_string(max_partials));
-    const int64_t states = max_partials * call.num_qo_heads;
-    call.group = call.num_qo_heads / call.num_kv_heads;
-    call.partial_out = partials;
-    call.partial_top = partials + states * head_dim;
-    call.partial_mass = call.partial_top + states;
-    const bool biased = call.softcap > 0 || call.alibi_slopes || !(call.scale > 0);
-    switch (Dtype(dtype)) {
-        case Dtype::bf16: return launch_dim<Bf16>(head_dim, call, biased, stream);
-        case Dtype::fp16: return launch_dim<Fp16>(head_dim, call, biased, stream);
-        default: throw std::invalid_argument("dtype must be 1 (bf16) or 2 (fp16), got " + std::to_string(dtype));
+                                    std::to_string(params.num_tokens) + " and " + std::to_string(params.max_partials));
+    if (dim != pool.v_dim)
+        throw std::invalid_argument("head_dim must be that of K as of V, got " + std::to_string(dim) + " and " +
+                                    std::to_string(pool.v_dim));
+    const int64_t states = params.max_partials * heads;
+    float* const top = params.partials + states * dim;
+    const GpuAttention call{params, heads / kv_heads, params.partials, top, top + states};
+    switch (params.dtype) {
+        case Dtype::bf16: return launch_dim<Bf16>(call, stream);
+        case Dtype::fp16: return launch_dim<Fp16>(call, stream);
+        default:
+            throw std::invalid_argument("dtype must be 1 (bf16) or 2 (fp16), got " + std::to_string(int(params.dtype)));
     }
 }
 

@@ -3,6 +3,6 @@
 
 namespace forktree {
 
-template void launch_attention<FORKTREE_ELEMENT, FORKTREE_HEAD_DIM>(const GpuAttention&, bool, GpuStream);
+template void launch_attention<FORKTREE_ELEMENT, FORKTREE_HEAD_DIM>(const GpuAttention&, void*);
 
 }  // namespace forktree

@@ -109,10 +109,10 @@ public:
         : call(call), shared(*reinterpret_cast<S*>(gpu::shared_memory())), plan(shared.plan) {}
 
     FORKTREE_DEVICE void work() {
-        if (thread == 0) shared.plan = sections(call.plan);
+        if (thread == 0) shared.plan = plan_view(call.plan_buffer);
         gpu::sync_block();
         clear();
-        const int heads = call.num_kv_heads, units = plan.header->items * heads;
+        const int heads = call.pool.num_kv_heads, units = plan.header->num_items * heads;
         for (int unit = gpu::block(); unit < units; unit += gpu::blocks()) {
             item = plan.item[unit / heads];
             kv_head = unit % heads;
@@ -126,22 +126,6 @@ public:
     }
 
 private:
-    // The sections of a plan, which was checked on the host.
-    static FORKTREE_DEVICE PlanView sections(const int32_t* buffer) {
-        PlanView v{};
-        v.header = reinterpret_cast<const Header*>(buffer);
-        v.item = reinterpret_cast<const Item*>(buffer + sizeof(Header) / 4);
-        v.seg = reinterpret_cast<const Seg*>(v.item + v.header->items);
-        v.merge_indptr = reinterpret_cast<const int32_t*>(v.seg + v.header->segs);
-        v.merge_partial = v.merge_indptr + v.header->tokens + 1;
-        v.clear = v.merge_partial + v.header->partials;
-        v.row = reinterpret_cast<const Row*>(v.clear + v.header->clears);
-        v.node_len = reinterpret_cast<const int32_t*>(v.row + v.header->rows);
-        v.row_pos = v.node_len + v.header->nodes;
-        v.mask = reinterpret_cast<const uint32_t*>(v.row_pos + v.header->rows);
-        return v;
-    }
-
     static FORKTREE_DEVICE int min(int a, int b) { return a < b ? a : b; }
     static FORKTREE_DEVICE int max(int a, int b) { return a > b ? a : b; }
     static FORKTREE_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the other one if one is NaN
@@ -150,11 +134,11 @@ private:
 
     // Tokens nobody writes: those the plan names, and those beyond it.
     FORKTREE_DEVICE void clear() {
-        const int beyond = call.num_tokens - plan.header->tokens, heads = call.num_qo_heads;
-        const int64_t all = (int64_t(plan.header->clears) + beyond) * heads;
+        const int beyond = int(call.num_tokens) - plan.header->num_tokens, heads = call.num_qo_heads;
+        const int64_t all = (int64_t(plan.header->num_empty_tokens) + beyond) * heads;
         for (int64_t i = gpu::block() * WARPS + warp; i < all; i += gpu::blocks() * WARPS) {
             const int index = int(i / heads), head = int(i % heads);
-            const int token = index < beyond ? plan.header->tokens + index : plan.clear[index - beyond];
+            const int token = index < beyond ? plan.header->num_tokens + index : plan.empty_tokens[index - beyond];
             const float nothing[4] = {};
             for (int d = 4 * lane; d < D; d += 128) write(output(token, head) + d, nothing);
             if (lane == 0) call.lse[int64_t(token) * heads + head] = call.sinks ? call.sinks[head] : -INF;
@@ -196,7 +180,7 @@ private:
             if (begin + thread < item.row_end) {
                 token = plan.row[begin + thread].token;
                 const int partials = plan.merge_indptr[token + 1] - plan.merge_indptr[token];
-                int* counter = call.counters + int64_t(token) * call.num_kv_heads + kv_head;
+                int* counter = call.counters + int64_t(token) * call.pool.num_kv_heads + kv_head;
                 gpu::fence();
                 if (gpu::atomic_add(counter, 1) == partials - 1) {
                     *counter = 0;  // for the next launch
@@ -514,8 +498,8 @@ private:
                 const int place = i >= 0 ? i % RING : 0;
                 if (i >= 0 && shared.count[place] == 0) break;
                 if (i + STAGES - 1 >= 0)
-                    block.fetch(shared.v[(i + STAGES - 1) % STAGES], call.v, call.v_slot_stride, call.v_head_stride,
-                                (i + STAGES - 1) % RING);
+                    block.fetch(shared.v[(i + STAGES - 1) % STAGES], call.pool.v, call.pool.v_slot_stride,
+                                call.pool.v_head_stride, (i + STAGES - 1) % RING);
                 gpu::commit();
                 const int coming = (i + STAGES + 1) % RING, slot = block.look_up(coming);
                 float s[WIDTH / 8][4];
@@ -529,8 +513,8 @@ private:
                 gpu::wait<2 * STAGES - 2>();
                 gpu::sync_block();
                 if (i + STAGES >= 0)
-                    block.fetch(shared.k[(i + STAGES) % STAGES], call.k, call.k_slot_stride, call.k_head_stride,
-                                (i + STAGES) % RING);
+                    block.fetch(shared.k[(i + STAGES) % STAGES], call.pool.k, call.pool.k_slot_stride,
+                                call.pool.k_head_stride, (i + STAGES) % RING);
                 gpu::commit();
                 if (i >= 0 && shared.careful) {
                     block.clean(shared.v[i % STAGES]);
@@ -768,13 +752,14 @@ FORKTREE_KERNEL void FORKTREE_BOUNDS(ATTENTION_THREADS, 2) kernel(const GpuAtten
 }  // namespace attention
 
 template <class T, int D>
-void launch_attention(const GpuAttention& call, bool biased, GpuStream stream) {
+void launch_attention(const GpuAttention& call, void* stream) {
+    const bool biased = call.biased();
     const auto kernel = biased ? attention::kernel<T, D, true> : attention::kernel<T, D, false>;
     constexpr int BYTES = sizeof(attention::Shared<D>), DEVICES = 64;
     static std::atomic<int> known[2][DEVICES];  // resident blocks: asking takes longer than launching
-    std::atomic<int>& blocks = known[biased][stream.device % DEVICES];
+    std::atomic<int>& blocks = known[biased][call.device % DEVICES];
     if (!blocks) blocks = gpu::resident_blocks(kernel, ATTENTION_THREADS, BYTES);
-    gpu::launch(kernel, blocks.load(), ATTENTION_THREADS, BYTES, stream.stream, call);
+    gpu::launch(kernel, blocks.load(), ATTENTION_THREADS, BYTES, stream, call);
 }
 
 }  // namespace forktree

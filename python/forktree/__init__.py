@@ -17,9 +17,10 @@ from forktree.errors import (
     UnsupportedModel,
 )
 from forktree.ops.sampling import Sampling
-from forktree.ops.token_request import Draw, Edits, Head, Ragged, TokenRequest, TokenScores
+from forktree.ops.token_request import Draw, LogitEdits, RaggedIds, TokenRequest, TokenScores
+from forktree.plan.check import check_plan
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import AttentionPlan, check_plan, plan
+from forktree.plan.plan import AttentionPlan, plan
 
 if TYPE_CHECKING:
     from forktree import rewards, search
@@ -45,18 +46,17 @@ __all__ = [
     "Candidate",
     "Decoder",
     "Draw",
-    "Edits",
     "ForktreeError",
     "FunctionReward",
     "Greedy",
-    "Head",
     "Hypothesis",
     "InvalidInput",
+    "LogitEdits",
     "MajorityVote",
     "NonFinite",
     "OutOfMemory",
     "ParticleFilter",
-    "Ragged",
+    "RaggedIds",
     "Reward",
     "RewardError",
     "RewardModel",

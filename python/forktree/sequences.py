@@ -23,7 +23,7 @@ from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput, NonFinite, OutOfMemory
 from forktree.kv import Branch, Tree
 from forktree.model import ModelSpec, attached
-from forktree.ops.token_request import Ragged, TokenRequest
+from forktree.ops.token_request import RaggedIds, TokenRequest
 from forktree.plan.layout import ranges
 from forktree.prompts import unpadded
 from forktree.search.request import score_tokens
@@ -296,10 +296,9 @@ class _Scoring:
         begin = np.minimum(wanted[np.searchsorted(wanted, first)], ends - 1)  # rows before are of prompts
         row = ranges(begin, ends - begin)
         indptr = np.searchsorted(walk.row[part], np.append(row, stop))
-        select = Ragged(upload(indptr, device), upload(walk.target[part], device))
+        select = RaggedIds(upload(indptr, device), upload(walk.target[part], device))
         request = TokenRequest(select=select, lse=True)
         scores = (await score_tokens(branches, request, since=since + begin - first, checked=False)).scores
-        assert scores.lse is not None and scores.selected_log_probs is not None
         of = upload(np.repeat(np.arange(len(row)), np.diff(indptr)), device)
         return part, stop, Download(scores.selected_log_probs.masked_fill(~scores.lse.isfinite()[of], torch.nan))
 

@@ -33,8 +33,8 @@ class Pair:
         self.eager = Runner(self.spec, num_slots=NUM_SLOTS, graphs=None if device == "cpu" else NoGraphs())
         self.captured = Runner(self.spec, num_slots=NUM_SLOTS, graphs=self.graphs)
         for runner in (self.eager, self.captured):
-            for pool in (p for pools in runner.pools for p in pools):
-                pool.fill_(torch.nan)
+            for x in (x for pool in runner.pools for x in pool.tensors):
+                x.fill_(torch.nan)
         self.forest = Forest(np.random.default_rng(1))
         self.tolerance = tolerance
 
@@ -45,7 +45,8 @@ class Pair:
         want, got = (r.forward(tokens, positions, slots, r.plans(layout)) for r in (self.eager, self.captured))
         near = dict(atol=self.tolerance, rtol=self.tolerance)
         torch.testing.assert_close(got, want, **near)
-        torch.testing.assert_close(self.captured.pools, self.eager.pools, equal_nan=True, **near)
+        got_pools, want_pools = ([p.tensors for p in r.pools] for r in (self.captured, self.eager))
+        torch.testing.assert_close(got_pools, want_pools, equal_nan=True, **near)
         return got
 
     def random_steps(self, count):
@@ -130,7 +131,8 @@ def test_pools_that_grow(monkeypatch):
     models.pools_of_nan(monkeypatch, first=4)
     pair = Pair("gemma2")
     pair.random_steps(12)
-    assert {len(x) for runner in (pair.eager, pair.captured) for pool in runner.pools for x in pool} == {NUM_SLOTS}
+    pools = [*pair.eager.pools, *pair.captured.pools]
+    assert {len(x) for pool in pools for x in pool.tensors} == {NUM_SLOTS}
     assert pair.graphs.captures >= 3
 
 
@@ -138,7 +140,7 @@ def test_more_partials_than_there_is_room_for(monkeypatch):
     """The runner's own plans keep to it; with others it runs eagerly."""
     monkeypatch.setattr(captured, "SCRATCH", 4 * 4 * (8 + 2) * 3)
     pair = Pair()
-    (kind,) = pair.captured.layer_specs
+    (layer,) = pair.captured.layer_specs
     assert pair.captured._captured.max_partials == [3]
     forest = pair.forest
     trunk = forest.root()
@@ -148,11 +150,11 @@ def test_more_partials_than_there_is_room_for(monkeypatch):
         forest.grow(branch, 1)
     tokens, positions, slots, layout = forest.step(dict.fromkeys(branches, 1))
     keen = replace(CPU, grain=0, item=0, partial=0, segment=0)  # to cut
-    heads = dict(num_qo_heads=kind.num_qo_heads, num_kv_heads=kind.num_kv_heads, head_dim=kind.head_dim)
+    heads = dict(num_qo_heads=layer.num_qo_heads, num_kv_heads=layer.format.num_kv_heads, head_dim=layer.format.k_dim)
     cut = plan(layout, **heads, cost_model=keen)
     assert cut.num_partials > 3
     replays = pair.graphs.replays
-    want, got = (r.forward(tokens, positions, slots, {kind: cut}) for r in (pair.eager, pair.captured))
+    want, got = (r.forward(tokens, positions, slots, {layer: cut}) for r in (pair.eager, pair.captured))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     assert pair.graphs.replays == replays
     got = pair.captured.forward(tokens, positions, slots, pair.captured.plans(layout))
@@ -193,10 +195,10 @@ def test_plans_of_another_step_are_refused():
     plans = pair.captured.plans(layout)
     with pytest.raises(InvalidInput, match=r"plans must be of a layout of 2 tokens, got \[3\]"):
         pair.captured.forward(tokens[:2], positions[:2], slots[:2], plans)
-    (kind,) = plans
+    (layer,) = plans
     wide = plan(layout, num_qo_heads=8, num_kv_heads=2, head_dim=8)
     with pytest.raises(ValueError, match=r"q must be \[3, 8, 8\]"):
-        pair.captured.forward(tokens, positions, slots, {kind: wide})
+        pair.captured.forward(tokens, positions, slots, {layer: wide})
     beyond = pair.captured.plans(layout.grown(layout.node_len, layout.row_pos, [*slots[:2], NUM_SLOTS]))
     with pytest.raises(ValueError, match=f"slot_index must be in .0, {NUM_SLOTS}., the pool"):
         pair.captured.forward(tokens, positions, slots, beyond)

@@ -16,7 +16,7 @@ from forktree import (
     Greedy,
     InvalidInput,
     NonFinite,
-    Ragged,
+    RaggedIds,
     Sample,
     Sampling,
     TokenRequest,
@@ -37,10 +37,9 @@ def everything(texts: Sequence[Sequence[int]], seed: int) -> TokenRequest:
     return TokenRequest(
         top_k=4,
         draw=greedy(n),
-        select=Ragged(torch.arange(0, 2 * n + 1, 2), torch.from_numpy(rng.integers(tiny.VOCAB, size=2 * n))),
+        select=RaggedIds(torch.arange(0, 2 * n + 1, 2), torch.from_numpy(rng.integers(tiny.VOCAB, size=2 * n))),
         targets=torch.from_numpy(rng.integers(tiny.VOCAB, size=n)),
         entropy=True,
-        margin=True,
     )
 
 
@@ -48,12 +47,11 @@ def assert_exact(found: TokenScores, request: TokenRequest, texts: Sequence[Sequ
     """Against fp64 log-probs of transformers' logits."""
     exact = torch.stack([tiny.next_log_probs(tiny.model(), text) for text in texts])
     every, near = torch.arange(len(texts)), dict(rtol=0, atol=1e-4)
-    assert isinstance(request.select, Ragged) and request.targets is not None and found.lse is not None
+    assert isinstance(request.select, RaggedIds) and request.targets is not None and found.lse is not None
     best = exact.topk(4)
     wanted = {
         "top_log_probs": best.values,
         "log_prob": best.values[:, 0],
-        "margin": best.values[:, 0] - best.values[:, 1],
         "entropy": torch.special.entr(exact.exp()).sum(dim=1),
         "target_log_probs": exact[every, request.targets],
         "selected_log_probs": exact[every.repeat_interleave(2), request.select.ids],

@@ -541,7 +541,7 @@ def test_slots_that_held_nan_do_not_leak_into_others(poisoned: Decoder) -> None:
     character = tiny.CHARACTERS[POISON - 1]
     bad = poisoned.search([character * 200], Greedy(), max_new_tokens=2)[0]
     assert isinstance(bad.error, NonFinite)
-    for tensor in (t for pool in poisoned.worker.runner.pools for t in pool):
+    for tensor in (t for pool in poisoned.worker.runner.pools for t in pool.tensors):
         assert tensor.isnan().any(), "the pool should hold NaN by now"
     prompts, search = ["1+2=", "ab\n34.", "7" * 30], Sample(num_return_sequences=4, top_k=3)
     for prompt, result in zip(prompts, poisoned.search(prompts, search, max_new_tokens=12), strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from forktree import Decoder, Draw, Greedy, InvalidInput, NonFinite, Ragged, Sampling, TokenRequest, TokenScores
+from forktree import Decoder, Draw, Greedy, InvalidInput, NonFinite, RaggedIds, Sampling, TokenRequest, TokenScores
 from forktree.kv import Branch
 from forktree.search import SearchContext
 from forktree.search.request import extend, next_logits, score_tokens
@@ -48,7 +48,7 @@ def everything(rows: int, seed: int) -> TokenRequest:
             position=rng.integers(0, 2**20, rows),
             allowed=allowed,
         ),
-        select=Ragged(
+        select=RaggedIds(
             torch.from_numpy(np.concatenate([[0], np.cumsum(count)])),
             torch.from_numpy(rng.integers(tiny.VOCAB, size=count.sum())),
         ),
@@ -58,7 +58,7 @@ def everything(rows: int, seed: int) -> TokenRequest:
 
 
 def of_row(request: TokenRequest, row: int) -> TokenRequest:
-    assert request.draw is not None and isinstance(request.select, Ragged) and request.targets is not None
+    assert request.draw is not None and isinstance(request.select, RaggedIds) and request.targets is not None
     draw, (begin, stop) = request.draw, request.select.indptr[row : row + 2].tolist()
     return TokenRequest(
         top_k=request.top_k,
@@ -68,15 +68,14 @@ def of_row(request: TokenRequest, row: int) -> TokenRequest:
             position=draw.position[row : row + 1],  # type: ignore[index]
             allowed=draw.allowed[row : row + 1],  # type: ignore[index]
         ),
-        select=Ragged(torch.tensor([0, stop - begin]), request.select.ids[begin:stop]),
+        select=RaggedIds(torch.tensor([0, stop - begin]), request.select.ids[begin:stop]),
         targets=request.targets[row : row + 1],
         entropy=True,
     )
 
 
 def joined(scores: list[TokenScores]) -> dict[str, torch.Tensor]:
-    names = [name for name, value in vars(scores[0]).items() if value is not None]
-    return {name: torch.cat([getattr(s, name) for s in scores]) for name in names}
+    return {name: torch.cat([getattr(s, name) for s in scores]) for name in vars(scores[0])}
 
 
 # ---------------------------------------------------------------- what it costs

@@ -295,7 +295,7 @@ def test_memory_follows_the_tokens_there_are(
     (worker,) = workers
     assert worker.runner.num_slots > len(IDS) * num_beams * 2**17
     assert (
-        max(len(x) for pool in worker.runner.pools for x in pool) <= 2048 and len(worker.tree.slots.is_free()) <= 8192
+        max(pool.num_slots for pool in worker.runner.pools) <= 2048 and len(worker.tree.slots.is_free()) <= 8192
     )
 
 

@@ -1,6 +1,7 @@
 """The tree against a naive model: every branch is a list of token objects, nothing is shared but identity."""
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
@@ -8,8 +9,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from forktree.kv import Branch, Chunk, OutOfSlots, PrefixIndex, Tree, reassign, tree_layout
 from forktree.kv.nodes import MAX_RESERVATION
 from forktree.kv.tree import PENDING_TOKEN
+from forktree.plan.check import check_plan
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import check_plan, plan
+from forktree.plan.plan import plan
 
 NUM_SLOTS = 160
 
@@ -301,7 +303,7 @@ def _common(tokens: list[int], path: list[Token]) -> int:
     return next((i for i, (a, t) in enumerate(pairs) if a != t.id), min(len(tokens), len(path)))
 
 
-TestTree = TreeMachine.TestCase
+TestTree = pytest.mark.slow(TreeMachine.TestCase)
 TestTree.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )

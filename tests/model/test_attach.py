@@ -1,4 +1,4 @@
-"""The proof: which models are refused and why, and that a model is left as it was."""
+"""Verification: which models are refused and why, and that a model is left as it was."""
 
 import copy
 
@@ -134,7 +134,7 @@ def test_training_mode_is_an_error():
         runner.forward([1], [0], [0], {runner.spec.layers[0]: None})
 
 
-# ---- each check of the proof alone: models made wrong in one way ----
+# ---- each check alone: models made wrong in one way ----
 
 
 class Wrong(nn.Module):
@@ -267,7 +267,7 @@ class Squared(nn.Linear):
 
 
 class Capped(nn.Linear):
-    """A cap that no config mentions, far above the logits that a proof usually sees."""
+    """A cap that no config mentions, far above the logits that a verification usually sees."""
 
     def forward(self, hidden):
         return 20 * torch.tanh(super().forward(hidden) / 20)
@@ -352,7 +352,6 @@ def test_scores_are_of_the_models_own_logits(head, dtype):
         select=some,
         targets=last,
         entropy=True,
-        margin=True,
     )
     found = runner.score(hidden, request)
     fused = isinstance(runner.spec.head, LinearHead)
@@ -364,7 +363,6 @@ def test_scores_are_of_the_models_own_logits(head, dtype):
     torch.testing.assert_close(found.entropy.double(), torch.special.entr(log_probs.exp()).sum(1), **near)
     torch.testing.assert_close(found.top_log_probs.double(), log_probs.topk(10).values, **near)
     torch.testing.assert_close(found.top_log_probs.double(), log_probs.gather(1, found.top_ids), **near)
-    torch.testing.assert_close(found.margin.double(), -exact.topk(2).values.diff().squeeze(1), **near)
     torch.testing.assert_close(log_probs[every, found.token], log_probs.amax(1), **near)
     torch.testing.assert_close(found.log_prob.double(), log_probs[every, found.token], **near)
 

@@ -108,8 +108,8 @@ def test_each_runs_as_in_transformers(setting: str) -> None:
     with mode():
         decoder = Decoder(model, num_slots=128)
         spec = decoder.worker.runner.spec
-        assert [kind.dtype for kind in spec.layers] == kv and spec.hidden_dtype == hidden
-        assert [pool.dtype for pools in decoder.worker.runner.pools for pool in pools] == [x for x in kv for _ in "kv"]
+        assert [layer.format.dtype for layer in spec.layers] == kv and spec.hidden_dtype == hidden
+        assert [x.dtype for pool in decoder.worker.runner.pools for x in pool.tensors] == [x for x in kv for _ in "kv"]
         assert spec.bytes_per_slot == sum(2 * 2 * 8 * dtype.itemsize for dtype in kv)
         found = decoder.search([prompt], Greedy(), max_new_tokens=new)[0].best.token_ids
         ids = torch.tensor([prompt])
@@ -120,15 +120,15 @@ def test_each_runs_as_in_transformers(setting: str) -> None:
             with torch.no_grad():
                 logits = model(torch.tensor([text]), use_cache=False).logits[0, :-1].double()
             chosen = logits.gather(1, torch.tensor(text[1:])[:, None])[:, 0]
-            behind = (logits.amax(1) - chosen)[len(prompt) - 1 :]
-            assert len(behind) == new and float(behind.max()) <= atol
+            short = (logits.amax(1) - chosen)[len(prompt) - 1 :]
+            assert len(short) == new and float(short.max()) <= atol
             assert np.abs(ours - (chosen - logits.logsumexp(1)).numpy()).max() <= atol
         if atol < 1e-3:
             plain = model.generate(ids, do_sample=False, max_new_tokens=new)[0].tolist()
             assert texts == [plain, plain]
 
 
-def test_autocast_is_part_of_the_model_that_was_proved() -> None:
+def test_autocast_is_part_of_the_model_that_was_verified() -> None:
     model = tiny.new_model()
     runner = Runner(attach(model), num_slots=4)
     with autocast():

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from test_models import CONFIGS, NUM_SLOTS, Forest, tiny
 from torch import Tensor, nn
 
 import tiny as support
 from forktree.errors import InvalidInput, UnsupportedModel
 from forktree.model import LayerHook, ModelSpec, Rows, Runner, attach
 from graph_fake import FakeGraphs
+from models import CONFIGS, NUM_SLOTS, Forest, tiny
 
 HIDDEN = 32
 # layers of one kind and of two; hidden states by tuple arguments, experts, parallel blocks, keys shared by layers
@@ -57,7 +57,7 @@ class Steps:
     def __init__(self, spec: ModelSpec, captured: bool = False) -> None:
         self.graphs = FakeGraphs() if captured else None
         self.runner = Runner(spec, num_slots=NUM_SLOTS, graphs=self.graphs)
-        for tensor in (x for pool in self.runner.pools for x in pool):
+        for tensor in (x for pool in self.runner.pools for x in pool.tensors):
             tensor.fill_(torch.nan)
         self.forest = Forest(np.random.default_rng(1))
 
@@ -96,7 +96,8 @@ def test_hooks_that_change_nothing(name: str, captured: bool, dtype: torch.dtype
         got = hooked.random_steps(hooks=hooks)
         for ours, theirs in zip(got, want, strict=True):
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-        torch.testing.assert_close(hooked.runner.pools, plain.runner.pools, atol=0, rtol=0, equal_nan=True)
+        pools = ([pool.tensors for pool in steps.runner.pools] for steps in (hooked, plain))
+        torch.testing.assert_close(*pools, atol=0, rtol=0, equal_nan=True)
         if hooked.graphs is not None:
             assert hooked.graphs.replays == len(want) > hooked.graphs.captures
 
@@ -382,6 +383,16 @@ def test_what_hooks_may_not(options: dict[str, Any], message: str) -> None:
     steps = Steps(llama())
     with pytest.raises(InvalidInput, match=message):
         steps.step({steps.forest.root(): 2}, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_by_cuda() -> None:
+    want = Steps(llama()).random_steps(hooks=[Scale()])
+    steps = Steps(attach(tiny("llama").to("cuda")))
+    got = [x.cpu() for x in steps.random_steps(hooks=[Scale()])]
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+    assert steps.runner._captured is not None and steps.runner._captured._hooked.by_bucket
 
 
 # ---- models whose layers cannot be seen ----

@@ -17,8 +17,8 @@ def runner(request):
 
 @pytest.fixture
 def forest(runner):
-    for pool in (p for pools in runner.pools for p in pools):
-        pool.fill_(torch.nan)  # a read of a slot that nobody wrote spoils the logits
+    for x in (x for pool in runner.pools for x in pool.tensors):
+        x.fill_(torch.nan)  # a read of a slot that nobody wrote spoils the logits
     return Forest(np.random.default_rng(1))
 
 
@@ -83,11 +83,11 @@ def test_negative_slots_are_not_stored(runner, forest):
     branch = forest.root()
     forest.grow(branch, 6)
     check(runner, forest, {branch: 6})
-    before = [pool.clone() for pools in runner.pools for pool in pools]
+    before = [x.clone() for pool in runner.pools for x in pool.tensors]
     forest.grow(branch, 1)
     tokens, positions, _, layout = forest.step({branch: 1})
     runner.forward(tokens, positions, [-1], runner.plans(layout))
-    after = [pool for pools in runner.pools for pool in pools]
+    after = [x for pool in runner.pools for x in pool.tensors]
     torch.testing.assert_close(after, before, atol=0, rtol=0, equal_nan=True)
 
 
@@ -104,16 +104,17 @@ WINDOWS = {
 
 def test_windows_are_found(runner):
     name = runner.spec.name.removesuffix("_text")
-    assert [kind.window for kind in runner.spec.layers] == WINDOWS.get(name, [None] * 3)
+    assert [layer.window for layer in runner.spec.layers] == WINDOWS.get(name, [None] * 3)
 
 
 def test_sizes(runner, forest):
-    kinds = runner.spec.layers
-    assert runner.bytes_per_slot == sum(4 * k.num_kv_heads * (k.head_dim + k.value_dim) for k in kinds)
+    layers = runner.spec.layers
+    formats = [layer.format for layer in layers]
+    assert runner.bytes_per_slot == sum(4 * x.num_kv_heads * (x.k_dim + x.v_dim) for x in formats)
     assert (runner.vocab_size, runner.max_position) == (VOCAB, 128 if runner.spec.name == "gpt2" else NO_LIMIT)
     assert (runner.device.type, runner.dtype) == ("cpu", torch.float32)
     forest.grow(forest.root(), 1)
-    assert runner.plans(forest.step({0: 1})[-1]).keys() == set(kinds)  # one plan a kind, not a layer
+    assert runner.plans(forest.step({0: 1})[-1]).keys() == set(layers)  # one plan a spec, not a layer
 
 
 @pytest.mark.parametrize("runner", ["llama"], indirect=True)
@@ -134,7 +135,7 @@ def test_bad_input_is_named_before_anything_runs(runner, forest, change, message
     arguments = {"tokens": tokens, "positions": positions, "slots": slots, **change}
     with pytest.raises(InvalidInput, match=message):
         runner.forward(**arguments, plans=runner.plans(layout))
-    assert all(pool.isnan().all() for pools in runner.pools for pool in pools)
+    assert all(x.isnan().all() for pool in runner.pools for x in pool.tensors)
 
 
 @pytest.mark.parametrize("runner", ["llama"], indirect=True)

@@ -219,7 +219,7 @@ def assert_as_transformers(model: Any, decoder: Decoder, tolerance: float = 1e-4
 
 
 def assert_changed(before: tuple[list[int], np.ndarray], after: tuple[list[int], np.ndarray]) -> None:
-    assert before[0] != after[0] or not np.allclose(before[1], after[1], atol=0.05), "else the test proves nothing"
+    assert before[0] != after[0] or not np.allclose(before[1], after[1], atol=0.05), "else the test shows nothing"
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -293,20 +293,20 @@ def test_what_cannot_be_seen_is_told() -> None:
     assert_changed(before, assert_as_transformers(model, decoder))
 
 
-def test_an_unchanged_model_is_proved_once_and_keeps_its_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchanged_model_is_verified_once_and_keeps_its_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = base()
     decoder = Decoder(model, num_slots=128)
     decoded(decoder, PROMPT), drop_in(model)
-    proofs: list[Any] = []
+    verified: list[Any] = []
     for module in ("forktree.engine.worker", "forktree.model.attached"):
-        monkeypatch.setattr(sys.modules[module], "attach", lambda model: proofs.append(model) or attach(model))
+        monkeypatch.setattr(sys.modules[module], "attach", lambda model: verified.append(model) or attach(model))
     before = decoder.worker.tokens_computed
     decoded(decoder, PROMPT), drop_in(model), sequence_logprobs(model, [PROMPT])
-    assert decoder.worker.tokens_computed == before + NEW and not proofs
+    assert decoder.worker.tokens_computed == before + NEW and not verified
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     decoded(decoder, PROMPT), drop_in(model)
-    assert len(proofs) == 2
+    assert len(verified) == 2
 
 
 def test_a_model_that_no_longer_holds_is_refused_until_it_does() -> None:

@@ -161,9 +161,13 @@ WITHOUT_DEVICE = """
 #include <exception>
 #include "cpu/append_kv.hpp"
 int main() {
-    const forktree::Append nothing{8, {nullptr, 8, 8}, {nullptr, 8, 8}};
+    forktree::AppendKvParams nothing{};
+    nothing.pool.num_kv_heads = 1;
+    nothing.pool.k_dim = nothing.pool.v_dim = 8;
+    nothing.pool.dtype = forktree::Dtype::bf16;
+    nothing.slots.size = 1;
     try {
-        forktree::cuda::append_kv(1, 1, 1, {nullptr, true, 1}, nothing, nothing, nullptr);
+        forktree::cuda::append_kv(nothing, nullptr);
     } catch (const std::exception& error) {
         std::puts(error.what());
     }

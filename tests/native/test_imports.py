@@ -13,7 +13,7 @@ import forktree
 
 PACKAGE = Path(forktree.__file__).parent
 SPEAKS_TO_GPUS = ("device", "ops")
-EXCEPT = {"cli/env.py", "demo/train.py", "engine/worker.py", "plan/cost_model.py"}
+EXCEPT = {"demo/train.py"}
 
 
 def loaded(statement: str) -> set[str]:

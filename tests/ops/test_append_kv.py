@@ -3,6 +3,7 @@ import torch
 
 from backends import BACKENDS, DENSE, sparse
 from forktree import ops
+from forktree.ops import KVPool
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
@@ -16,7 +17,7 @@ def backend(request, monkeypatch):
 def test_writes_the_named_slots_only(slots, integer, dtype):
     k, v = torch.randn(len(slots), 2, 3).to(dtype), torch.randn(len(slots), 2, 5).to(dtype)
     k_slots, v_slots = torch.full((7, 2, 3), 9.0, dtype=dtype), torch.full((7, 2, 5), 9.0, dtype=dtype)
-    ops.append_kv(k, v, torch.tensor(slots, dtype=integer), k_slots, v_slots)
+    ops.append_kv(k, v, torch.tensor(slots, dtype=integer), KVPool(k_slots, v_slots))
     for slot in range(7):
         if slot in slots:
             assert torch.equal(k_slots[slot], k[slots.index(slot)]) and torch.equal(v_slots[slot], v[slots.index(slot)])
@@ -27,7 +28,7 @@ def test_writes_the_named_slots_only(slots, integer, dtype):
 def test_takes_views():
     packed = torch.randn(4, 3, 2, 3)  # q, k, v of one projection
     k_slots, v_slots = torch.zeros(4, 2, 3), torch.zeros(4, 2, 3)
-    ops.append_kv(packed[:, 1], packed[:, 2], torch.tensor([3, 2, 1, 0]), k_slots, v_slots)
+    ops.append_kv(packed[:, 1], packed[:, 2], torch.tensor([3, 2, 1, 0]), KVPool(k_slots, v_slots))
     assert torch.equal(k_slots.flip(0), packed[:, 1]) and torch.equal(v_slots.flip(0), packed[:, 2])
 
 
@@ -51,7 +52,7 @@ def test_any_strides_any_number_of_threads(tokens, stride, dtype, threads):
     for n in threads:
         torch.set_num_threads(n)
         pools = [torch.full_like(pool, 9.0) for pool in expected]
-        ops.append_kv(STRIDES[stride](k), STRIDES[stride](v), slots, *pools)
+        ops.append_kv(STRIDES[stride](k), STRIDES[stride](v), slots, KVPool(*pools))
         assert torch.equal(pools[0], expected[0]) and torch.equal(pools[1], expected[1])
 
 
@@ -63,7 +64,7 @@ def test_pools_of_any_strides(stride, dtype):
     expected = [torch.full((9, 4, x.shape[2]), 9.0, dtype=dtype) for x in (k, v)]
     for rows in (DENSE["heads first"], lambda x: x):
         pools = [DENSE[stride](pool) for pool in expected]
-        ops.append_kv(rows(k), rows(v), slots, *pools)
+        ops.append_kv(rows(k), rows(v), slots, KVPool(*pools))
         for pool, x in zip(pools, (k, v), strict=True):
             assert torch.equal(pool[slots[slots >= 0]], x[slots >= 0])
             assert pool._base.ne(9).sum() == x[slots >= 0].ne(9).sum() + (stride == "off alignment")  # nothing else
@@ -73,13 +74,13 @@ def test_bits_are_copied_not_numbers():
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(64, 4, 256)
     for dtype in (torch.bfloat16, torch.float16):
         k, pool = bits.view(dtype), torch.zeros(64, 4, 256, dtype=dtype)
-        ops.append_kv(k, k, torch.arange(64), pool, pool.clone())
+        ops.append_kv(k, k, torch.arange(64), KVPool(pool, pool.clone()))
         assert torch.equal(pool.view(torch.int16), bits)
 
 
 def test_a_slot_named_twice_holds_one_of_both():
     k, pool = torch.arange(1000.0)[:, None, None].expand(1000, 2, 64), torch.zeros(2, 2, 64)
-    ops.append_kv(k, k, torch.arange(1000) % 2, pool, pool.clone())
+    ops.append_kv(k, k, torch.arange(1000) % 2, KVPool(pool, pool.clone()))
 
 
 def test_pools_beyond_2_31_elements():
@@ -89,7 +90,7 @@ def test_pools_beyond_2_31_elements():
         sparse(slots, 2, 8, dtype=torch.bfloat16),
     )
     k, v = torch.randn(3, 2, 128).bfloat16(), torch.randn(3, 2, 8).bfloat16()
-    ops.append_kv(k, v, torch.tensor([slots - 1, 0, 2**23]), k_slots, v_slots)
+    ops.append_kv(k, v, torch.tensor([slots - 1, 0, 2**23]), KVPool(k_slots, v_slots))
     for token, slot in enumerate([slots - 1, 0, 2**23]):
         assert torch.equal(k_slots[slot], k[token]) and torch.equal(v_slots[slot], v[token])
     assert k_slots[slots - 2].eq(0).all() and k_slots[1].eq(0).all()
@@ -117,19 +118,19 @@ def test_pools_beyond_2_31_elements():
         (lambda a: a.update(slots=torch.tensor([0, 7])), "slots must be below the pool's 7, got 7"),
         (
             lambda a: a.update(v_slots=torch.zeros(8, 2, 3)),
-            r"k_slots and v_slots must be .* got \[7, 2, 3\] and \[8, 2",
+            r"k and v of a pool must be .* got \[7, 2, 3\] and \[8, 2",
         ),
         (
             lambda a: a.update(k_slots=torch.zeros(7, 3, 2).transpose(1, 2)),
-            r"k_slots and v_slots must be dense in their last dimension, got strides \(6, 1, 2\) and",
+            r"k and v of a pool must be dense in their last dimension, got strides \(6, 1, 2\) and",
         ),
         (
             lambda a: a.update(k_slots=torch.zeros(1, 2, 3).expand(7, 2, 3)),
-            r"k_slots must not overlap itself, got \[7, 2, 3\] with strides \(0, 3, 1\)",
+            r"k of the pool must not overlap itself, got \[7, 2, 3\] with strides \(0, 3, 1\)",
         ),
         (
             lambda a: a.update(v_slots=torch.zeros(99).as_strided((7, 2, 3), (2, 6, 1))),
-            r"v_slots must not overlap itself, got \[7, 2, 3\] with strides \(2, 6, 1\)",
+            r"v of the pool must not overlap itself, got \[7, 2, 3\] with strides \(2, 6, 1\)",
         ),
     ],
 )
@@ -143,5 +144,6 @@ def test_bad_input_is_refused_before_anything_is_written(change, message):
     }
     change(arguments)
     with pytest.raises(ValueError, match=message):
-        ops.append_kv(**arguments)
+        pool = KVPool(arguments["k_slots"], arguments["v_slots"])
+        ops.append_kv(arguments["k"], arguments["v"], arguments["slots"], pool)
     assert arguments["k_slots"].eq(0).all() and arguments["v_slots"].eq(0).all()

@@ -10,6 +10,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
 
 from forktree import ops
+from forktree.ops import AttentionOptions, KVPool
 from forktree.plan.plan import plan
 from layouts import chunk
 
@@ -28,9 +29,10 @@ class Layer(torch.nn.Module):
 
     def forward(self, x, slots, shift, inv_freq, indptr, index, plan):
         q, k, v = self.project(x).view(-1, 3 * HEADS, DIM).split(HEADS, 1)
-        ops.append_kv(k, v, slots, self.k_slots, self.v_slots)
+        pool = KVPool(self.k_slots, self.v_slots)
+        ops.append_kv(k, v, slots, pool)
         q = ops.rotate_rows(q, shift, inv_freq)
-        out, lse = ops.tree_attention(q, self.k_slots, self.v_slots, plan, return_lse=True)
+        out, lse = ops.tree_attention(q, pool, plan, AttentionOptions(softcap=20.0), return_lse=True)
         out, lse = ops.merge_states(out, lse, indptr, index)
         return out * 2, lse
 
@@ -80,7 +82,7 @@ def test_pools_are_written_in_place():
     # That a clone would have been seen.
     def cloning(k, v, slots, k_slots, v_slots):
         k_slots = k_slots + 0
-        ops.append_kv(k, v, slots, k_slots, v_slots)
+        ops.append_kv(k, v, slots, KVPool(k_slots, v_slots))
         return k_slots
 
     k = torch.randn(4, HEADS, DIM)
@@ -102,7 +104,7 @@ def test_registrations_are_sound(dtype):
     made = plan(layout(), num_qo_heads=2 * HEADS, num_kv_heads=HEADS, head_dim=DIM)
     q, pool = torch.randn(4, 2 * HEADS, DIM).to(dtype), torch.randn(SLOTS, HEADS, DIM).to(dtype)
     for per_head in (None, torch.rand(2 * HEADS)):
-        arguments = (q, pool, pool, *made.on(q.device), 4, made.num_partials, 0.3, 0.0, per_head, per_head)
+        arguments = (q, pool, pool, *made.on(q.device), 4, made.num_partials, 0.3, None, per_head, per_head)
         opcheck(registered.tree_attention.default, arguments)
 
 
@@ -119,7 +121,7 @@ def test_backends_must_be_able_to(monkeypatch):
     with pytest.raises(ValueError, match=r"FORKTREE_BACKEND=cpu: expected fp32, .* got torch.float64"):
         ops.rotate_rows(wide, shift, inv_freq)
     with pytest.raises(ValueError, match=r"FORKTREE_BACKEND=cpu: expected tensors on the CPU, got meta"):
-        ops.rotate_rows(wide.float().to("meta"), shift, inv_freq)
+        ops.rotate_rows(*(x.to("meta") for x in (wide.float(), shift, inv_freq)))
     monkeypatch.delenv("FORKTREE_BACKEND")
     with pytest.raises(ValueError, match=r"q must be fp32, bf16 or fp16 .* got torch.float64"):
         torch.ops.forktree.rotate_rows.default(wide, shift, inv_freq, False, 4)

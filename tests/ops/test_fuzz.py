@@ -10,8 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from backends import by_reference, specified
 from forktree import _core, ops
-from forktree.ops import reference
+from forktree.ops import AttentionOptions, KVPool
 from forktree.plan.cost_model import CPU
 from forktree.plan.plan import plan
 from layouts import KINDS, random_layout
@@ -87,18 +88,22 @@ def on_meta(arguments):
     return any(isinstance(x, torch.Tensor) and x.is_meta for x in arguments.values())
 
 
-def check(call, specification, arguments):
+def check(call, operation, arguments):
     """One call that returns something."""
     try:
         got = call(**arguments)
     except REFUSED:
         return False
     if not on_meta(arguments):
-        torch.testing.assert_close(got, specification(**arguments), equal_nan=True)
+        torch.testing.assert_close(got, by_reference(operation, *arguments.values()), equal_nan=True)
     return True
 
 
-@pytest.mark.parametrize("call", [ops.append_kv, torch.ops.forktree.append_kv.default])
+def append_kv(k, v, slots, k_slots, v_slots):
+    ops.append_kv(k, v, slots, KVPool(k_slots, v_slots))
+
+
+@pytest.mark.parametrize("call", [append_kv, torch.ops.forktree.append_kv.default])
 @fuzz
 @given(st.data())
 def test_append_kv(call, data):
@@ -122,7 +127,8 @@ def test_append_kv(call, data):
         pass
     else:
         if not on_meta(arguments):
-            reference.append_kv(**{**arguments, **before})
+            pool = KVPool(before["k_slots"], before["v_slots"])
+            by_reference("append_kv", arguments["k"], arguments["v"], arguments["slots"], pool)
     for name, x in before.items():
         if x.layout == torch.strided and not x.is_meta:
             assert torch.equal(arguments[name], x)
@@ -141,7 +147,7 @@ def test_rotate_rows(call, data):
         "interleaved": data.draw(st.booleans()),
         "rotary_dim": data.draw(st.sampled_from([*[2 * pairs] * 12, 3, *STRANGE])),
     }
-    check(call, reference.rotate_rows, tampered(data, arguments))
+    check(call, "rotate_rows", tampered(data, arguments))
 
 
 @pytest.mark.parametrize("call", [ops.merge_states, torch.ops.forktree.merge_states.default])
@@ -160,7 +166,15 @@ def test_merge_states(call, data):
         "indptr": indptr,
         "index": integers(data, entries, states, data.draw(INTEGER)),
     }
-    check(call, reference.merge_states, tampered(data, arguments))
+    check(call, "merge_states", tampered(data, arguments))
+
+
+def options(arguments):
+    return AttentionOptions(sinks=arguments["sinks"], alibi_slopes=arguments["alibi_slopes"])
+
+
+def attend(made, q, k_slots, v_slots, **per_head):
+    return ops.tree_attention(q, KVPool(k_slots, v_slots), made, AttentionOptions(**per_head))
 
 
 @fuzz
@@ -175,12 +189,11 @@ def test_tree_attention(data):
         made = plan(replace(case.layout, slot_index=slots), **heads_of(made))
     arguments = tampered(data, arguments)
     try:
-        got = ops.tree_attention(plan=made, **arguments)
+        got = attend(made, **arguments)
     except REFUSED:
         return
     if not on_meta(arguments):
-        scale = arguments["q"].shape[2] ** -0.5
-        expected, _ = reference.tree_attention(plan=made, scale=scale, softcap=None, **arguments)
+        expected, _ = specified(*(arguments[name] for name in ("q", "k_slots", "v_slots")), made, options(arguments))
         torch.testing.assert_close(got, expected, equal_nan=True)
 
 
@@ -195,12 +208,11 @@ def test_tree_attention_cuda(monkeypatch, data):
     made = arguments.pop("made")
     arguments = tampered(data, arguments)
     try:
-        got = ops.tree_attention(plan=made, **arguments)
+        got = attend(made, **arguments)
     except REFUSED:
         return
     if not on_meta(arguments):
-        scale = arguments["q"].shape[2] ** -0.5
-        expected, _ = reference.tree_attention(plan=made, scale=scale, softcap=None, **arguments)
+        expected, _ = specified(*(arguments[name] for name in ("q", "k_slots", "v_slots")), made, options(arguments))
         torch.testing.assert_close(got, expected, equal_nan=True, rtol=2e-2, atol=2e-2)
 
 
@@ -222,7 +234,7 @@ def test_a_plan_that_was_tampered_with(data):
     before = {name: x.clone() for name, x in arguments.items() if name.endswith("_slots") and x.numel() < 2**20}
     with suppress(REFUSED):
         sizes = {"num_tokens": tokens, "max_partials": partials}
-        torch.ops.forktree.tree_attention.default(**sizes, scale=0.3, softcap=0.0, **arguments)
+        torch.ops.forktree.tree_attention.default(**sizes, scale=0.3, softcap=None, **arguments)
     for name, x in before.items():
         if x.layout == torch.strided and not x.is_meta:
             assert torch.equal(arguments[name].nan_to_num(), x.nan_to_num())

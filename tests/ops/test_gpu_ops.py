@@ -8,9 +8,10 @@ import pytest
 import torch
 from test_tree_attention import tensors
 
+from backends import by_reference, specified
 from forktree import ops
-from forktree.ops import reference
-from forktree.ops.dispatch import choose, missing
+from forktree.ops import AttentionOptions, KVPool
+from forktree.ops.dispatch import missing, select_backend
 from forktree.plan.cost_model import compute_bound_gpu, memory_bound_gpu
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import plan
@@ -59,9 +60,9 @@ def attend(layout, q, k, v, *, window=None, cost_model=None, **options):
     """out and lse on the CPU."""
     heads = dict(num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2])
     made = plan(layout, **heads, device=DEVICE, window=window, cost_model=cost_model)
-    options = dict(zip(options, on_device(*options.values()), strict=True))
+    chosen = AttentionOptions(**dict(zip(options, on_device(*options.values()), strict=True)))
     with sentinels():
-        out, lse = ops.tree_attention(*on_device(q, k, v), made, return_lse=True, **options)
+        out, lse = ops.tree_attention(q.to(DEVICE), KVPool(*on_device(k, v)), made, chosen, return_lse=True)
     return out.cpu(), lse.cpu()
 
 
@@ -164,7 +165,7 @@ def test_room_beyond_the_plan_is_cleared(backend):
     tokens, extra = case.layout.num_tokens, 9
     q, k, v = on_device(torch.cat([q, torch.full_like(q[:1].repeat(extra, 1, 1), torch.nan)]), k, v)
     for sinks in (None, torch.tensor([0.5, -1.0, 2.0, 0.0])):
-        arguments = (tokens + extra, made.num_partials + 30, 0.125, 0.0, *on_device(sinks, None))
+        arguments = (tokens + extra, made.num_partials + 30, 0.125, None, *on_device(sinks, None))
         with sentinels():
             out, lse = torch.ops.forktree.tree_attention.default(q, k, v, *made.on(q.device), *arguments)
         expected, _ = naive_attention(case, q[: case.layout.num_rows].cpu(), k.cpu(), v.cpu(), scale=0.125, sinks=sinks)
@@ -181,13 +182,13 @@ def test_the_same_bits_under_load(backend):
     assert made.num_partials > 100
     q = torch.randn(layout.num_rows, 16, 128, device=DEVICE, dtype=torch.bfloat16)
     k, v = torch.randn(2, layout.slot_index.size, 4, 128, device=DEVICE, dtype=torch.bfloat16)
-    first = [x.clone() for x in ops.tree_attention(q, k, v, made, return_lse=True)]
+    first = [x.clone() for x in ops.tree_attention(q, KVPool(k, v), made, return_lse=True)]
     load, busy = torch.cuda.Stream(), torch.randn(2048, 2048, device=DEVICE)
     wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(100):
         with torch.cuda.stream(load):
             busy @ busy
-        for got, expected in zip(ops.tree_attention(q, k, v, made, return_lse=True), first, strict=True):
+        for got, expected in zip(ops.tree_attention(q, KVPool(k, v), made, return_lse=True), first, strict=True):
             wrong += (got != expected).sum()
     assert wrong.item() == 0
 
@@ -198,14 +199,14 @@ def test_two_streams_at_once(backend):
     made = plan(layout, num_qo_heads=16, num_kv_heads=4, head_dim=128, device=DEVICE, cost_model=CUTS)
     q = torch.randn(2, layout.num_rows, 16, 128, device=DEVICE, dtype=torch.bfloat16)
     k, v = torch.randn(2, layout.slot_index.size, 4, 128, device=DEVICE, dtype=torch.bfloat16)
-    expected = [ops.tree_attention(one, k, v, made).clone() for one in q]
+    expected = [ops.tree_attention(one, KVPool(k, v), made).clone() for one in q]
     streams = [torch.cuda.Stream() for _ in q]
     torch.cuda.synchronize()
     got = [[], []]
     for _ in range(50):
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                got[i].append(ops.tree_attention(q[i], k, v, made))
+                got[i].append(ops.tree_attention(q[i], KVPool(k, v), made))
     torch.cuda.synchronize()
     assert all(torch.equal(out, expected[i]) for i in range(2) for out in got[i])
 
@@ -231,7 +232,7 @@ def test_a_captured_graph_serves_other_plans(backend):
         return case, query
 
     def call():
-        room = (tokens, partials, 0.125, 0.0, None, None)
+        room = (tokens, partials, 0.125, None, None, None)
         return torch.ops.forktree.tree_attention.default(q, k, v, plan_room, slot_room, *room)
 
     fill(0)
@@ -266,13 +267,12 @@ def test_pools_past_two_billion_elements(backend):
     g = torch.Generator().manual_seed(0)
     q = torch.randn(layout.num_rows, 16, dim, generator=g).bfloat16()
     k, v = torch.randn(2, len(used), kv_heads, dim, generator=g).bfloat16()
-    ops.append_kv(*on_device(k, v, used), *pools)
+    ops.append_kv(*on_device(k, v, used), KVPool(*pools))
     assert all(torch.equal(pool[-len(used) :].cpu(), x) for pool, x in zip(pools, (k, v), strict=True))
     made = plan(layout, num_qo_heads=16, num_kv_heads=kv_heads, head_dim=dim, device=DEVICE)
-    out = ops.tree_attention(q.to(DEVICE), *pools, made)
+    out = ops.tree_attention(q.to(DEVICE), KVPool(*pools), made)
     small = plan(replace(layout, slot_index=np.arange(len(used))), num_qo_heads=16, num_kv_heads=kv_heads, head_dim=dim)
-    options = dict(scale=dim**-0.5, softcap=None, sinks=None, alibi_slopes=None)
-    expected, _ = reference.tree_attention(q.double(), k.double(), v.double(), small, **options)
+    expected, _ = specified(q.double(), k.double(), v.double(), small)
     torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=2e-2)
 
 
@@ -302,7 +302,7 @@ def test_append_kv(dims, integer, dtype, backend):
         pool[slots[slots >= 0]] = x[slots >= 0]
     packed, pools = packed.to(DEVICE), on_device(*pools)
     k, v = packed[:, 0, :, : dims[0]], packed[:, 1, :, : dims[1]]
-    ops.append_kv(k, v, slots.to(DEVICE, integer), *pools)
+    ops.append_kv(k, v, slots.to(DEVICE, integer), KVPool(*pools))
     assert all(torch.equal(pool.cpu(), x) for pool, x in zip(pools, expected, strict=True))
 
 
@@ -316,7 +316,7 @@ def test_rotate_rows(dims, interleaved, dtype, backend):
     how = dict(interleaved=interleaved, rotary_dim=rotary_dim)
     with sentinels():
         got = ops.rotate_rows(*on_device(q, shift, inv_freq), **how)
-    expected = reference.rotate_rows(q.double(), shift, inv_freq, **how)
+    expected = by_reference("rotate_rows", q.double(), shift, inv_freq, *how.values())
     torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=TOLERANCE[dtype])
     assert torch.equal(got[0].cpu(), q[0])
 
@@ -330,7 +330,7 @@ def test_merge_states(dim, dtype, backend):
     index[0] = 7
     with sentinels():
         out, total = ops.merge_states(*on_device(o, lse, indptr.int(), index))
-    expected, expected_lse = reference.merge_states(o.double(), lse.double(), indptr, index)
+    expected, expected_lse = by_reference("merge_states", o.double(), lse.double(), indptr, index)
     torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=TOLERANCE[dtype])
     torch.testing.assert_close(total.cpu().double(), expected_lse, rtol=1e-5, atol=1e-5)
     assert out[0].eq(0).all() and total[0].eq(-torch.inf).all()
@@ -345,8 +345,8 @@ def test_kernels_are_chosen_by_themselves(monkeypatch):
     for rows, cuda_is_better in ((1, True), (4096, False)):
         q = torch.zeros(rows, 4, 64, dtype=torch.bfloat16, device=DEVICE)
         wanted = "cuda" if cuda_is_better and not missing("cuda") else "triton"
-        assert choose("tree_attention", q, k, k) == wanted
-    assert choose("tree_attention", q.double(), k, k) == "torch"
+        assert select_backend("tree_attention", q, KVPool(k, k)) == wanted
+    assert select_backend("tree_attention", q.double(), KVPool(k, k)) == "torch"
 
 
 def test_what_lies_elsewhere_is_refused(backend):
@@ -354,6 +354,6 @@ def test_what_lies_elsewhere_is_refused(backend):
     q, k, v = tensors(case, 4, 2, 64, dtype=torch.bfloat16)
     made = plan(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=64, device=DEVICE)
     with pytest.raises(ValueError, match=r"device|expected tensors on"):
-        ops.tree_attention(q.to(DEVICE), k, v, made)
+        ops.tree_attention(q.to(DEVICE), KVPool(k, v), made)
     with pytest.raises(ValueError, match=r"device|expected tensors on"):
-        ops.tree_attention(q, k.to(DEVICE), v.to(DEVICE), made)
+        ops.tree_attention(q, KVPool(k.to(DEVICE), v.to(DEVICE)), made)

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from backends import BACKENDS, COMPILED, off_alignment, sparse
+from backends import BACKENDS, COMPILED, by_reference, off_alignment, sparse
 from forktree import ops
-from forktree.ops import reference
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
@@ -102,7 +101,7 @@ def test_any_strides_any_number_of_threads(outputs, dtype, threads):
     count = torch.randint(0, 9, (outputs,))
     index = torch.randint(0, 50, (int(count.sum()), 2))[:, 0]
     indptr = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)]).repeat_interleave(2)[::2]
-    expected = reference.merge_states(o, lse, indptr, index)
+    expected = by_reference("merge_states", o, lse, indptr, index)
     results = []
     for n in threads:
         torch.set_num_threads(n)
@@ -119,7 +118,7 @@ def test_states_at_any_address(dim, dtype):
     expected = merge(o, lse, lists)
     assert all(torch.equal(*x) for x in zip(merge(off_alignment(o), lse, lists), expected, strict=True))
     index, indptr = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([0, 3, 4, 6])
-    torch.testing.assert_close(expected, reference.merge_states(o, lse, indptr, index))
+    torch.testing.assert_close(expected, by_reference("merge_states", o, lse, indptr, index))
 
 
 def test_states_beyond_2_31_elements(backend):

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from backends import BACKENDS, COMPILED, off_alignment
+from backends import BACKENDS, COMPILED, by_reference, off_alignment
 from forktree import ops
-from forktree.ops import reference
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
@@ -61,7 +60,7 @@ def test_any_strides_any_number_of_threads(rows, interleaved, dtype, threads):
     heads_first = packed.transpose(0, 1).contiguous().transpose(0, 1)
     odd = torch.cat([packed, packed[..., :1]], 2)[..., :-1]
     for q in (packed, packed[:, 1:7], packed[:, ::3], heads_first, spread, odd, off_alignment(packed)):
-        expected = reference.rotate_rows(q, shift[:, 0], inv_freq, interleaved=interleaved, rotary_dim=32)
+        expected = by_reference("rotate_rows", q, shift[:, 0], inv_freq, interleaved, 32)
         results = []
         for n in threads:
             torch.set_num_threads(n)

@@ -108,7 +108,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
         (dict(position=[[0], [1, 2]]), "position must be 1-D integers"),
         (dict(sampling=None), "sampling must be a Sampling, or a sequence of one a row, got None"),
         (dict(sampling=[Sampling(), 0.5]), "sampling must be a Sampling"),
-        (dict(edits=[1]), "edits must be Edits, got list"),
+        (dict(edits=[1]), "edits must be LogitEdits, got list"),
         (dict(allowed=np.ones((2, 1), np.int32)), "allowed must be an int32 tensor, got ndarray"),
     ],
 )

@@ -20,9 +20,8 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from backends import off_alignment
 from distributions import chi_square, draws, shaped, spread
-from forktree import Draw, Edits, Head, InvalidInput, NonFinite, Ragged, Sampling, TokenRequest, TokenScores, ops
-from forktree.ops.pytorch.score_tokens import from_logits
-from forktree.ops.vocabulary import tensors
+from forktree import Draw, InvalidInput, LogitEdits, NonFinite, RaggedIds, Sampling, TokenRequest, TokenScores, ops
+from forktree.ops.assemble import VocabPass
 
 BACKENDS = ["reference", "torch", "cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -102,8 +101,6 @@ def agree(found: TokenScores, request: TokenRequest, z: Tensor, off: float) -> N
     if request.entropy:
         close(found.entropy, torch.special.entr(log_probs.exp()).sum(dim=1), off * (1 + math.log(z.shape[1])))
     best, order = z.sort(dim=1, descending=True, stable=True)
-    if request.margin:
-        close(found.margin, best[:, 0] - best[:, 1] if z.shape[1] > 1 else torch.full_like(lse, torch.inf), 2 * off)
     if request.top_k:
         k, ids = min(request.top_k, z.shape[1]), found.top_ids
         assert ids is not None and ids.dtype == torch.long and ids.shape == (len(z), k)
@@ -115,7 +112,7 @@ def agree(found: TokenScores, request: TokenRequest, z: Tensor, off: float) -> N
         assert torch.equal(ids[alone], order[:, :k][alone])
     if request.targets is not None:
         close(found.target_log_probs, log_probs.gather(1, request.targets.long()[:, None])[:, 0], off)
-    if isinstance(request.select, Ragged):
+    if isinstance(request.select, RaggedIds):
         at = torch.arange(len(z)).repeat_interleave(request.select.indptr.long().diff()), request.select.ids.long()
         close(found.selected_logits, z[at], 2 * off)
         close(found.selected_log_probs, log_probs[at], off)
@@ -149,12 +146,11 @@ def draws_agree(found: TokenScores, draw: Draw, z: Tensor, off: float) -> Tensor
     compared, [T]."""
     p = shaped(z, draw)
     tokens, distance = draws(p.numpy(), draw.keys)
-    assert found.token is not None and found.token.dtype == torch.long
+    assert found.token.dtype == torch.long
     sure = is_clear(z, draw, off) & (torch.from_numpy(distance) > 10 * off)
     assert torch.equal(found.token[sure], torch.from_numpy(tokens)[sure])
     at = found.token[:, None]
     close(found.log_prob, z.log_softmax(dim=1).gather(1, at)[:, 0], off)
-    assert found.shaped_log_prob is not None
     # 2e-7 is the resolution of fp32 near 1; temperatures below 1 enlarge what logits are off
     coldest = min(t for t in [1.0, *draw.settings[0].tolist()] if t > 0)
     close(found.shaped_log_prob[sure], p.log().gather(1, at)[:, 0][sure], 2 * off / coldest + 2e-7)
@@ -181,37 +177,38 @@ def test_equals_fp64(backend: str, dtype: torch.dtype, head: dict[str, Any]) -> 
     hidden, lm_head = problem(rows, vocab, size, dtype)
     z, off = exact_logits(hidden, lm_head, **head)
     counts = torch.tensor([0, 3, 0, 1, 700, 2, 0, 5, 0])
-    ragged = Ragged(F.pad(counts.cumsum(0), (1, 0)).int(), torch.randint(vocab, (711,)).int())
+    ragged = RaggedIds(F.pad(counts.cumsum(0), (1, 0)).int(), torch.randint(vocab, (711,)).int())
     for top_k, select in zip(
         (1, 5, 64, 65, 300, 777, 10_000), [torch.randint(vocab, (5,)), ragged] * 3 + [None], strict=True
     ):
         targets = torch.randint(vocab, (rows,))
-        request = TokenRequest(top_k=top_k, select=select, targets=targets, entropy=True, margin=True)
+        request = TokenRequest(top_k=top_k, select=select, targets=targets, entropy=True)
         found = ops.score_tokens(hidden, lm_head, request, **head)
         agree(found, request, z, off)
         real = torch.float64 if dtype == torch.float64 else torch.float32
-        assert found.lse is not None and found.lse.dtype == real
+        assert found.lse.dtype == real
 
 
 def test_nothing_is_answered_that_was_not_asked_for(backend: str) -> None:
     hidden, lm_head = problem(3, 100, 8)
     z, off = exact_logits(hidden, lm_head)
-    head = Head([(torch.randn(1, 8), None)])
     draw = Draw(Sampling(), [0, 1, 2], [0, 0, 0])
     cases: list[tuple[TokenRequest, set[str]]] = [
         (TokenRequest(), set()),
         (TokenRequest(lse=True), {"lse"}),
         (TokenRequest(entropy=True), {"lse", "entropy"}),
-        (TokenRequest(margin=True), {"lse", "margin"}),
         (TokenRequest(top_k=3), {"lse", "top_ids", "top_log_probs"}),
         (TokenRequest(draw=draw), {"lse", "token", "log_prob", "shaped_log_prob"}),
         (TokenRequest(targets=torch.tensor([1, 2, 3])), {"lse", "target_log_probs"}),
         (TokenRequest(select=torch.tensor([7, 3])), {"selected_logits"}),
-        (TokenRequest(value=head), {"values"}),
     ]
     for request, names in cases:
         found = ops.score_tokens(hidden, lm_head, request)
-        assert {name for name, value in vars(found).items() if value is not None} == names
+        for name in TokenScores.__annotations__:
+            assert (name in found) == (name in names)
+            if name not in names:
+                with pytest.raises(AttributeError, match=f"{name} was not requested of these scores, only "):
+                    getattr(found, name)
         if request.needs_vocabulary:
             agree(found, request, z, off)
 
@@ -219,7 +216,7 @@ def test_nothing_is_answered_that_was_not_asked_for(backend: str) -> None:
 def test_select_alone_reads_no_other_row(backend: str) -> None:
     hidden, lm_head = problem(4, 100, 16)
     z, off = exact_logits(hidden, lm_head)
-    some, ragged = torch.tensor([3, 90, 3]), Ragged(torch.tensor([0, 2, 2, 3, 5]), torch.tensor([90, 3, 17, 3, 90]))
+    some, ragged = torch.tensor([3, 90, 3]), RaggedIds(torch.tensor([0, 2, 2, 3, 5]), torch.tensor([90, 3, 17, 3, 90]))
     unread = torch.ones(100, dtype=torch.bool)
     unread[[3, 17, 90]] = False
     if backend != "reference":
@@ -229,34 +226,6 @@ def test_select_alone_reads_no_other_row(backend: str) -> None:
     close(ops.score_tokens(hidden, lm_head, TokenRequest(select=ragged)).selected_logits, z[rows, ragged.ids], 2 * off)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "identity", "two outputs"])
-def test_value_heads(backend: str, dtype: torch.dtype, activation: str) -> None:
-    if backend == "cpu" and dtype == torch.float64:
-        pytest.skip("fp64 is left to the torch backend")
-    hidden, lm_head = problem(5, 10, 12, dtype)
-    outputs = 2 if activation == "two outputs" else 1
-    first, second = torch.nn.Linear(12, 7), torch.nn.Linear(7, outputs)
-    linear = torch.nn.Linear(12, outputs, bias=False)
-    end = {
-        "sigmoid": torch.nn.Sigmoid(),
-        "tanh": torch.nn.Tanh(),
-        "identity": torch.nn.Identity(),
-        "two outputs": torch.nn.Softmax(dim=1),
-    }[activation]
-    named = "identity" if outputs == 2 else activation
-    for modules in ([linear, end], [first, torch.nn.ReLU(), second, end]):
-        layers = [
-            (m.weight.detach(), m.bias if m.bias is None else m.bias.detach()) for m in modules if hasattr(m, "weight")
-        ]
-        with torch.no_grad():
-            expected = torch.nn.Sequential(*modules).double()(hidden.double())[:, -1]
-        found = ops.score_tokens(hidden, lm_head, TokenRequest(value=Head(layers, named))).values
-        close(found, expected, 1e-6)
-        for module in modules:
-            module.float()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rewards_are_gathered_at_what_was_found(backend: str, dtype: torch.dtype) -> None:
     hidden, lm_head = problem(6, 300, 20, dtype)
@@ -264,7 +233,6 @@ def test_rewards_are_gathered_at_what_was_found(backend: str, dtype: torch.dtype
     draw = Draw(Sampling(), np.arange(6), np.zeros(6, int))
     found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=70, draw=draw, rewards=rewards))
     exact = hidden.double() @ rewards.double().T
-    assert found.top_ids is not None and found.token is not None
     close(found.top_rewards, exact.gather(1, found.top_ids), 1e-4)
     close(found.token_reward, exact.gather(1, found.token[:, None])[:, 0], 1e-4)
 
@@ -288,11 +256,11 @@ def test_rows_of_any_stride_and_address(backend: str) -> None:
 
 def test_no_rows(backend: str) -> None:
     hidden, lm_head = problem(0, 70, 8)
-    request = TokenRequest(top_k=3, draw=Draw(Sampling(), [], []), entropy=True, margin=True, select=torch.tensor([1]))
+    request = TokenRequest(top_k=3, draw=Draw(Sampling(), [], []), entropy=True, select=torch.tensor([1]))
     found = ops.score_tokens(hidden, lm_head, request)
-    assert found.top_ids is not None and found.top_ids.shape == (0, 3)
-    assert found.token is not None and found.token.shape == (0,)
-    assert found.selected_log_probs is not None and found.selected_log_probs.shape == (0, 1)
+    assert found.top_ids.shape == (0, 3)
+    assert found.token.shape == (0,)
+    assert found.selected_log_probs.shape == (0, 1)
 
 
 # ---------------------------------------------------------------------- any shape
@@ -335,7 +303,7 @@ def test_any_shape(name: str, case: dict[str, Any]) -> None:
     edits = allowed = None
     if case["edited"]:
         texts = [rng.integers(0, vocab, rng.integers(0, 6)) for _ in range(rows)]
-        edits = Edits.penalties(
+        edits = LogitEdits.penalties(
             texts, repetition=1.3, frequency=0.2, presence=0.1, bias={int(rng.integers(vocab)): 2.0}
         )
     if case["masked"]:
@@ -353,7 +321,6 @@ def test_any_shape(name: str, case: dict[str, Any]) -> None:
         draw=draw,
         targets=torch.from_numpy(rng.integers(0, vocab, rows)),
         entropy=True,
-        margin=True,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FORKTREE_BACKEND", name)
@@ -385,9 +352,9 @@ def test_rows_that_are_not_finite_are_named(backend: str) -> None:
             for name, value in vars(found).items():
                 if value is not None:
                     close(value[others], getattr(before, name)[others].double(), 1e-5)
-            assert found.lse is not None and not found.lse[row].isfinite()
-            assert found.token is not None and found.token[row] == 0
-            assert found.log_prob is not None and found.log_prob[row].isnan()
+            assert not found.lse[row].isfinite()
+            assert found.token[row] == 0
+            assert found.log_prob[row].isnan()
     none = torch.full((200,), -torch.inf)
     with pytest.raises(NonFinite, match=r"logits of row 0 must be finite, or -inf but not all of them.*-inf"):
         ops.score_tokens(hidden, lm_head, request, bias=none)
@@ -404,13 +371,13 @@ def test_a_row_without_a_token_is_named(backend: str, kind: Sampling) -> None:
     seed, position = np.arange(rows), np.zeros(rows, int)
     bits = torch.ones(rows, vocab, dtype=torch.bool)
     bits[3] = False
-    banned = Edits([0, 0, 0, 0, vocab, vocab], np.arange(vocab), np.zeros(vocab, int), np.full(vocab, -np.inf))
+    banned = LogitEdits([0, 0, 0, 0, vocab, vocab], np.arange(vocab), np.zeros(vocab, int), np.full(vocab, -np.inf))
     free = ops.score_tokens(hidden, lm_head, TokenRequest(draw=Draw(kind, seed, position))).token
     for draw in (Draw(kind, seed, position, allowed=words(bits)), Draw(kind, seed, position, banned)):
         with pytest.raises(InvalidInput, match="row 3: no token is allowed, mask and edits leave none"):
             ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
         found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw), check=False)
-        assert found.token is not None and found.lse is not None and free is not None
+        assert found.lse is not None and free is not None
         assert found.lse.isfinite().all() and found.token[3] == 0
         others = torch.arange(rows) != 3
         assert torch.equal(found.token[others], free[others])
@@ -422,7 +389,7 @@ def test_one_token_allowed_is_the_one_drawn(backend: str, kind: Sampling) -> Non
     hidden, lm_head = problem(vocab, vocab, 8)
     draw = Draw(kind, np.arange(vocab), np.zeros(vocab, int), allowed=words(torch.eye(vocab, dtype=torch.bool)))
     found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
-    assert found.token is not None and torch.equal(found.token, torch.arange(vocab))
+    assert torch.equal(found.token, torch.arange(vocab))
     assert torch.equal(found.shaped_log_prob, torch.zeros(vocab))
     z, off = exact_logits(hidden, lm_head)
     close(found.log_prob, z.log_softmax(dim=1).diagonal(), off)
@@ -440,7 +407,6 @@ def test_huge_and_infinite_logits(backend: str) -> None:
         draw = Draw(kind, [1, 2, 3], [0, 0, 0])
         request = TokenRequest(top_k=150, draw=draw, entropy=True)
         found = ops.score_tokens(hidden, lm_head, request, bias=bias)
-        assert found.top_ids is not None and found.top_log_probs is not None and found.token is not None
         exact = z.double() + bias
         assert found.top_ids[0, 0] == 17 and found.top_ids[1, 0] == exact[1].argmax()
         assert set(found.top_ids[:, -4:].flatten().tolist()) == {0, 5, 64, 149}
@@ -464,23 +430,23 @@ def test_draws_follow_the_distribution_of_transformers(backend: str, kind: Sampl
     z = 2 * flat(vocab)
     edits = allowed = None
     if changes:
-        edits = Edits.penalties([[3, 3, 50, 69, 0]] * rows, repetition=1.5, presence=0.5, frequency=0.3, bias={7: 3.0})
+        texts = [[3, 3, 50, 69, 0]] * rows
+        edits = LogitEdits.penalties(texts, repetition=1.5, presence=0.5, frequency=0.3, bias={7: 3.0})
         allowed = words((torch.arange(vocab) % 3 > 0).expand(rows, -1))
     draw = Draw(kind, np.arange(rows), np.full(rows, 5), edits, allowed)
     found = ops.score_tokens(*same_logits(z, rows), TokenRequest(draw=draw))
-    assert found.token is not None
     alone = Draw(
         kind,
         [0],
         [0],
-        None if edits is None else Edits([0, edits.indptr[1]], *(x[: edits.indptr[1]] for x in columns(edits))),
+        None if edits is None else LogitEdits([0, edits.indptr[1]], *(x[: edits.indptr[1]] for x in columns(edits))),
         None if allowed is None else allowed[:1],
     )
     expected = rows * shaped(z.double()[None], alone)[0].numpy()
     assert chi_square(np.bincount(found.token.numpy(), minlength=vocab).astype(float), expected) > 1e-4
 
 
-def columns(edits: Edits) -> tuple[np.ndarray, ...]:
+def columns(edits: LogitEdits) -> tuple[np.ndarray, ...]:
     return edits.ids, edits.ops, edits.values
 
 
@@ -501,7 +467,6 @@ def test_draws_from_flat_distributions(backend: str, kind: Sampling) -> None:
     z = flat(vocab)
     draw = Draw(kind, np.full(rows, 11), np.arange(rows))
     found = ops.score_tokens(*same_logits(z, rows), TokenRequest(draw=draw))
-    assert found.token is not None and found.shaped_log_prob is not None
     p = shaped(z.double()[None], Draw(kind, [0], [0]))[0]
     close(found.shaped_log_prob, p.log()[found.token], 1e-5)
     assert spread(np.bincount(found.token.numpy(), minlength=vocab).astype(float), rows * p.numpy()) > 1e-4
@@ -513,7 +478,7 @@ def test_rows_drawn_in_all_ways_at_once(backend: str) -> None:
         rows = 4 * len(KINDS)
         hidden, lm_head = problem(rows, vocab, 24, seed=seed)
         rng = np.random.default_rng(seed)
-        edits = Edits.penalties(
+        edits = LogitEdits.penalties(
             [rng.integers(0, vocab, 9) for _ in range(rows)],
             prompt_lengths=[3] * rows,
             repetition=1.2,
@@ -556,7 +521,7 @@ def test_draws_are_independent_over_seeds_and_positions(backend: str) -> None:
         z = torch.full((65,), -1e30)
         z[list(pair)] = 0
         found = ops.score_tokens(*same_logits(z, n * n), TokenRequest(draw=Draw(Sampling(), seeds, positions)))
-        assert found.token is not None and set(found.token.tolist()) == set(pair)
+        assert set(found.token.tolist()) == set(pair)
         first = (found.token.numpy() == pair[0]).reshape(n, n)
         assert stats.binomtest(int(first.sum()), n * n).pvalue > 1e-4
         for a, b in ((first[:-1], first[1:]), (first[:, :-1], first[:, 1:]), (first[:-1, 1:], first[1:, :-1])):
@@ -575,7 +540,6 @@ def test_ties_with_a_threshold_stay(backend: str) -> None:
         found = ops.score_tokens(
             *same_logits(z, rows), TokenRequest(draw=Draw(kind, np.arange(rows), np.zeros(rows, int)))
         )
-        assert found.token is not None and found.shaped_log_prob is not None
         expected = z[:101].double().softmax(dim=0)
         close(found.shaped_log_prob, expected.log()[found.token], 1e-5)
         observed = np.bincount(found.token.numpy(), minlength=101).astype(float)
@@ -586,11 +550,9 @@ def test_equal_logits_come_in_the_order_of_their_ids(backend: str) -> None:
     z = torch.zeros(2, 300)
     z[0, [5, 70, 299]] = 1.0
     z[1, 200:] = -0.0
-    found = ops.score_tokens(*given_logits(z), TokenRequest(top_k=100, margin=True))
-    assert found.top_ids is not None and found.margin is not None
+    found = ops.score_tokens(*given_logits(z), TokenRequest(top_k=100))
     assert found.top_ids[0].tolist() == [5, 70, 299, *[i for i in range(100) if i not in (5, 70)][:97]]
     assert found.top_ids[1].tolist() == list(range(100))
-    assert found.margin.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-4, 1e-6, 1e-20, 0.0])
@@ -600,7 +562,7 @@ def test_low_temperatures_come_to_the_most_likely_token(backend: str, temperatur
         for seed in range(20):
             draw = Draw(kind, [seed, seed], [0, 1])
             found = ops.score_tokens(*given_logits(z), TokenRequest(draw=draw))
-            assert found.token is not None and found.token.tolist() == [1, 1]
+            assert found.token.tolist() == [1, 1]
             close(found.shaped_log_prob, torch.zeros(2).double(), 0)
 
 
@@ -608,14 +570,14 @@ def test_temperature_zero_is_the_first_of_the_most_likely_after_edits_and_mask(b
     z = torch.zeros(3, 200)
     z[0, [190, 100]] = 3.0
     z[1, [150, 20]] = 5.0
-    edits = Edits([0, 0, 2, 3], [20, 20, 7], [0, 0, 0], [-1.0, -1.0, 0.5])
+    edits = LogitEdits([0, 0, 2, 3], [20, 20, 7], [0, 0, 0], [-1.0, -1.0, 0.5])
     bits = torch.ones(3, 200, dtype=torch.bool)
     bits[0, 100] = False
     greedy, mixed = Sampling(0.0, top_k=3, top_p=0.5, min_p=0.3), [Sampling(0.0), Sampling(0.0), Sampling(1.0, top_k=1)]
     for kind in (greedy, mixed):
         draw = Draw(kind, [1, 2, 3], [0, 0, 0], edits, words(bits))
         found = ops.score_tokens(*given_logits(z), TokenRequest(draw=draw))
-        assert found.token is not None and found.token.tolist() == [190, 150, 7]
+        assert found.token.tolist() == [190, 150, 7]
         close(found.log_prob, z.double().log_softmax(dim=1)[[0, 1, 2], found.token], 1e-5)
         close(found.shaped_log_prob, torch.zeros(3).double(), 0)
 
@@ -636,7 +598,7 @@ def test_penalties_change_the_logits_of_every_token_as_a_loop_does(
     texts = [rng.integers(0, 20, n).tolist() for n in (0, 1, 5, 40, 12, 7)]
     prompts = [0, 1, 2, 15, 0, 7]
     bias = {4: 2.0, 11: -1.0, 89: -np.inf} if biased else None
-    edits = Edits.penalties(
+    edits = LogitEdits.penalties(
         texts, prompt_lengths=prompts, repetition=repetition, frequency=frequency, presence=presence, bias=bias
     )
     expected = z.double()
@@ -654,7 +616,7 @@ def test_penalties_change_the_logits_of_every_token_as_a_loop_does(
     anchor, other = 60, torch.arange(20).repeat(rows)
     row = torch.arange(rows).repeat_interleave(20)
     spans = [slice(edits.indptr[r], edits.indptr[r + 1]) for r in row]
-    repeated = Edits(
+    repeated = LogitEdits(
         np.cumsum([0, *(s.stop - s.start for s in spans)]),
         *(np.concatenate([x[s] for s in spans]) for x in columns(edits)),
     )
@@ -663,7 +625,6 @@ def test_penalties_change_the_logits_of_every_token_as_a_loop_does(
     bits[:, anchor] = True
     draw = Draw(Sampling(), np.arange(len(row)), np.zeros(len(row), int), repeated, words(bits))
     found = ops.score_tokens(*given_logits(z[row]), TokenRequest(draw=draw))
-    assert found.token is not None
     pair = torch.stack([expected[row, other], expected[row, anchor]], dim=1).log_softmax(dim=1)
     close(found.shaped_log_prob, pair[torch.arange(len(row)), (found.token == anchor).long()], 1e-5)
     greedy = Draw(Sampling(0.0), np.arange(rows), np.zeros(rows, int), edits)
@@ -700,7 +661,7 @@ def test_penalties_change_the_logits_of_every_token_as_a_loop_does(
 )
 def test_bad_edits_are_refused(edits: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
-        Edits(*edits)
+        LogitEdits(*edits)
 
 
 @pytest.mark.parametrize(
@@ -723,7 +684,7 @@ def test_bad_edits_are_refused(edits: tuple[Any, ...], message: str) -> None:
 )
 def test_bad_penalties_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
-        Edits.penalties(**{"texts": [[1, 2, 3], [4, 5]], "frequency": 0.5, **wrong})
+        LogitEdits.penalties(**{"texts": [[1, 2, 3], [4, 5]], "frequency": 0.5, **wrong})
 
 
 # ---------------------------------------------------------------------- arguments
@@ -760,27 +721,23 @@ def drawing(**parts: Any) -> dict[str, Any]:
         (asked(select=torch.tensor([-1, 3])), r"select must be in \[0, 40\), got -1 to 3"),
         (asked(select=torch.zeros(2, 2).long()), r"select must be .*\[4\].* got .*\[2, 2\]"),
         (
-            asked(select=Ragged(torch.tensor([0, 1]), torch.tensor([3]))),
+            asked(select=RaggedIds(torch.tensor([0, 1]), torch.tensor([3]))),
             r"indptr of select must be .*\[3\].* got .*\[2\]",
         ),
         (
-            asked(select=Ragged(torch.tensor([0, 2, 1]), torch.tensor([3]))),
+            asked(select=RaggedIds(torch.tensor([0, 2, 1]), torch.tensor([3]))),
             r"indptr of select must rise from 0 to 1, got \[0, 2, 1\]",
         ),
         (
-            asked(select=Ragged(torch.tensor([0, 0, 1]), torch.tensor([40]))),
+            asked(select=RaggedIds(torch.tensor([0, 0, 1]), torch.tensor([40]))),
             r"ids of select must be in \[0, 40\), got 40 to 40",
-        ),
-        (
-            asked(value=Head([(torch.zeros(1, 5), None)])),
-            "value must be a head on hidden states of size 4, got one on 5",
         ),
         (asked(top_k=1, rewards=torch.zeros(40, 5)), r"rewards must be .*\[40, 4\].* got .*\[40, 5\]"),
         (asked(rewards=torch.zeros(40, 4)), "rewards are gathered at tokens: expected top_k or draw with them"),
         (drawing(seed=[1, 2, 3], position=[0, 0, 0]), "seed and position must be one a row, 2, got 3"),
         (drawing(sampling=[Sampling()]), "sampling must be one, or one for each of 2 rows, got 1"),
-        (drawing(edits=Edits([0, 0], [], [], [])), r"indptr of edits must be \[3\], got \[2\]"),
-        (drawing(edits=Edits([0, 1, 1], [40], [0], [1])), r"ids of edits must be in \[0, 40\), got 40 to 40"),
+        (drawing(edits=LogitEdits([0, 0], [], [], [])), r"indptr of edits must be \[3\], got \[2\]"),
+        (drawing(edits=LogitEdits([0, 1, 1], [40], [0], [1])), r"ids of edits must be in \[0, 40\), got 40 to 40"),
         (
             drawing(allowed=torch.zeros(2, 1, dtype=torch.int32)),
             r"allowed must be int32 \[2, 2\], got torch.int32 \[2, 1\]",
@@ -802,35 +759,16 @@ def test_bad_arguments_are_refused_by_name(change: dict[str, Any], message: str)
         ops.score_tokens(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("layers", "activation", "message"),
-    [
-        ([], "sigmoid", "1 or 2 layers, got 0"),
-        ([(torch.zeros(1, 4), None)], "relu", "activation must be one of sigmoid, tanh, identity, got 'relu'"),
-        ([(torch.zeros(3, 4), None)], "tanh", "1 or 2 outputs, got 3"),
-        ([(torch.zeros(3, 4), None), (torch.zeros(1, 5), None)], "tanh", "second layer must take 3 inputs, got 5"),
-        ([(torch.zeros(4), None)], "tanh", r"floating-point tensor \[out, in\], got torch.float32 \[4\]"),
-        ([(torch.zeros(1, 4, dtype=torch.int64), None)], "tanh", "floating-point tensor .* got torch.int64"),
-        ([([[1.0]], None)], "tanh", "floating-point tensor .* got list"),
-        ([(torch.zeros(1, 4), torch.zeros(2))], "tanh", r"bias of a value head must be \[1\], got \[2\]"),
-        ([(torch.zeros(1, 4), 0.5)], "tanh", r"bias of a value head must be \[1\], got float"),
-    ],
-)
-def test_bad_heads_are_refused(layers: list[Any], activation: str, message: str) -> None:
-    with pytest.raises(InvalidInput, match=message):
-        Head(layers, activation)
-
-
 # ---------------------------------------------------------------------- as torch sees it
 
 
 def registered(hidden: Tensor, lm_head: Tensor, request: TokenRequest) -> tuple[Any, ...]:
     """Arguments of the registered operation."""
-    return hidden, lm_head, None, 1.0, 0.0, request.top_k, *tensors(request, hidden)
+    return hidden, lm_head, None, 1.0, None, *VocabPass.of(request, hidden, lm_head.shape[0])
 
 
 def requests(rows: int, vocab: int) -> list[TokenRequest]:
-    edits = Edits.penalties([[1, 2]] * rows, repetition=1.2, presence=0.1)
+    edits = LogitEdits.penalties([[1, 2]] * rows, repetition=1.2, presence=0.1)
     allowed = words(torch.ones(rows, vocab, dtype=torch.bool))
     every = Draw(Sampling(1.0, top_k=5), np.arange(rows), np.zeros(rows, int), edits, allowed)
     return [
@@ -863,10 +801,10 @@ def test_shapes_are_known_without_values() -> None:
 def test_compiles_into_one_graph(backend: str) -> None:
     hidden, lm_head = problem(4, 300, 16)
     request = TokenRequest(top_k=5, draw=Draw(Sampling(1.0, top_p=0.9), np.arange(4), np.zeros(4, int)), entropy=True)
-    drawn = tensors(request, hidden)
+    wanted = VocabPass.of(request, hidden, 300)
 
     def step(states: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        found = torch.ops.forktree.score_tokens.default(states * 2, weight, None, 1.0, 0.0, 5, *drawn)
+        found = torch.ops.forktree.score_tokens.default(states * 2, weight, None, 1.0, None, *wanted)
         return found[0] + 1, *found[1:]
 
     for found, expected in zip(
@@ -945,7 +883,6 @@ def test_scratch_stays_below_16_mb(
     draw = Draw([kinds[i % 3] for i in range(rows)], np.arange(rows), np.arange(rows))
     with Live() as live:
         found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=top_k, draw=draw))
-    assert found.top_ids is not None and found.top_log_probs is not None
     answer = found.top_ids.nbytes + 2 * found.top_log_probs.nbytes  # the logits before the log-probs
     assert live.most - answer < 16e6
 
@@ -955,10 +892,10 @@ def test_nothing_is_read_back() -> None:
     hidden, lm_head = torch.empty(5, 8, device="meta"), torch.empty(300, 8, device="meta")
     allowed = torch.empty(5, 10, dtype=torch.int32, device="meta")
     draw = Draw([Sampling(0.0), *[Sampling(0.7)] * 4], np.arange(5), np.arange(5), allowed=allowed)
-    request = TokenRequest(top_k=70, draw=draw, entropy=True, margin=True, targets=torch.empty(5, device="meta").long())
+    request = TokenRequest(top_k=70, draw=draw, entropy=True, targets=torch.empty(5, device="meta").long())
     found = ops.score_tokens(hidden, lm_head, request, check=False)
-    assert found.token is not None and (found.token.shape, found.token.dtype) == ((5,), torch.long)
-    assert found.top_ids is not None and found.top_ids.shape == (5, 70)
+    assert (found.token.shape, found.token.dtype) == ((5,), torch.long)
+    assert found.top_ids.shape == (5, 70)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -967,9 +904,8 @@ def test_logits_that_are_there_already(dtype: torch.dtype) -> None:
     hidden, lm_head = problem(rows, vocab, 16, dtype)
     own = F.linear(hidden, lm_head)
     rewards = torch.randn(vocab, 16).to(dtype)
-    head = Head([(torch.randn(1, 16), None)])
     draw = Draw([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
-    ragged = Ragged(torch.arange(rows + 1), torch.arange(rows) * 3)
+    ragged = RaggedIds(torch.arange(rows + 1), torch.arange(rows) * 3)
     before = own.clone()
     for select in (torch.tensor([5, 1, 600]), ragged):
         request = TokenRequest(
@@ -978,20 +914,16 @@ def test_logits_that_are_there_already(dtype: torch.dtype) -> None:
             select=select,
             targets=torch.arange(rows),
             entropy=True,
-            margin=True,
-            value=head,
             rewards=rewards,
         )
-        found = from_logits(own, request, hidden)
+        found = ops.score_logits(own, request, hidden)
         off = 1e-13 if dtype == torch.float64 else 1e-5
         agree(found, request, own.double(), off)
         draws_agree(found, draw, own.double(), off)
-        close(found.values, head(hidden).double(), 0)
-        assert found.token is not None
         every = hidden.double() @ rewards.double().T
         close(found.token_reward, every.gather(1, found.token[:, None])[:, 0], 1e-4)
     assert torch.equal(own, before)
     with pytest.raises(ValueError, match=r"logits must be floating-point \[30, V\] .* got .*\[29, 700\]"):
-        from_logits(own[1:], request, hidden)
+        ops.score_logits(own[1:], request, hidden)
     with pytest.raises(ValueError, match=r"targets must be in \[0, 20\), got 0 to 29"):
-        from_logits(own[:, :20], TokenRequest(targets=torch.arange(rows)), hidden)
+        ops.score_logits(own[:, :20], TokenRequest(targets=torch.arange(rows)), hidden)

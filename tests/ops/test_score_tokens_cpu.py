@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from backends import off_alignment
-from forktree import Draw, Edits, Sampling, TokenRequest, TokenScores, _core, ops
-from forktree.ops.cpu.score_tokens import launch
+from forktree import Draw, LogitEdits, Sampling, TokenRequest, TokenScores, _core, ops
 
 ISAS = [name for name, why_not in _core.isas() if not why_not]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,13 +44,13 @@ def request(rows: int, vocab: int, *, top_k: int = 7, reordered: bool = False) -
     edits = allowed = None
     if reordered:
         texts = [rng.integers(0, vocab, 5) for _ in range(rows)]
-        edits = Edits.penalties(texts, repetition=1.4, frequency=0.3, presence=0.2, bias={0: 1.0, vocab - 1: -2.0})
+        edits = LogitEdits.penalties(texts, repetition=1.4, frequency=0.3, presence=0.2, bias={0: 1.0, vocab - 1: -2.0})
         words = rng.integers(-(2**31), 2**31, (rows, (vocab + 31) // 32)).astype(np.int32)
         words[:, 0] |= 1
         allowed = torch.from_numpy(words)
     kinds = [KINDS[i % len(KINDS)] for i in range(rows)]
     draw = Draw(kinds, rng.integers(0, 2**62, rows), np.arange(rows), edits, allowed)
-    return TokenRequest(top_k=top_k, draw=draw, entropy=True, margin=True)
+    return TokenRequest(top_k=top_k, draw=draw, entropy=True)
 
 
 def by_reference(hidden: Tensor, lm_head: Tensor, asked: TokenRequest, monkeypatch, **head) -> TokenScores:
@@ -75,7 +74,7 @@ def test_every_instruction_set_agrees_with_fp64(isa, dtype, rows, vocab, size, r
     asked = request(rows, vocab, reordered=reordered)
     found = ops.score_tokens(hidden, lm_head, asked, **head)
     expected = by_reference(hidden, lm_head, asked, monkeypatch, **head)
-    for name in ("lse", "entropy", "margin", "top_log_probs"):
+    for name in ("lse", "entropy", "top_log_probs"):
         torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), atol=3e-5, rtol=0)
     # The draws are those of exact arithmetic unless a number lies within rounding of where they change.
     same = found.token == expected.token
@@ -96,10 +95,10 @@ def test_a_row_is_the_same_to_the_bit_alone_and_among_others(isa, dtype):
     for row in (0, 1, 6, 7, 8, 63, 64, 149):
         at = slice(row, row + 1)
         own = slice(edits.indptr[row], edits.indptr[row + 1])
-        alone_edits = Edits([0, own.stop - own.start], edits.ids[own], edits.ops[own], edits.values[own])
+        alone_edits = LogitEdits([0, own.stop - own.start], edits.ids[own], edits.ops[own], edits.values[own])
         alone_draw = Draw(draw.sampling[at], draw.seed[at], draw.position[at], alone_edits, draw.allowed[at])
-        alone = ops.score_tokens(hidden[at], lm_head, TokenRequest(top_k=7, draw=alone_draw, entropy=True, margin=True))
-        for name in ("lse", "entropy", "margin", "top_ids", "top_log_probs", "token", "log_prob", "shaped_log_prob"):
+        alone = ops.score_tokens(hidden[at], lm_head, TokenRequest(top_k=7, draw=alone_draw, entropy=True))
+        for name in ("lse", "entropy", "top_ids", "top_log_probs", "token", "log_prob", "shaped_log_prob"):
             assert torch.equal(getattr(alone, name), getattr(among, name)[at]), (row, name)
 
 
@@ -159,7 +158,8 @@ def test_the_registered_operation_checks_its_arguments():
     keys, settings = torch.zeros(2, dtype=torch.long), torch.ones(4, 2, dtype=torch.double)
 
     def call(top_k=0, keys=keys, settings=settings, edits=nothing, allowed=None):
-        launch(hidden, lm_head, None, 1.0, 0.0, top_k, False, keys, settings, True, *edits, allowed)
+        wanted = top_k, False, keys, settings, True, *edits, allowed
+        torch.ops.forktree.score_tokens.default(hidden, lm_head, None, 1.0, None, *wanted)
 
     call()
     for message, arguments in {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from forktree import Draw, Sampling, TokenRequest, ops
+from forktree.ops import KVPool
 from forktree.plan.cost_model import CPU
 from forktree.plan.plan import plan
 from layouts import shared_prompt
@@ -24,7 +25,8 @@ def rotated() -> Tensor:
 def appended() -> Tensor:
     tokens, heads, dim = 2048, 8, 64
     pools = [torch.zeros(tokens, heads, dim) for _ in "kv"]
-    ops.append_kv(torch.randn(tokens, heads, dim), torch.randn(tokens, heads, dim), torch.randperm(tokens), *pools)
+    k, v = (torch.randn(tokens, heads, dim) for _ in "kv")
+    ops.append_kv(k, v, torch.randperm(tokens), KVPool(*pools))
     return torch.stack(pools)
 
 
@@ -43,7 +45,7 @@ def attended() -> Tensor:
     made = plan(layout, num_qo_heads=8, num_kv_heads=4, head_dim=64, cost_model=replace(CPU, grain=10**7))
     assert len(made.item) > 4 and made.num_partials
     k, v = torch.randn(2, layout.slot_index.size, 4, 64).bfloat16()
-    out = ops.tree_attention(torch.randn(2, 8, 64).bfloat16(), k, v, made)
+    out = ops.tree_attention(torch.randn(2, 8, 64).bfloat16(), KVPool(k, v), made)
     assert isinstance(out, Tensor)
     return out
 

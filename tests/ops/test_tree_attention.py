@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from backends import DENSE
+from backends import DENSE, specified
 from damage import check_damage
 from forktree import _core, ops
-from forktree.ops import dispatch, reference
+from forktree.ops import AttentionOptions, KVPool, dispatch
 from forktree.plan.cost_model import CPU
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import plan
@@ -57,7 +57,7 @@ def attend(case, q, k, v, window=None, cost_model=None, **options):
         window=window,
         cost_model=cost_model,
     )
-    return ops.tree_attention(q, k, v, made, return_lse=True, **options)
+    return ops.tree_attention(q, KVPool(k, v), made, AttentionOptions(**options), return_lse=True)
 
 
 def compare(case, q, k, v, *, rtol=2e-5, cost_model=None, **options):
@@ -157,7 +157,7 @@ def test_large_chunk_over_a_long_prompt(monkeypatch):
     q, k, v = torch.randn(rows + 1, 2, 8), torch.randn(1500, 1, 8), torch.randn(1500, 1, 8)
     for window in (None, 700):
         made = plan(layout, num_qo_heads=2, num_kv_heads=1, head_dim=8, window=window)
-        out = ops.tree_attention(q, k, v, made)
+        out = ops.tree_attention(q, KVPool(k, v), made)
         order = [*range(550), *range(600, 1500)]
         pos = torch.arange(1450)
         bias = (pos > torch.arange(1150, 1450)[:, None]) | (pos <= torch.arange(1150, 1450)[:, None] - (window or 9999))
@@ -193,7 +193,7 @@ def test_growth_follows_the_tips(backend):
             made = made.grow(node_len, made.layout.row_pos + 1, slot_index)
             case.layout = made.layout
             q, k, v = tensors(case)
-            out = ops.tree_attention(q, k, v, made)
+            out = ops.tree_attention(q, KVPool(k, v), made)
             expected, _ = naive_attention(case, q, k, v, window=window)
             np.testing.assert_allclose(out.numpy(), expected, atol=2e-5)
 
@@ -203,22 +203,23 @@ def test_sees_nothing(backend):
         [3], [0], [1], [-1], [0], [0], [0, 1, 2], [0, 1, 2], [0, 0], [0, 1], [-1] * 2, [0] * 2, [0, 2], [0, 0]
     )
     made = plan(layout, num_qo_heads=2, num_kv_heads=1, head_dim=4)
-    pool = torch.full((5, 1, 4), torch.nan)
-    pool[3] = 1.0
-    out, lse = ops.tree_attention(torch.ones(2, 2, 4), pool, pool, made, return_lse=True)
+    k = torch.full((5, 1, 4), torch.nan)
+    k[3] = 1.0
+    pool = KVPool(k, k)
+    out, lse = ops.tree_attention(torch.ones(2, 2, 4), pool, made, return_lse=True)
     assert out[:2].eq(0).all() and out[2].eq(1).all()
     assert lse[:2].eq(-torch.inf).all() and lse[2].eq(2).all()
     sinks = torch.tensor([1.0, 2.0])
-    out, lse = ops.tree_attention(torch.ones(2, 2, 4), pool, pool, made, sinks=sinks, return_lse=True)
+    out, lse = ops.tree_attention(torch.ones(2, 2, 4), pool, made, AttentionOptions(sinks=sinks), return_lse=True)
     assert out[:2].eq(0).all() and lse[0].tolist() == [1.0, 2.0]
     sinks = torch.tensor([-torch.inf, 2.0])
-    out, lse = ops.tree_attention(torch.ones(2, 2, 4), pool, pool, made, sinks=sinks, return_lse=True)
+    out, lse = ops.tree_attention(torch.ones(2, 2, 4), pool, made, AttentionOptions(sinks=sinks), return_lse=True)
     assert out[:2].eq(0).all() and lse[0].tolist() == [-torch.inf, 2.0]
     assert out[2, 0].eq(1).all() and lse[2, 0] == 2
     empty = TreeLayout([], [], [], [], [], [], [0], [0], [], [], [], [], [], [])
     for layout in (empty, TreeLayout.from_pages(np.zeros((0, 3), int), [], 16)):
         made = plan(layout, num_qo_heads=2, num_kv_heads=1, head_dim=4)
-        assert ops.tree_attention(torch.ones(0, 2, 4), pool, pool, made).shape == (0, 2, 4)
+        assert ops.tree_attention(torch.ones(0, 2, 4), pool, made).shape == (0, 2, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -251,7 +252,7 @@ def test_error_is_that_of_torch_at_this_dtype(heads, kv_heads, dim, dtype, backe
         q = torch.randn(branches, heads, dim, generator=g).to(dtype)
         k, v = (torch.randn(int(layout.slot_index.max()) + 1, kv_heads, dim, generator=g).to(dtype) for _ in "kv")
         exact = sdpa(q.double(), k.double(), v.double())
-        found = [ops.tree_attention(q, k, v, made), *(attend(q, k, v) for attend in yardsticks)]
+        found = [ops.tree_attention(q, KVPool(k, v), made), *(attend(q, k, v) for attend in yardsticks)]
         errors.append(torch.stack([(x.double() - exact).abs().flatten() for x in found]))
     error = torch.cat(errors, 1)
     most = int(0.999 * error.shape[1])
@@ -287,16 +288,16 @@ def test_non_contiguous_queries():
         (lambda a: a.update(q=a["q"].int()), "q must be fp32, bf16, fp16 or fp64, got torch.int32"),
         (
             lambda a: a.update(q=a["q"].half()),
-            "k_slots must be torch.float16 on cpu as q is, got torch.float32",
+            "k of the pool must be torch.float16 on cpu as q is, got torch.float32",
         ),
         (
             lambda a: a.update(v_slots=a["v_slots"].half()),
-            "v_slots must be torch.float32 on cpu as k_slots is",
+            "v of a pool must be torch.float32 on cpu as k is",
         ),
-        (lambda a: a.update(v_slots=a["v_slots"][1:]), r"k_slots and v_slots must be \[slots, Hk, Dk\] and"),
+        (lambda a: a.update(v_slots=a["v_slots"][1:]), r"k and v of a pool must be \[slots, Hk, Dk\] and"),
         (
             lambda a: a.update(k_slots=a["k_slots"][:, :1].contiguous(), v_slots=a["v_slots"][:, :1].contiguous()),
-            r"k_slots must be \[slots, 2, 8\] \(heads and head_dim of the plan\), got \[\d+, 1, 8\]",
+            r"k of the pool must be \[slots, 2, 8\] \(heads and head_dim of the plan\), got \[\d+, 1, 8\]",
         ),
         (
             lambda a: a.update(k_slots=a["k_slots"][:3], v_slots=a["v_slots"][:3]),
@@ -304,7 +305,7 @@ def test_non_contiguous_queries():
         ),
         (
             lambda a: a.update(k_slots=a["k_slots"].transpose(1, 2).contiguous().transpose(1, 2)),
-            r"k_slots and v_slots must be dense in their last dimension, got strides \(16, 1, 2\) and \(16, 8, 1\)",
+            r"k and v of a pool must be dense in their last dimension, got strides \(16, 1, 2\) and \(16, 8, 1\)",
         ),
         (
             lambda a: a.update(sinks=torch.zeros(2)),
@@ -327,7 +328,9 @@ def test_bad_input_is_refused_by_name(change, message):
     }
     change(arguments)
     with pytest.raises(ValueError, match=message):
-        ops.tree_attention(**arguments)
+        pool = KVPool(arguments["k_slots"], arguments["v_slots"])
+        options = AttentionOptions(sinks=arguments.get("sinks"), alibi_slopes=arguments.get("alibi_slopes"))
+        ops.tree_attention(arguments["q"], pool, arguments["plan"], options)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +353,8 @@ def test_bad_input_is_refused_by_name(change, message):
 def test_bad_options_are_refused_by_name(options, message, backend):
     q, k, v = torch.randn(3, 2, 2, 4)
     with pytest.raises(ValueError, match=message):
-        ops.tree_attention(q, k, v, plan(chunk(2), num_qo_heads=2, num_kv_heads=2, head_dim=4), **options)
+        made = plan(chunk(2), num_qo_heads=2, num_kv_heads=2, head_dim=4)
+        ops.tree_attention(q, KVPool(k, v), made, AttentionOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -413,10 +417,7 @@ def test_any_layout_option_and_split(data):
     finally:
         _core.use_isa(before)
     made = plan(case.layout, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim, window=window)
-    scale = dim**-0.5 if options["scale"] is None else options["scale"]
-    expected, expected_lse = reference.tree_attention(
-        q.double(), k.double(), v.double(), made, **{**options, "scale": scale}
-    )
+    expected, expected_lse = specified(q.double(), k.double(), v.double(), made, AttentionOptions(**options))
     np.testing.assert_allclose(out.double(), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
     np.testing.assert_allclose(lse, expected_lse, rtol=5e-5, atol=5e-5)
 
@@ -446,8 +447,8 @@ def test_a_row_keeps_its_bits_among_strangers(dtype, backend):
     case = Case(crowd, [], int(crowd.slot_index.max()) + 1, set(crowd.slot_index.tolist()))
     q, k, v = tensors(case, 8, 4, 32, dtype=dtype)
     heads = dict(num_qo_heads=8, num_kv_heads=4, head_dim=32, invariant=True)
-    out, lse = ops.tree_attention(q, k, v, plan(crowd, **heads), return_lse=True)
-    again, lse_again = ops.tree_attention(q[:5], k, v, plan(alone, **heads), return_lse=True)
+    out, lse = ops.tree_attention(q, KVPool(k, v), plan(crowd, **heads), return_lse=True)
+    again, lse_again = ops.tree_attention(q[:5], KVPool(k, v), plan(alone, **heads), return_lse=True)
     assert torch.equal(out[:5], again) and torch.equal(lse[:5], lse_again)
 
 
@@ -473,7 +474,7 @@ def test_a_chunk_whose_last_token_is_damaged(backend):
     made = plan(chunk(2), num_qo_heads=1, num_kv_heads=1, head_dim=4)
     q, k, v = torch.randn(3, 2, 1, 4)
     v[1] = torch.nan
-    out = ops.tree_attention(q, k, v, made)
+    out = ops.tree_attention(q, KVPool(k, v), made)
     torch.testing.assert_close(out[0], v[0])
     assert out[1].isnan().all()
 
@@ -489,11 +490,12 @@ def test_offsets_beyond_31_bits(heads, slots, view, backend):
     layout = replace(shared_prompt(1, 2, 3, 2), slot_index=np.array([slots - 1 - i for i in range(7)]))
     q = torch.randn(2, heads, dim).bfloat16()
     new = torch.randn(2, 7, heads, dim).bfloat16()
-    ops.append_kv(new[0], new[1], torch.from_numpy(layout.slot_index), k, v)
+    ops.append_kv(new[0], new[1], torch.from_numpy(layout.slot_index), KVPool(k, v))
     made = plan(layout, num_qo_heads=heads, num_kv_heads=heads, head_dim=dim)
-    out = ops.tree_attention(q, k, v, made)
+    out = ops.tree_attention(q, KVPool(k, v), made)
     low = replace(layout, slot_index=np.arange(7))
-    expected = ops.tree_attention(q, new[0], new[1], plan(low, num_qo_heads=heads, num_kv_heads=heads, head_dim=dim))
+    made = plan(low, num_qo_heads=heads, num_kv_heads=heads, head_dim=dim)
+    expected = ops.tree_attention(q, KVPool(new[0], new[1]), made)
     torch.testing.assert_close(out, expected)
 
 
@@ -530,5 +532,6 @@ def test_how_nodes_are_cut_leaves_no_trace_in_fp32(backend):
     q, (k, v) = torch.randn(rows, 6, 24), torch.randn(2, tokens, 2, 24)
     for options in ({}, {"softcap": 3.0}, {"window": 60}):
         window = options.pop("window", None)
-        results = [ops.tree_attention(q, k, v, plan(x, window=window, **heads), **options) for x in (whole, cut)]
+        plans = [plan(x, window=window, **heads) for x in (whole, cut)]
+        results = [ops.tree_attention(q, KVPool(k, v), made, AttentionOptions(**options)) for made in plans]
         assert torch.equal(*results)

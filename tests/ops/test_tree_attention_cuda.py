@@ -10,10 +10,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backends import DENSE
+from backends import DENSE, specified
 from damage import check_damage
 from forktree import _core, ops
-from forktree.ops import reference
+from forktree.ops import AttentionOptions, KVPool
+from forktree.ops.params import KvPool, TreeAttentionParams
+from forktree.ops.plan_tensors import PlanTensors
 from forktree.plan.cost_model import CPU
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import plan
@@ -59,19 +61,17 @@ def attend(case, q, k, v, *, window=None, cost_model=None, **options):
     heads = dict(num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2])
     made = plan(case.layout, window=window, cost_model=cost_model, **heads)
     with patch.object(torch.Tensor, "new_empty", new_nan):
-        return ops.tree_attention(q, k, v, made, return_lse=True, **options)
+        return ops.tree_attention(q, KVPool(k, v), made, AttentionOptions(**options), return_lse=True)
 
 
-def specified(case, q, k, v, *, window=None, scale=None, softcap=None, sinks=None, alibi_slopes=None):
+def by_fp64(case, q, k, v, *, window=None, **options):
     """The reference in fp64: faster than `naive_attention`, which a few tests hold it and the kernel against."""
     heads = dict(num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2])
     made = plan(case.layout, window=window, **heads)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    options = dict(scale=scale, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes)
-    return reference.tree_attention(q.double(), k.double(), v.double(), made, **options)
+    return specified(q.double(), k.double(), v.double(), made, AttentionOptions(**options))
 
 
-def compare(case, q, k, v, *, expected=specified, cost_model=None, **options):
+def compare(case, q, k, v, *, expected=by_fp64, cost_model=None, **options):
     out, lse = attend(case, q, k, v, cost_model=cost_model, **options)
     out_expected, lse_expected = expected(case, q, k, v, **options)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
@@ -203,12 +203,13 @@ def test_room_for_a_larger_plan(sinks):
     expected, expected_lse = attend(case, q, k, v, cost_model=FINE, sinks=sinks)
     buffer, slots = made.on(q.device)
     larger = [torch.cat([x, torch.full((50,), 10**9, dtype=torch.int32)]) for x in (buffer, slots)]
-    launch = ops.choice.launcher("cuda", "tree_attention")
+    launch = ops.dispatch.launcher("cuda", "tree_attention")
     tokens, partials = case.layout.num_tokens, made.num_partials
     with patch.object(torch.Tensor, "new_empty", new_nan):
         for more in (0, 1, 9):
             rows = torch.cat([q, torch.full((more, 2, 64), torch.nan, dtype=q.dtype)])
-            out, lse = launch(rows, k, v, *larger, tokens + more, partials + more, 0.125, 0.0, sinks, None)
+            room = PlanTensors(*larger, tokens + more, partials + more)
+            out, lse = launch(rows, KVPool(k, v), room, AttentionOptions(sinks=sinks))
             assert torch.equal(out[:tokens], expected) and torch.equal(lse[:tokens], expected_lse)
             assert out[tokens:].eq(0).all()
             assert lse[tokens:].eq(-torch.inf if sinks is None else sinks).all()
@@ -224,7 +225,7 @@ def test_sees_nothing():
     nothing = TreeLayout.from_pages(np.zeros((0, 3), int), [], 16)
     made = plan(nothing, num_qo_heads=2, num_kv_heads=1, head_dim=64)
     pool = torch.zeros(5, 1, 64, dtype=torch.float16)
-    assert ops.tree_attention(pool.new_empty(0, 2, 64), pool, pool, made).shape == (0, 2, 64)
+    assert ops.tree_attention(pool.new_empty(0, 2, 64), KVPool(pool, pool), made).shape == (0, 2, 64)
 
 
 def test_same_bits_in_any_order_of_blocks():
@@ -292,7 +293,7 @@ def test_offsets_beyond_31_bits(heads):
     k, v = (torch.empty(heads, slots, dim, dtype=torch.bfloat16).transpose(0, 1) for _ in "kv")
     layout = replace(shared_prompt(1, 2, 3, 2), slot_index=np.array([slots - 1 - i for i in range(7)]))
     q, new = torch.randn(2, heads, dim).bfloat16(), torch.randn(2, 7, heads, dim).bfloat16()
-    ops.append_kv(new[0], new[1], torch.from_numpy(layout.slot_index), k, v)
+    ops.append_kv(new[0], new[1], torch.from_numpy(layout.slot_index), KVPool(k, v))
     out, lse = attend(case_of(layout), q, k, v)
     low = case_of(replace(layout, slot_index=np.arange(7)))
     expected, expected_lse = attend(low, q, new[0], new[1])
@@ -333,11 +334,11 @@ def test_strides_of_queries(strided):
         (lambda a: [*a[:2], torch.cat([a[2], a[2]], 2)], r"head_dim must be .*, of K as of V, .* got 64 and 128"),
         (
             lambda a: [*a[:2], torch.cat([a[2].flatten()[:1], a[2].flatten()])[1:].view(a[2].shape)],
-            r"v_slots must begin at a multiple of 16 bytes, .* got 0x",
+            r"v of the pool must begin at a multiple of 16 bytes, .* got 0x",
         ),
         (
             lambda a: [*a[:2], torch.cat([a[2], a[2][..., :1]], 2)[..., :-1]],
-            r"v_slots must begin .*, and so must its slots and heads, .* strides \(130, 65, 1\): leave it to",
+            r"v of the pool must begin .*, and so must its slots and heads, .* strides \(130, 65, 1\): leave it to",
         ),
     ],
 )
@@ -351,21 +352,30 @@ def test_what_there_is_no_kernel_for_is_refused(change, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({0: 0}, r"dtype must be 1 \(bf16\) or 2 \(fp16\), got 0"),
-        ({1: 8}, "q must be at an address that is a multiple of 16, got 8"),
-        ({2: 12}, "strides of q must be multiples of 8, got 12 and 64"),
-        ({4: 3}, "query heads must be a multiple of the KV heads, got 3 and 2"),
-        ({5: 80}, "head_dim must be 64, 96, 128 or 256, got 80"),
-        ({6: 24}, "k_slots must be at an address"),
-        ({7: 12}, "strides of k_slots must be multiples of 8, got 12 and 64"),
-        ({11: 3}, "strides of v_slots must be multiples of 8, got 128 and 3"),
-        ({21: -1}, "num_tokens and max_partials must be at least 0, got -1 and 0"),
+        (dict(dtype=0), r"dtype must be 1 \(bf16\) or 2 \(fp16\), got 0"),
+        (dict(q=8), "q must be at an address that is a multiple of 16, got 8"),
+        (dict(q_row_stride=12), "strides of q must be multiples of 8, got 12 and 64"),
+        (dict(num_qo_heads=3), "query heads must be a multiple of the KV heads, got 3 and 2"),
+        (dict(k_dim=80, v_dim=80), "head_dim must be 64, 96, 128 or 256, got 80"),
+        (dict(v_dim=96), "head_dim must be that of K as of V, got 64 and 96"),
+        (dict(k=24), "k_slots must be at an address"),
+        (dict(k_slot_stride=12), "strides of k_slots must be multiples of 8, got 12 and 64"),
+        (dict(v_head_stride=3), "strides of v_slots must be multiples of 8, got 128 and 3"),
+        (dict(num_tokens=-1), "num_tokens and max_partials must be at least 0, got -1 and 0"),
     ],
 )
 def test_the_binding_checks_what_it_is_given(changed, message):
-    pools = [0, 128, 64, 0, 128, 64]
-    arguments = [1, 0, 64, 64, 4, 64, *pools, 2, 0, 0, 1.0, 0.0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0]
-    for position, value in changed.items():
-        arguments[position] = value
+    pool = dict(k_slot_stride=128, k_head_stride=64, v_slot_stride=128, v_head_stride=64)
+    params = TreeAttentionParams(
+        pool=KvPool(num_kv_heads=2, k_dim=64, v_dim=64, **pool),
+        q_row_stride=64,
+        q_head_stride=64,
+        num_qo_heads=4,
+        dtype=1,
+        scale=1.0,
+        num_tokens=5,
+    )
+    for name, value in changed.items():
+        setattr(params.pool if hasattr(params.pool, name) and name != "dtype" else params, name, value)
     with pytest.raises(ValueError, match=message):
-        _core.cuda_tree_attention(*arguments)
+        _core.cuda_tree_attention(bytes(params), 0)

@@ -10,10 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backends import DENSE
+from backends import DENSE, by_reference, specified
 from damage import check_damage
 from forktree import ops
-from forktree.ops import reference
+from forktree.ops import AttentionOptions, KVPool
 from forktree.plan.cost_model import CPU
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import AttentionPlan, plan
@@ -68,7 +68,8 @@ def make(case, q, k, window=None, cost_model=None):
 
 
 def attend(case, q, k, v, window=None, cost_model=None, **options):
-    return ops.tree_attention(q, k, v, make(case, q, k, window, cost_model), return_lse=True, **options)
+    made = make(case, q, k, window, cost_model)
+    return ops.tree_attention(q, KVPool(k, v), made, AttentionOptions(**options), return_lse=True)
 
 
 def compare(case, q, k, v, *, cost_model=None, **options):
@@ -130,7 +131,7 @@ def test_any_layout_option_and_split(data):
     q, k, v = tensors(case, heads, kv_heads, dim, value_dim, dtype, seed)
     out, lse = attend(case, q, k, v, window, draw(st.sampled_from([CPU, SCATTERED])), **options)
     made = make(case, q, k, window)
-    expected, expected_lse = reference.tree_attention(q.double(), k.double(), v.double(), made, **options)
+    expected, expected_lse = specified(q.double(), k.double(), v.double(), made, AttentionOptions(**options))
     np.testing.assert_allclose(out.double(), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
     np.testing.assert_allclose(lse, expected_lse, rtol=5e-5, atol=5e-5)
 
@@ -173,8 +174,7 @@ def against_reference(layout, window=None, cost_model=None, dim=16, heads=4, kv_
     q, k, v = tensors(case, heads, kv_heads, dim)
     out, lse = attend(case, q, k, v, window, cost_model, **options)
     made = make(case, q, k, window)
-    arguments = dict(scale=dim**-0.5, softcap=None, sinks=None, alibi_slopes=None)
-    expected, expected_lse = reference.tree_attention(q.double(), k.double(), v.double(), made, **arguments | options)
+    expected, expected_lse = specified(q.double(), k.double(), v.double(), made, AttentionOptions(**options))
     torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=2e-5, atol=2e-5)
 
@@ -212,7 +212,7 @@ def test_a_few_outputs_wait_for_many_partials():
 
 
 def bucket(made: AttentionPlan, q, k, v, tokens, partials, **options):
-    arguments = dict(scale=0.3, softcap=0.0, sinks=None, alibi_slopes=None) | options
+    arguments = dict(scale=0.3, softcap=None, sinks=None, alibi_slopes=None) | options
     return torch.ops.forktree.tree_attention.default(
         q, k, v, *made.on(q.device), num_tokens=tokens, max_partials=partials, **arguments
     )
@@ -237,7 +237,7 @@ def test_tokens_nobody_writes_are_cleared():
     empty = TreeLayout([], [], [], [], [], [], [0], [0], [], [], [], [], [], [])
     made = plan(empty, num_qo_heads=2, num_kv_heads=1, head_dim=4)
     pool = torch.full((5, 1, 4), torch.nan)
-    assert ops.tree_attention(torch.ones(0, 2, 4), pool, pool, made).shape == (0, 2, 4)
+    assert ops.tree_attention(torch.ones(0, 2, 4), KVPool(pool, pool), made).shape == (0, 2, 4)
     case = random_layout(0, "random")
     case.layout = replace(case.layout, row_token=case.layout.row_token + 3)
     assert make(case, *tensors(case)[:2]).empty_tokens.size >= 3
@@ -272,7 +272,7 @@ def test_pools_of_any_strides(stride):
     assert torch.equal(attend(case, q, DENSE[stride](k), DENSE[stride](v))[0], expected)
     pools = [DENSE[stride](torch.full_like(x, 9.0)) for x in (k, v)]
     slots = torch.tensor([3, -1, 0, 7])
-    ops.append_kv(k[:4], v[:4], slots, *pools)
+    ops.append_kv(k[:4], v[:4], slots, KVPool(*pools))
     for pool, x in zip(pools, (k, v), strict=True):
         assert torch.equal(pool[[3, 0, 7]], x[[0, 2, 3]]) or x[[0, 2, 3]].isnan().any()
 
@@ -293,10 +293,11 @@ def test_offsets_beyond_31_bits(heads):
     layout = replace(shared_prompt(1, 2, 3, 2), slot_index=np.array([slots - 1 - i for i in range(7)]))
     q = torch.randn(2, heads, dim).bfloat16()
     new = torch.randn(2, 7, heads, dim).bfloat16()
-    ops.append_kv(new[0], new[1], torch.from_numpy(layout.slot_index), k, v)
-    out = ops.tree_attention(q, k, v, plan(layout, num_qo_heads=heads, num_kv_heads=heads, head_dim=dim))
+    ops.append_kv(new[0], new[1], torch.from_numpy(layout.slot_index), KVPool(k, v))
+    made = plan(layout, num_qo_heads=heads, num_kv_heads=heads, head_dim=dim)
+    out = ops.tree_attention(q, KVPool(k, v), made)
     low = plan(replace(layout, slot_index=np.arange(7)), num_qo_heads=heads, num_kv_heads=heads, head_dim=dim)
-    assert torch.equal(out, ops.tree_attention(q, new[0], new[1], low))
+    assert torch.equal(out, ops.tree_attention(q, KVPool(new[0], new[1]), low))
 
 
 def test_heads_too_large_are_refused():
@@ -323,15 +324,15 @@ def test_append_kv(integer, dtype, view):
     slots = torch.tensor([4, 0, -1, 11, 7, -5, 2, 1, 9], dtype=integer)
     expected = [torch.full((12, *x.shape[1:]), 9.0, dtype=dtype) for x in (k, v)]
     pools = [pool.clone() for pool in expected]
-    reference.append_kv(k, v, slots, *expected)
-    ops.append_kv(VIEWS[view](k), VIEWS[view](v), torch.stack([slots, slots], 1)[:, 0], *pools)
+    by_reference("append_kv", k, v, slots, KVPool(*expected))
+    ops.append_kv(VIEWS[view](k), VIEWS[view](v), torch.stack([slots, slots], 1)[:, 0], KVPool(*pools))
     assert torch.equal(pools[0], expected[0]) and torch.equal(pools[1], expected[1])
 
 
 def test_slots_beyond_the_pool_are_refused():
     k, pool = torch.randn(2, 1, 4), torch.zeros(3, 1, 4)
     with pytest.raises(ValueError, match="slots must be below the pool's 3, got 3"):
-        ops.append_kv(k, k, torch.tensor([0, 3]), pool, pool.clone())
+        ops.append_kv(k, k, torch.tensor([0, 3]), KVPool(pool, pool.clone()))
     assert pool.eq(0).all()
 
 
@@ -339,7 +340,7 @@ def test_append_kv_copies_bits_not_numbers():
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(32, 8, 256)
     for dtype in (torch.bfloat16, torch.float16):
         k, pool = bits.view(dtype), torch.zeros(32, 8, 256, dtype=dtype)
-        ops.append_kv(k, k, torch.arange(32), pool, pool.clone())
+        ops.append_kv(k, k, torch.arange(32), KVPool(pool, pool.clone()))
         assert torch.equal(pool.view(torch.int16), bits)
 
 
@@ -351,7 +352,7 @@ def test_rotate_rows(dtype, view, interleaved):
     shift = torch.tensor([0, 1, -1, 2**20, -(2**20), 7, 131072])
     arguments = (shift, inv_freq), dict(interleaved=interleaved, rotary_dim=24)
     got = ops.rotate_rows(VIEWS[view](q), *arguments[0], **arguments[1])
-    torch.testing.assert_close(got, reference.rotate_rows(q, *arguments[0], **arguments[1]))
+    torch.testing.assert_close(got, by_reference("rotate_rows", q, *arguments[0], *arguments[1].values()))
     assert torch.equal(got[0], q[0]) and torch.equal(got[..., 24:], q[..., 24:])
 
 
@@ -363,7 +364,7 @@ def test_merge_states(dtype):
     index = torch.randint(0, 50, (int(count.sum()), 2))[:, 0]
     indptr = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
     got = ops.merge_states(o, lse, indptr, index)
-    torch.testing.assert_close(got, reference.merge_states(o, lse, indptr, index))
+    torch.testing.assert_close(got, by_reference("merge_states", o, lse, indptr, index))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forktree.plan.check import check_plan
 from forktree.plan.cost_model import CPU, CostModel
+from forktree.plan.format import LIVE, Item, Row, Seg
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import CONTIGUOUS, LAST, LIVE, PARTIAL, ROW, START, STOP, TOKEN, check_plan
 from layouts import KINDS, random_layout, shared_prompt
 
 planning = importlib.import_module("forktree.plan.plan")  # the package may export the function by this name
@@ -20,6 +21,7 @@ def plan(layout, **options):
     return planning.plan(layout, **HEADS, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost_model", [None, FREE, replace(FREE, units=99, lanes=2, max_lanes=4)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_plans_of_random_layouts(kind, cost_model):
@@ -47,6 +49,7 @@ COST_MODELS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -152,19 +155,20 @@ def together(layouts, rng):
 def story(made, row, origin=0):
     """How a row is computed: its items in the order they are merged, each with the tokens it reads for the row."""
     r = int(np.flatnonzero(made.row_order == row)[0])
-    token = made.row[r, TOKEN]
+    token = made.row[r, Row.TOKEN]
     partials = made.merge_partial[made.merge_indptr[token] : made.merge_indptr[token + 1]].tolist()
     items = []
     for row_begin, row_end, seg_begin, seg_end, first in made.item.tolist():
         if not row_begin <= r < row_end:
             continue
         segs = made.seg[seg_begin:seg_end]
-        mine = segs[(segs[:, planning.ROW_LO] <= r) & (r < segs[:, planning.ROW_HI])]
+        mine = segs[(segs[:, Seg.ROW_LO] <= r) & (r < segs[:, Seg.ROW_HI])]
         when = partials.index(first + r - row_begin) if first >= 0 else -1
-        items.append((when, (mine[:, [planning.INDEX_BEGIN, START, STOP]] - [origin, 0, 0]).tolist()))
+        items.append((when, (mine[:, [Seg.INDEX_BEGIN, Seg.START, Seg.STOP]] - [origin, 0, 0]).tolist()))
     return [(when < 0, segs) for when, segs in sorted(items, key=lambda item: item[0])]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -195,6 +199,19 @@ def test_rows_that_see_the_same_read_it_once():
     assert stats.partials == 0 and len(plan(layout).item) == 3
 
 
+def test_bytes_are_those_of_the_pool():
+    """Counted, and priced: K of 24 elements and V of 8, 1 byte each, and a scale."""
+    layout = shared_prompt(3, 4, 4000, 10)
+    stats = plan(layout, value_dim=8, bytes_per_token=2 * (24 + 8) + 4).stats()
+    assert stats.distinct_bytes == stats.distinct_tokens * 68
+    bound = replace(CPU, mac=0, exp=0, segment=0, item=0, partial=0, grain=1 << 40)  # reading, by whole trees
+    times = [plan(layout, cost_model=bound, bytes_per_token=size).stats().predicted for size in (64, 128, 640)]
+    assert times[0] == plan(layout, cost_model=bound).stats().predicted  # 2 KV heads of 8 + 8 elements of 2 bytes
+    assert times[1] == pytest.approx(2 * times[0]) and times[2] == pytest.approx(10 * times[0])
+    stats = plan(layout, cost_model=FREE, value_dim=32).stats()
+    assert stats.partial_bytes == stats.partials * 4 * (32 + 2) * 4 > 0
+
+
 def test_forks_inside_a_node_are_read_once():
     """Root of 30 tokens; children at 30, 20 and 10, each a context: [0, 10) by three, [10, 20) by two, ..."""
     layout = TreeLayout(
@@ -217,7 +234,7 @@ def test_forks_inside_a_node_are_read_once():
     check_plan(made)
     assert made.stats().planned_tokens == made.stats().distinct_tokens == 60
     assert made.row_order.tolist() == [1, 0, 2]
-    shared = [(int(s[START]), int(s[STOP])) for s in made.seg if s[planning.NODE] == 0]
+    shared = [(int(s[Seg.START]), int(s[Seg.STOP])) for s in made.seg if s[Seg.NODE] == 0]
     assert sorted(shared) == [(0, 10), (10, 20), (20, 30)]
 
 
@@ -240,8 +257,8 @@ def test_a_chunk_is_one_item_and_its_past_needs_no_mask():
     )
     made = plan(layout)
     check_plan(made)
-    assert made.item[:, PARTIAL].tolist() == [-1]
-    assert made.seg[:, [START, STOP]].tolist() == [[0, 24], [24, 40]]
+    assert made.item[:, Item.PARTIAL].tolist() == [-1]
+    assert made.seg[:, [Seg.START, Seg.STOP]].tolist() == [[0, 24], [24, 40]]
     assert made.stats().attended == sum(range(25, 41)) and made.stats().computed == 640
 
 
@@ -311,6 +328,8 @@ def test_empty_plans():
         ({"num_qo_heads": 3}, "num_qo_heads must be a multiple of num_kv_heads, got 3 and 2"),
         ({"num_kv_heads": 0}, "num_kv_heads must be in .1, 65536., got 0"),
         ({"head_dim": 0}, "head_dim must be in .1, 65536., got 0"),
+        ({"value_dim": 0}, "value_dim must be in .1, 65536., got 0"),
+        ({"bytes_per_token": 2**31}, r"bytes_per_token must be in \[1, 2\*\*31\) or None, got 2147483648"),
         ({"window": 0}, r"window must be in \[1, 2\*\*31\) or None, got 0"),
         ({"max_partials": -1}, "max_partials must be at least 0 or None, got -1"),
     ],
@@ -342,7 +361,14 @@ def test_prices_that_overflow():
 def edited(made, name, row, column, value):
     array = getattr(made, name).copy()
     array[row, column] = value
-    return replace(made, **{name: array})
+    return with_arrays(made, **{name: array})
+
+
+def with_arrays(made, **arrays):
+    """The same plan, with other arrays than its buffer has."""
+    other = replace(made)
+    other.__dict__.update(vars(made) | arrays)
+    return other
 
 
 def test_check_plan_catches_corruption():
@@ -350,28 +376,28 @@ def test_check_plan_catches_corruption():
     made = plan(shared_prompt(1, 3, 20, 10))
     check_plan(made)
     with pytest.raises(ValueError, match="row 0 must read all it sees, got nothing for indices"):
-        check_plan(edited(made, "seg", 0, STOP, 19))
+        check_plan(edited(made, "seg", 0, Seg.STOP, 19))
     with pytest.raises(ValueError, match=r"segment 0 must lie within node 0 of 20 tokens, got \[0, 21\)"):
-        check_plan(edited(made, "seg", 0, STOP, 21))
+        check_plan(edited(made, "seg", 0, Seg.STOP, 21))
     with pytest.raises(ValueError, match="row 2 must read all it sees"):
-        check_plan(edited(made, "seg", 0, planning.ROW_HI, 2))
+        check_plan(edited(made, "seg", 0, Seg.ROW_HI, 2))
     with pytest.raises(ValueError, match="segment 1 must have index_begin 20 and pos 20"):
-        check_plan(edited(made, "seg", 1, planning.POS, 0))
+        check_plan(edited(made, "seg", 1, Seg.POS, 0))
     with pytest.raises(ValueError, match="segment 1 must not be contiguous"):
-        check_plan(edited(made, "seg", 1, CONTIGUOUS, 1))
+        check_plan(edited(made, "seg", 1, Seg.CONTIGUOUS, 1))
     with pytest.raises(ValueError, match="items must own all segments"):
-        check_plan(replace(made, seg=np.concatenate([made.seg, made.seg[-1:]])))
-    doubled = replace(made, seg=np.concatenate([made.seg, made.seg[:1]]))
+        check_plan(with_arrays(made, seg=np.concatenate([made.seg, made.seg[-1:]])))
+    doubled = with_arrays(made, seg=np.concatenate([made.seg, made.seg[:1]]))
     with pytest.raises(ValueError, match="row 0 must read a token once, got 2 times for index 0"):
-        check_plan(edited(doubled, "item", 0, planning.SEG_END, 5))
+        check_plan(edited(doubled, "item", 0, Item.SEG_END, 5))
     with pytest.raises(ValueError, match="row 1 must read nothing else than it sees"):
-        check_plan(edited(made, "seg", 1, planning.ROW_HI, 2))
+        check_plan(edited(made, "seg", 1, Seg.ROW_HI, 2))
     with pytest.raises(ValueError, match=r"segment 0 must have rows within \[0, 2\), got \[0, 3\)"):
-        check_plan(edited(made, "item", 0, planning.ROW_END, 2))
+        check_plan(edited(made, "item", 0, Item.ROW_END, 2))
     with pytest.raises(ValueError, match="row_order must be a permutation"):
-        check_plan(edited(made, "row", 0, ROW, 1))
+        check_plan(edited(made, "row", 0, Row.ROW, 1))
     with pytest.raises(ValueError, match="buffer must hold the plan's arrays"):
-        check_plan(edited(made, "row", 0, LAST, 3))
+        check_plan(edited(made, "row", 0, Row.LAST, 3))
     with pytest.raises(ValueError, match="buffer must have the plan's heads and window"):
         check_plan(replace(made, num_kv_heads=1))
 
@@ -380,14 +406,14 @@ def test_check_plan_catches_wrong_merges():
     """Four items over 64 + 64 + 64 + 8 shared tokens, the last with all that is private as well."""
     made = plan(shared_prompt(1, 3, 200, 10), cost_model=replace(FREE, units=8))
     check_plan(made)
-    assert made.item[:, PARTIAL].tolist() == [0, 3, 6, 9] and made.merge_partial[:4].tolist() == [0, 3, 6, 9]
+    assert made.item[:, Item.PARTIAL].tolist() == [0, 3, 6, 9] and made.merge_partial[:4].tolist() == [0, 3, 6, 9]
     with pytest.raises(ValueError, match="merge list of token 0 must be"):
-        check_plan(replace(made, merge_partial=np.roll(made.merge_partial, 1)))
+        check_plan(with_arrays(made, merge_partial=np.roll(made.merge_partial, 1)))
     swapped = made.merge_partial.copy()
     swapped[:2] = 3, 0
     with pytest.raises(ValueError, match="partials of token 0 must be merged in path order"):
-        check_plan(replace(made, merge_partial=swapped))
+        check_plan(with_arrays(made, merge_partial=swapped))
     with pytest.raises(ValueError, match=r"merge list of token 0"):
-        check_plan(edited(made, "item", -1, PARTIAL, -1))
+        check_plan(edited(made, "item", -1, Item.PARTIAL, -1))
     with pytest.raises(ValueError, match="merge_indptr must have 4 entries"):
-        check_plan(replace(made, merge_indptr=made.merge_indptr[:-1]))
+        check_plan(with_arrays(made, merge_indptr=made.merge_indptr[:-1]))

@@ -4,11 +4,13 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 
 from forktree import _core
 from forktree.plan.cost_model import CostModel
+from forktree.plan.format import Item, Seg
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import NODE, PARTIAL, ROW_HI, ROW_LO, START, plan
+from forktree.plan.plan import plan
 
 DIM = 8
 
@@ -18,19 +20,22 @@ class Model:
     cost_model: CostModel
     heads: int  # KV heads
     group: int
+    value_dim: int = DIM
+    bytes_per_token: int | None = None  # of all KV heads; None: 2 an element
 
     def lane_groups(self, rows):
         return -(-rows * self.group // self.cost_model.lanes)
 
     def segment(self, rows, tokens, again):
         t = self.cost_model
-        read = 4 * DIM * ((tokens - again) * t.memory + again * t.cache)
-        math = tokens * self.lane_groups(rows) * (2 * DIM * t.mac + t.exp)
-        return max(read, math) + -(-tokens // 64) * self.lane_groups(rows) * DIM * t.segment
+        size = 2 * (DIM + self.value_dim) if self.bytes_per_token is None else -(-self.bytes_per_token // self.heads)
+        read = size * ((tokens - again) * t.memory + again * t.cache)
+        math = tokens * self.lane_groups(rows) * ((DIM + self.value_dim) * t.mac + t.exp)
+        return max(read, math) + -(-tokens // 64) * self.lane_groups(rows) * self.value_dim * t.segment
 
     def item(self, rows, partial=False):
-        start = self.cost_model.item + self.lane_groups(rows) * DIM * self.cost_model.segment
-        return start + partial * rows * self.group * (DIM + 2) * 4 * self.cost_model.partial
+        start = self.cost_model.item + self.lane_groups(rows) * self.value_dim * self.cost_model.segment
+        return start + partial * rows * self.group * (self.value_dim + 2) * 4 * self.cost_model.partial
 
     def time(self, costs):
         return max(-(-sum(costs) * self.heads // self.cost_model.units), max(costs))
@@ -42,8 +47,9 @@ def of_plan(made, items, model):
     for row_begin, row_end, seg_begin, seg_end, partial in items:
         cost = model.item(row_end - row_begin, partial >= 0)
         for seg, tokens in zip(made.seg[seg_begin:seg_end], made.seg_tokens[seg_begin:seg_end], strict=True):
-            mine, known = set(range(seg[START], seg[START] + tokens)), read.setdefault(int(seg[NODE]), set())
-            cost += model.segment(int(seg[ROW_HI] - seg[ROW_LO]), int(tokens), len(mine & known))
+            mine = set(range(seg[Seg.START], seg[Seg.START] + tokens))
+            known = read.setdefault(int(seg[Seg.NODE]), set())
+            cost += model.segment(int(seg[Seg.ROW_HI] - seg[Seg.ROW_LO]), int(tokens), len(mine & known))
             known |= mine
         costs.append(cost)
     return costs
@@ -135,19 +141,26 @@ def random_model(rng):
         item=int(rng.choice([1000, 100_000])),
         grain=0,
     )
-    return Model(cost_model, int(rng.integers(1, 3)), int(rng.integers(1, 3)))
+    heads, group = (int(rng.integers(1, 3)) for _ in range(2))
+    if rng.random() < 0.5:
+        return Model(cost_model, heads, group)
+    return Model(cost_model, heads, group, int(rng.choice([DIM, 24])), int(rng.choice([9, 40, 300])))
 
 
+@pytest.mark.slow
 def test_plans_of_tiny_trees_are_within_a_tenth_of_the_best():
     rng = np.random.default_rng(0)
     trees = cuts = 0
     while trees < 200:
         layout, model = tiny_tree(rng), random_model(rng)
         options = dict(num_qo_heads=model.heads * model.group, num_kv_heads=model.heads, head_dim=DIM)
+        options |= dict(value_dim=model.value_dim, bytes_per_token=model.bytes_per_token)
         whole = plan(layout, **options, cost_model=CostModel(**{**vars(model.cost_model), "grain": 1 << 40}))
-        assert (whole.item[:, PARTIAL] < 0).all()
+        assert (whole.item[:, Item.PARTIAL] < 0).all()
         stretches = [
-            (int(s[ROW_LO]), int(s[ROW_HI]), int(t)) for s, t in zip(whole.seg, whole.seg_tokens, strict=True) if t
+            (int(s[Seg.ROW_LO]), int(s[Seg.ROW_HI]), int(tokens))
+            for s, tokens in zip(whole.seg, whole.seg_tokens, strict=True)
+            if tokens
         ]
         choices = np.prod([len(list(ways(tokens))) for *_, tokens in stretches]) * 2 ** (layout.num_rows - 1)
         if len(stretches) > 6 or choices > 3000:
@@ -155,7 +168,7 @@ def test_plans_of_tiny_trees_are_within_a_tenth_of_the_best():
         trees += 1
         made = plan(layout, **options, cost_model=model.cost_model)
         items = made.item.tolist()
-        counts = _core.plan_count(made.buffer, model.cost_model.values)
+        counts = _core.plan_stats(made.buffer, model.cost_model.values)
         assert sum(of_plan(made, items, model)) * model.heads == counts[6]
         cuts += len(made.item) - len(whole.item)
         best = best_time(stretches, layout.num_rows, model)

@@ -160,6 +160,7 @@ def assert_estimates(search: ParticleFilter, exact: dict, runs: int) -> None:
     assert np.abs(measure.mean(axis=0) - truth).sum() / 2 < 0.03  # total variation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("resampling", "weight_temperature", "steps"),
     [("systematic", 1.0, 3), ("multinomial", 1.0, 3), ("systematic", 2.0, 2), ("multinomial", 0.7, 2)],
@@ -179,6 +180,7 @@ def test_weights_estimate_the_exact_posterior(resampling: str, weight_temperatur
     assert_estimates(search, exact, runs=90)
 
 
+@pytest.mark.slow
 def test_a_judge_on_the_models_own_logits_estimates_its_posterior() -> None:
     """The same with TokenProbability: the reward is the model's probability of token 1 against token 2."""
     model = tiny.model(vocab=VOCAB, spread=0.5, eos=None)

@@ -99,6 +99,7 @@ SEARCHES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_slots", "ahead"), [(2048, False), (90, True)])
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_state_that_follows_forks_equals_reading_again(name: str, num_slots: int, ahead: bool) -> None:

@@ -1,14 +1,33 @@
 """Backends that take CPU tensors in this build, and tensors that are hard on them."""
 
 import mmap
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from forktree import _core
+from forktree.ops import AttentionOptions, KVPool
+from forktree.ops.dispatch import launcher
+from forktree.ops.plan_tensors import PlanTensors
+from forktree.plan.plan import AttentionPlan
 
 COMPILED = ["cpu"] + ["cuda"] * (_core.build["cuda"] == "emulated")  # leave fp64 to others
 BACKENDS = ["reference", "torch", *COMPILED]
+
+
+def by_reference(operation: str, *arguments: Any) -> Any:
+    """What the specification of an operation gives for the arguments of `launch`."""
+    return launcher("reference", operation)(*arguments)
+
+
+def specified(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, options: AttentionOptions | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of `tree_attention` by its specification."""
+    options = AttentionOptions() if options is None else options
+    out, lse = by_reference("tree_attention", q, KVPool(k, v), PlanTensors.of(plan, q.device), options)
+    return out, lse
 
 
 def off_alignment(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from forktree import Draw, Sampling
-from forktree.ops.splitmix import mix
+from forktree.ops.splitmix import splitmix64
 
 TILE = 64
 
@@ -85,7 +85,7 @@ def draws(probabilities: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.n
     tokens, distance = [], []
     for p, key in zip(probabilities, keys, strict=True):
         tiles = np.pad(p, (0, -len(p) % TILE)).reshape(-1, TILE)
-        bits = mix(key ^ np.arange(len(tiles), dtype=np.uint64))
+        bits = splitmix64(key ^ np.arange(len(tiles), dtype=np.uint64))
         high, low = (bits >> np.uint64(32)).astype(float), (bits & np.uint64(0xFFFFFFFF)).astype(float)
         with np.errstate(divide="ignore"):
             score = np.log(tiles.sum(axis=1)) - np.log(-np.log1p(-(high + 0.5) / 2**32))

@@ -166,7 +166,7 @@ class Forest:
         return len(self.nodes) - 1
 
     def rewind(self, branch: int, length: int) -> int:
-        """Frees the slots behind `length`, so that others overwrite them. Forks if a child sees them."""
+        """Frees the slots after `length` tokens, so that others overwrite them. Forks if a child sees them."""
         node = self.nodes[branch]
         keep = length - node.pos
         if keep < max([1] + [child.fork for child in self.nodes if child.parent == branch]):

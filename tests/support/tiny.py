@@ -13,11 +13,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from forktree import Decoder
 from forktree.engine.worker import ModelWorker
 from forktree.model import runner
-from forktree.model.layer_spec import LayerSpec
+from forktree.ops import KVFormat, KVPool
 
 EOS = "<eos>"
 CHARACTERS = "\n0123456789abcd+-=. "
-_POOL = LayerSpec.pool
+_POOL = KVFormat.pool
 VOCAB = 1 + len(CHARACTERS)
 SIZES = dict(
     hidden_size=32,
@@ -78,7 +78,14 @@ def pools_of_nan(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
     """New pools have room for `first` slots; reading one that nobody wrote spoils everything."""
     monkeypatch.setattr(runner, "FIRST_SLOTS", first)
     monkeypatch.setattr(runner, "FIRST_BYTES", 0)
-    monkeypatch.setattr(LayerSpec, "pool", lambda *args: tuple(x.fill_(torch.nan) for x in _POOL(*args)))
+
+    def spoilt(*arguments: Any) -> KVPool:
+        pool = _POOL(*arguments)
+        for x in pool.tensors:
+            x.fill_(torch.nan)
+        return pool
+
+    monkeypatch.setattr(KVFormat, "pool", spoilt)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from rich.table import Table
 
 import forktree
 from forktree import _core
+from forktree.device.properties import gpu_names
 from forktree.errors import InvalidInput
 from forktree.ops.dispatch import BACKENDS, available, missing
 
@@ -27,7 +28,7 @@ def describe() -> dict[str, Any]:
         "isas": _isas(),
         "threads": torch.get_num_threads(),
         "backends": _backends(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": gpu_names(),
     }
 
 

@@ -21,8 +21,17 @@ class ResultFile:
     What it holds is looked at under the lock, and only the beginning of a line of this very run, cut short by a kill,
     is ever removed. A run that leaves no result leaves no file.
 
-    source: where the inputs come from. keys: of every result, in order. made_with: all that decides the results but
-    the inputs; `resume` goes on only with a file that was made with the same.
+    Args:
+        command: whose results they are.
+        path: where they are written to.
+        source: where the inputs come from.
+        inputs: what each result is of.
+        made_with: all that decides the results but the inputs.
+        keys: of every result, in order.
+        resume: continue a file that was made with the same.
+
+    Raises:
+        InvalidInput: the file cannot be written, is in use, or holds something else.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class Row:
 
     @property
     def peak_slots(self) -> int:
-        """Most KV slots that one problem took."""
+        """Maximum of KV slots that one problem took."""
         return max(r.counters.peak_slots for r in self.results)
 
 
@@ -99,7 +99,7 @@ class _Stage:
         )
         self._progress = Progress(*columns, console=console)
         self._live = Live(console=console, refresh_per_second=8, transient=True)
-        self._drawn = 0.0
+        self._shown_at = 0.0
 
     def __enter__(self) -> "_Stage":
         self._live.__enter__()
@@ -125,9 +125,9 @@ class _Stage:
 
     def _draw(self) -> None:
         now = time.monotonic()
-        if now - self._drawn < 0.12:
+        if now - self._shown_at < 0.12:
             return
-        self._drawn = now
+        self._shown_at = now
         active = self._decoder.engine.active
         parts: list[object] = [self._progress]
         if active:
@@ -147,14 +147,14 @@ def sketch(decoder: Decoder, search: Task) -> RichTree:
             serves[tip] += 1
             tip = int(tree.parent[tip])
     order = nodes[np.argsort(tree.start[nodes], kind="stable")][:TREE_LINES]
-    drawn: dict[int, RichTree] = {}
+    shown: dict[int, RichTree] = {}
     for node in order.tolist():
         label = Text(_text_of(decoder, tree, node))
         label.append(f"  x{serves[node]}", style="cyan")
-        above = drawn.get(int(tree.parent[node]))
-        drawn[node] = RichTree(label) if above is None else above.add(label)
+        above = shown.get(int(tree.parent[node]))
+        shown[node] = RichTree(label) if above is None else above.add(label)
     hidden = len(nodes) - len(order)
-    first = drawn[int(order[0])]
+    first = shown[int(order[0])]
     if hidden:
         first.add(Text(f"... {hidden} more nodes", style="dim"))
     return first
@@ -167,7 +167,7 @@ def _text_of(decoder: Decoder, tree: Tree, node: int) -> str:
 
 
 def _majority_accuracy(problems: Sequence[str], results: Sequence[SearchResult]) -> float:
-    """Accuracy of the most frequent answer among each problem's samples; the first drawn wins a tie."""
+    """Accuracy of the most frequent answer among each problem's samples; the first sampled wins a tie."""
     right = []
     for problem, result in zip(problems, results, strict=True):
         texts = [candidate.text or "" for candidate in result.candidates]

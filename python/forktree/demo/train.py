@@ -79,7 +79,7 @@ def attempts(
 
 
 def own_samples(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Example]:
-    """Solutions sampled from the model as it is when they are drawn."""
+    """Solutions sampled from the model as it is at that time."""
     stream = task.problems("train", seed)
     while True:
         problems = list(islice(stream, 1024))
@@ -222,7 +222,7 @@ def save(
     head: nn.Module,
     log: list[dict[str, float]],
 ) -> None:
-    """Write everything to `out`, so that an interrupted run still leaves a model behind."""
+    """Write everything to `out`, so that an interrupted run still leaves a model."""
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     weights = {f"score.{name}": weight for name, weight in head.state_dict().items()}

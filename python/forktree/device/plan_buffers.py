@@ -18,8 +18,8 @@ from torch import Tensor
 from forktree.device.staging import Event, Staging
 
 if TYPE_CHECKING:
-    from forktree.plan.layout import IntArray
     from forktree.plan.plan import AttentionPlan
+    from forktree.types import IntArray
 
 PLAN_CAPACITY = 1 << 15  # int32 of a plan at first: one of 512 rows and 1,000 segments; 5 us to copy
 SLOT_CAPACITY = 1 << 16

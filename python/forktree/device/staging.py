@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from forktree.plan.layout import IntArray
+    from forktree.types import IntArray
 
 
 class Event(Protocol):

@@ -210,7 +210,7 @@ class TokensState(RowsState):
             try:
                 scores.check()
             except NonFinite:
-                if scores.lse is not None:
+                if "lse" in scores:
                     self._check(scores.lse)  # names the branch
                 raise
         return SuffixScores(scores, self.indptr) if isinstance(request, ScoreSuffixes) else scores

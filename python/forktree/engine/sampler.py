@@ -16,7 +16,7 @@ from forktree.device.transfer import Download, upload
 from forktree.engine.extend_state import NO_TOKEN, ExtendState
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
-from forktree.ops.pytorch.score_tokens import from_logits
+from forktree.ops import score_logits
 from forktree.ops.token_request import Draw, TokenRequest
 from forktree.search.processors import left_padded, process
 from forktree.types import Int32Array
@@ -166,7 +166,6 @@ def _sample_fused(
     else:
         hidden = worker.hidden(ids)
     scores = worker.runner.score(hidden, TokenRequest(draw=_keyed(worker, states, rows)))
-    assert scores.token is not None and scores.log_prob is not None
     return hidden, scores.token, scores.log_prob
 
 
@@ -180,8 +179,7 @@ def _sample_processed(
     logits = worker.runner.logits(hidden)
     input_ids = left_padded(branches, request.pad_token_id, logits.device)
     scores = process(request.processors, branches, input_ids, logits.clone())
-    sampled = from_logits(scores, TokenRequest(draw=_keyed(worker, states, rows)), hidden)
-    assert sampled.token is not None and sampled.shaped_log_prob is not None
+    sampled = score_logits(scores, TokenRequest(draw=_keyed(worker, states, rows)), hidden)
     log_prob = logits.gather(1, sampled.token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
     none_left = sampled.shaped_log_prob.isnan() & log_prob.isfinite()
     return hidden, sampled.token, log_prob.masked_fill(none_left, NO_TOKEN)

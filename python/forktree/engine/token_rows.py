@@ -1,7 +1,7 @@
 """Some rows of a `TokenRequest`, and the scores of all rows from those of some."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from forktree.checks import integers
 from forktree.device.transfer import upload
 from forktree.ops.sampling import Sampling
-from forktree.ops.token_request import Draw, Edits, Ragged, TokenRequest, TokenScores
+from forktree.ops.token_request import Draw, LogitEdits, RaggedIds, TokenRequest, TokenScores
 from forktree.plan.layout import ranges
 
 Rows = NDArray[np.int64]
@@ -22,10 +22,10 @@ def rows_of(request: TokenRequest, rows: Rows) -> TokenRequest:
     targets, select, draw = request.targets, request.select, request.draw
     if targets is not None:
         targets = targets[upload(rows, targets.device)]
-    if isinstance(select, Ragged):
+    if isinstance(select, RaggedIds):
         at, count = _ragged(select, rows)
         indptr = np.concatenate([[0], np.cumsum(count)])
-        select = Ragged(upload(indptr, select.ids.device), select.ids[upload(at, select.ids.device)])
+        select = RaggedIds(upload(indptr, select.ids.device), select.ids[upload(at, select.ids.device)])
     return replace(request, targets=targets, select=select, draw=None if draw is None else _rows_of_draw(draw, rows))
 
 
@@ -40,13 +40,13 @@ def _rows_of_draw(draw: Draw, rows: Rows) -> Draw:
     if edits is not None:
         count = np.diff(edits.indptr)[rows]
         at = ranges(edits.indptr[rows], count)
-        edits = Edits(np.concatenate([[0], np.cumsum(count)]), edits.ids[at], edits.ops[at], edits.values[at])
+        edits = LogitEdits(np.concatenate([[0], np.cumsum(count)]), edits.ids[at], edits.ops[at], edits.values[at])
     if allowed is not None:
         allowed = allowed[upload(rows, allowed.device)]
     return Draw(sampling, seed, position, edits, allowed)
 
 
-def _ragged(select: Ragged, rows: Rows) -> tuple[Rows, Rows]:
+def _ragged(select: RaggedIds, rows: Rows) -> tuple[Rows, Rows]:
     """Where the ids of some rows are among all, row by row, and how many each of these rows has, `[n]`."""
     indptr = select.indptr.cpu().numpy().astype(np.int64)
     count = np.diff(indptr)[rows]
@@ -59,15 +59,14 @@ def joined(parts: Sequence[tuple[Rows, TokenScores]], request: TokenRequest) -> 
         return parts[0][1]
     rows = np.concatenate([rows for rows, _ in parts])
     order, ragged = np.argsort(rows), np.zeros(0, np.int64)
-    if isinstance(request.select, Ragged):
+    if isinstance(request.select, RaggedIds):
         _, count = _ragged(request.select, rows)
         ragged = ranges((np.cumsum(count) - count)[order], count[order])
-    found: dict[str, Tensor | None] = {}
-    for name in (field.name for field in fields(TokenScores)):
-        values = [value for _, scores in parts if (value := getattr(scores, name)) is not None]
-        if values:
-            at = ragged if isinstance(request.select, Ragged) and name.startswith("selected") else order
-            found[name] = torch.cat(values)[upload(at, values[0].device)]
+    found: dict[str, Tensor] = {}
+    for name in vars(parts[0][1]):
+        values = [vars(scores)[name] for _, scores in parts]
+        at = ragged if isinstance(request.select, RaggedIds) and name.startswith("selected") else order
+        found[name] = torch.cat(values)[upload(at, values[0].device)]
     return TokenScores(**found)
 
 

@@ -17,7 +17,7 @@ from forktree.errors import InvalidInput
 from forktree.kv.check import check_nodes
 from forktree.kv.nodes import Chunk, Nodes
 from forktree.kv.tags import Tags
-from forktree.ops.splitmix import mix
+from forktree.ops.splitmix import splitmix64
 from forktree.types import MAX_TOKEN_ID, Int32Array, Int64Array, IntArray, UInt64Array
 
 _ID = attrgetter("id")
@@ -158,7 +158,7 @@ class Tree(Nodes):
         owner = int(self.branch_owner[id]) if owner is None else _owner(owner)
         nth = self._branch_forks[id] + np.arange(1, n + 1, dtype=np.uint64)
         self._branch_forks[id] += np.uint64(n)
-        keys = mix(self.branch_key[id : id + 1] ^ mix(nth))
+        keys = splitmix64(self.branch_key[id : id + 1] ^ splitmix64(nth))
         node, length = np.repeat(self.branch_node[id], n), np.repeat(self.branch_length[id], n)
         forks = self._new_branches(node, length, keys, owner)
         self.tags.inherit(self.ids(forks), id)
@@ -173,7 +173,7 @@ class Tree(Nodes):
         while length <= self.start[node]:
             node = int(self.parent[node])
         if length < have:
-            self.branch_key[id] = mix(self.branch_key[id : id + 1])[0]
+            self.branch_key[id] = splitmix64(self.branch_key[id : id + 1])[0]
         self.tags.rewind(id, length)
         old = self.branch_node[id]
         self.readers[old] -= 1
@@ -227,7 +227,7 @@ class Tree(Nodes):
         self.branch_node[kept], self.branch_length[kept] = new, self.branch_length[source]
         self.tags.inherit(kept, source)
         moved = kept[kept != source]
-        self.branch_key[moved] = mix(self.branch_key[moved])  # it may be at a position it already sampled at
+        self.branch_key[moved] = splitmix64(self.branch_key[moved])  # it may be at a position it already sampled at
         self.drop(branches[len(ancestors) :])
         self._collect_garbage(old)
         return [*branches[: len(ancestors)], *extra]

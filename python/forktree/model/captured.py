@@ -18,10 +18,10 @@ from forktree.device.plan_buffers import PlanBuffers
 from forktree.device.staging import Staging
 from forktree.errors import InvalidInput
 from forktree.model.hooks import LayerHook, Rows
-from forktree.model.layer_spec import Pool
 from forktree.model.model_spec import ModelSpec
 from forktree.model.step import DevicePlans, HostPlans, Step
-from forktree.ops import check_fits
+from forktree.ops import KVPool
+from forktree.ops.checks import check_fits
 from forktree.plan.plan import AttentionPlan
 
 # Tokens of captured steps. Up to 16 a matrix product takes as long as for one token; beyond, each is at most half as
@@ -66,10 +66,10 @@ class CapturedSteps:
         graphs: what captures.
     """
 
-    def __init__(self, spec: ModelSpec, pools: list[Pool], graphs: Graphs) -> None:
+    def __init__(self, spec: ModelSpec, pools: list[KVPool], graphs: Graphs) -> None:
         distinct = list(dict.fromkeys(spec.layers))
         self.max_partials = [layer.max_partials(SCRATCH) for layer in distinct]  # of the plans of each spec
-        self._checked = [(layer.num_qo_heads, layer.head_dim, spec.layers.index(layer)) for layer in distinct]
+        self._checked = [(layer.num_qo_heads, layer.format.k_dim, spec.layers.index(layer)) for layer in distinct]
         self._spec, self._pools, self._capturer = spec, pools, graphs
         self._plan_of = [distinct.index(layer) for layer in spec.layers]
         self._buckets = [bucket for bucket in BUCKETS if bucket >= spec.packed.min_rows]
@@ -102,7 +102,7 @@ class CapturedSteps:
             Hidden states [T, H].
         """
         for plan, (heads, dim, layer) in zip(plans, self._checked, strict=True):  # a graph does not look
-            check_fits(torch.Size((len(tokens), heads, dim)), self._pools[layer][0].shape, plan)
+            check_fits(torch.Size((len(tokens), heads, dim)), self._pools[layer], plan)
         if self._plans.upload(plans):
             self.clear()  # they read the former memory
         count, parameters = len(tokens), parameters or {}

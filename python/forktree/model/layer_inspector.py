@@ -9,11 +9,12 @@ from torch import Tensor
 from forktree.model.decoder_layers import hidden_of, watched
 from forktree.model.hooks import Rows
 from forktree.model.interface import PackedModel, Window
-from forktree.model.layer_spec import LayerSpec, Pool
+from forktree.model.layer_spec import LayerSpec
 from forktree.model.positions import NO_LIMIT
 from forktree.model.refusal import Refusal
 from forktree.model.step import HostPlans, Step
 from forktree.model.verification_tree import VerificationStep, VerificationTree
+from forktree.ops import KVFormat, KVPool
 from forktree.plan.plan import AttentionPlan
 
 
@@ -37,7 +38,7 @@ class LayerInspector:
             self._modules, self.residual_note = [], str(error)
         self._packed = packed
         self._num_layers = num_layers
-        self._pools: dict[int, Pool] = {}
+        self._pools: dict[int, KVPool] = {}
         self._outputs: list[tuple[int, int]] = []  # of decoder layers: which, and how many layers had attended by then
 
     def begin(self, step: VerificationStep) -> Step:
@@ -58,14 +59,14 @@ class LayerInspector:
                 f"{query.dtype}, {key.dtype} and {value.dtype} in layer {layer}; cast them in the model"
             )
         size = _verified_size(window, query.device)
-        spec = LayerSpec(size, num_qo_heads, num_kv_heads, head_dim, value_dim, key.dtype)
+        spec = LayerSpec(size, num_qo_heads, KVFormat(key.dtype, num_kv_heads, head_dim, value_dim))
         known = self.specs.setdefault(layer, spec)
         if known != spec:
             raise Refusal(f"expected layer {layer} to stay, got {known}, then {spec}")
         if layer not in self._pools:
             # NaN: reading a slot that nobody wrote spoils the logits
-            self._pools[layer] = spec.pool(VerificationTree.num_tokens, self._packed.device)
-            for tensor in self._pools[layer]:
+            self._pools[layer] = spec.format.pool(VerificationTree.num_tokens, self._packed.device)
+            for tensor in self._pools[layer].tensors:
                 tensor.fill_(torch.nan)
         if spec not in self._plans:
             self._plans[spec] = spec.plan(self._layout, self._packed.device)

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forktree.ops import append_kv, tree_attention
-from forktree.ops.dispatch import choose
+from forktree.ops import AttentionOptions, KVFormat, KVPool, append_kv, tree_attention
+from forktree.ops.dispatch import PYTORCH, select_backend
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import AttentionPlan, plan
-
-Pool = tuple[Tensor, Tensor]  # K [slots, Hk, Dk], V [slots, Hk, Dv]
 
 
 @dataclass(frozen=True)
@@ -20,23 +18,12 @@ class LayerSpec:
     Attributes:
         window: how many positions a token sees, itself included; None = all earlier ones.
         num_qo_heads: heads of queries and outputs.
-        num_kv_heads: heads of keys and values.
-        head_dim: of queries and keys.
-        value_dim: of values and outputs.
-        dtype: of keys and values.
+        format: how the layer's keys and values are stored.
     """
 
     window: int | None
     num_qo_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
-    dtype: torch.dtype
-
-    @property
-    def bytes_per_slot(self) -> int:
-        """Keys and values of one token in one layer."""
-        return self.num_kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
+    format: KVFormat
 
     def plan(self, layout: TreeLayout, device: torch.device, max_partials: int | None = None) -> AttentionPlan:
         """The plan of a step for layers of this spec.
@@ -47,8 +34,10 @@ class LayerSpec:
         return plan(
             layout,
             num_qo_heads=self.num_qo_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
+            num_kv_heads=self.format.num_kv_heads,
+            head_dim=self.format.k_dim,
+            value_dim=self.format.v_dim,
+            bytes_per_token=self.format.bytes_per_token,
             device=str(device),
             window=self.window,
             max_partials=max_partials,
@@ -57,15 +46,7 @@ class LayerSpec:
 
     def max_partials(self, scratch: int) -> int:
         """How many rows of partials fit `scratch` bytes."""
-        return scratch // (4 * self.num_qo_heads * (self.value_dim + 2))
-
-    def pool(self, num_slots: int, device: torch.device) -> Pool:
-        """Uninitialised: a slot is written before anyone reads it."""
-        k, v = (
-            torch.empty(num_slots, self.num_kv_heads, dim, dtype=self.dtype, device=device)
-            for dim in (self.head_dim, self.value_dim)
-        )
-        return k, v
+        return scratch // (4 * self.num_qo_heads * (self.format.v_dim + 2))
 
 
 def append_and_attend(
@@ -73,7 +54,7 @@ def append_and_attend(
     key: Tensor,
     value: Tensor,
     slots: Tensor,
-    pool: Pool,
+    pool: KVPool,
     plan: AttentionPlan,
     *,
     scale: float,
@@ -81,8 +62,8 @@ def append_and_attend(
     sinks: Tensor | None,
 ) -> Tensor:
     """Takes query [T, Hq, Dk], key [T, Hk, Dk], value [T, Hk, Dv] and slots [T]; returns [T, Hq, Dv]."""
-    append_kv(key, value, slots, *pool)
-    out = tree_attention(query, *pool, plan, scale=scale, softcap=softcap, sinks=sinks)
+    append_kv(key, value, slots, pool)
+    out = tree_attention(query, pool, plan, AttentionOptions(scale, softcap, sinks))
     assert isinstance(out, Tensor)  # not (out, lse)
     return out
 
@@ -92,7 +73,7 @@ def append_and_attend_captured(
     key: Tensor,
     value: Tensor,
     slots: Tensor,
-    pool: Pool,
+    pool: KVPool,
     plan: tuple[Tensor, Tensor],
     *,
     max_partials: int,
@@ -101,10 +82,10 @@ def append_and_attend_captured(
     sinks: Tensor | None,
 ) -> Tensor:
     """`append_and_attend` of a captured step: plan is the memory that plans will be in, max_partials their limit."""
-    if (backend := choose("tree_attention", query, *pool)) in ("reference", "torch"):
+    if (backend := select_backend("tree_attention", query, pool)) in PYTORCH:
         raise RuntimeError(f"the {backend} backend follows plans on the host")
-    torch.ops.forktree.append_kv.default(key, value, slots, *pool)
+    torch.ops.forktree.append_kv.default(key, value, slots, pool.k, pool.v)
     out, _ = torch.ops.forktree.tree_attention.default(
-        query, *pool, *plan, query.shape[0], max_partials, scale, softcap or 0.0, sinks, None
+        query, pool.k, pool.v, *plan, query.shape[0], max_partials, scale, softcap, sinks, None
     )
     return out

@@ -44,7 +44,7 @@ class ModelSpec:
     @property
     def bytes_per_slot(self) -> int:
         """Keys and values of one token in all layers."""
-        return sum(layer.bytes_per_slot for layer in self.layers)
+        return sum(layer.format.bytes_per_token for layer in self.layers)
 
     def with_packed(self, packed: PackedModel | None) -> "ModelSpec":
         """The same for another replica of the model; None: only what was verified, not to be run."""

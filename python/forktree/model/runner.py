@@ -18,7 +18,7 @@ from forktree.model.layer_spec import LayerSpec
 from forktree.model.model_spec import ModelSpec
 from forktree.model.positions import NO_LIMIT
 from forktree.model.step import HostPlans, Step
-from forktree.ops.pytorch.score_tokens import from_logits
+from forktree.ops import score_logits
 from forktree.ops.token_request import TokenRequest, TokenScores
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import AttentionPlan
@@ -78,7 +78,7 @@ class Runner:
         if graphs is None and device.type == "cuda":
             graphs = CudaGraphs(device)
         first = FIRST_SLOTS if graphs is None else max(FIRST_SLOTS, FIRST_BYTES // spec.bytes_per_slot)
-        pools = [layer.pool(min(self.num_slots, first), device) for layer in spec.layers]
+        pools = [layer.format.pool(min(self.num_slots, first), device) for layer in spec.layers]
         self._captured = None if graphs is None else CapturedSteps(spec, pools, graphs)
         self._graphs, self.pools = graphs, pools
         self._warn_at = spec.trained_positions  # once
@@ -168,7 +168,7 @@ class Runner:
     def _ensure_capacity(self, layout: TreeLayout, slots: np.ndarray | Tensor) -> None:
         """Lets the pools hold every slot of a step; those on a device are in the layout as well."""
         last = layout.slot_bounds[1] if isinstance(slots, Tensor) else max(layout.slot_bounds[1], int(slots.max()))
-        capacity = len(self.pools[-1][0])  # it grows last
+        capacity = self.pools[-1].num_slots  # it grows last
         if last < capacity or capacity == self.num_slots:
             return
         if self._captured is not None:
@@ -186,8 +186,8 @@ class Runner:
     @torch.no_grad()
     def _grow(self, num_slots: int) -> None:
         for i, layer in enumerate(self.spec.layers):
-            pool = layer.pool(num_slots, self.device)
-            for new, old in zip(pool, self.pools[i], strict=True):
+            pool = layer.format.pool(num_slots, self.device)
+            for new, old in zip(pool.tensors, self.pools[i].tensors, strict=True):
                 new[: len(old)] = old
             self.pools[i] = pool
 
@@ -203,7 +203,7 @@ class Runner:
         head = self._head()
         if isinstance(head, LinearHead):
             return head.score(hidden, request)
-        return from_logits(self.logits(hidden), request, hidden)
+        return score_logits(self.logits(hidden), request, hidden)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from forktree.errors import InvalidInput
 from forktree.model.decoder_layers import hidden_of
 from forktree.model.hooks import LayerHook, Rows, overrides
-from forktree.model.layer_spec import Pool, append_and_attend, append_and_attend_captured
+from forktree.model.layer_spec import append_and_attend, append_and_attend_captured
+from forktree.ops import KVPool
 from forktree.plan.plan import AttentionPlan
 
 Inspect = Callable[[int, Tensor, Tensor, Tensor, Any], None]
@@ -20,7 +21,7 @@ class PlanSource(Protocol):
     """Where a step finds the plan of each layer."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, pool: Pool, **options: Any
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, pool: KVPool, **options: Any
     ) -> Tensor:
         """Stores key [T, Hk, Dk] and value [T, Hk, Dv], then attends from query [T, Hq, Dk].
 
@@ -39,7 +40,7 @@ class HostPlans:
     by_layer: Sequence[AttentionPlan] | Mapping[int, AttentionPlan]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, pool: Pool, **options: Any
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, pool: KVPool, **options: Any
     ) -> Tensor:
         """See `PlanSource.attend`."""
         return append_and_attend(query, key, value, slots, pool, self.by_layer[layer], **options)
@@ -58,7 +59,7 @@ class DevicePlans:
     max_partials: Sequence[int]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, pool: Pool, **options: Any
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, pool: KVPool, **options: Any
     ) -> Tensor:
         """See `PlanSource.attend`."""
         plan, limit = self.by_layer[layer], self.max_partials[layer]
@@ -80,7 +81,7 @@ class Step:
     def __init__(
         self,
         rows: Rows,
-        pools: Sequence[Pool] | Mapping[int, Pool],
+        pools: Sequence[KVPool] | Mapping[int, KVPool],
         plans: PlanSource,
         hooks: Sequence[LayerHook] = (),
         inspect: Inspect | None = None,

@@ -67,7 +67,7 @@ def verify(model: PreTrainedModel) -> ModelSpec:
         what, errors = "hidden states", relative_error(hidden, own.hidden)
     else:
         what, errors = "logits", relative_error(head.logits(hidden), own.logits)
-    Precision.of(dtypes | {spec.dtype for spec in inspector.specs.values()}, own.batch_errors).check(
+    Precision.of(dtypes | {spec.format.dtype for spec in inspector.specs.values()}, own.batch_errors).check(
         errors,
         f"a tree of {len(errors)} tokens to give the model's own eager {what}",
         "use a model whose logits follow from its tokens, at positions 0, 1, …, and its KV cache alone",

@@ -6,107 +6,105 @@ They run at every call, so what is read of a tensor is read once: attributes are
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from forktree.ops.token_request import Ragged, TokenRequest
+from forktree.ops.pool import KVPool
+from forktree.ops.token_request import RaggedIds, TokenRequest
+
+if TYPE_CHECKING:
+    from forktree.ops.assemble import LmHead, VocabPass
+    from forktree.ops.plan_tensors import PlanTensors
+    from forktree.plan.plan import AttentionPlan
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
-def check_pools(k_slots: Tensor, v_slots: Tensor) -> None:
-    k_shape, v_shape = k_slots.shape, v_slots.shape
-    if len(k_shape) != 3 or len(v_shape) != 3 or k_shape[0] != v_shape[0] or k_shape[1] != v_shape[1]:
-        raise ValueError(
-            f"k_slots and v_slots must be [slots, Hk, Dk] and [slots, Hk, Dv], got {list(k_shape)} and {list(v_shape)}"
-        )
-    if v_slots.dtype != k_slots.dtype or v_slots.device != k_slots.device:
-        raise ValueError(
-            f"v_slots must be {k_slots.dtype} on {k_slots.device} as k_slots is, got {v_slots.dtype} on "
-            f"{v_slots.device}"
-        )
-    if (k_slots.stride(2) != 1 and k_shape[2] > 1) or (v_slots.stride(2) != 1 and v_shape[2] > 1):
-        raise ValueError(
-            f"k_slots and v_slots must be dense in their last dimension, got strides {k_slots.stride()} and "
-            f"{v_slots.stride()}"
-        )
+def math_dtype(x: Tensor) -> torch.dtype:
+    """The type that operations on x compute in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def check_tree_attention(
-    q: Tensor, k_slots: Tensor, v_slots: Tensor, sinks: Tensor | None, alibi_slopes: Tensor | None
-) -> None:
-    """All tensors but the plan's."""
-    check_pools(k_slots, v_slots)
-    shape, dtype, device = q.shape, q.dtype, q.device
+def check_tree_attention(q: Tensor, pool: KVPool, per_head: dict[str, Tensor]) -> None:
+    """q and the options' tensors [Hq], by name."""
+    stored, shape, dtype, device = pool.format, q.shape, q.dtype, q.device
     if dtype not in FLOATS:
         raise ValueError(f"q must be fp32, bf16, fp16 or fp64, got {dtype}")
-    if k_slots.dtype != dtype or k_slots.device != device:
-        raise ValueError(f"k_slots must be {dtype} on {device} as q is, got {k_slots.dtype} on {k_slots.device}")
-    _, kv_heads, dim = k_slots.shape
-    if not v_slots.shape[2]:
-        raise ValueError(f"v_slots must be [slots, Hk, Dv] with Dv at least 1, got {list(v_slots.shape)}")
+    if stored.dtype != dtype or pool.k.device != device:
+        raise ValueError(f"k of the pool must be {dtype} on {device} as q is, got {stored.dtype} on {pool.k.device}")
+    kv_heads, dim = stored.num_kv_heads, stored.k_dim
+    if not stored.v_dim:
+        raise ValueError(f"v of the pool must be [slots, Hk, Dv] with Dv at least 1, got {list(pool.v.shape)}")
     if len(shape) != 3 or shape[2] != dim or not kv_heads or shape[1] % kv_heads:
         raise ValueError(
-            f"q must be [R, Hq, {dim}] with Hq a multiple of the {kv_heads} heads of k_slots, got {list(shape)}"
+            f"q must be [R, Hq, {dim}] with Hq a multiple of the {kv_heads} heads of the pool, got {list(shape)}"
         )
-    if sinks is not None:
-        check_tensor("sinks", sinks, (shape[1],), device)
-    if alibi_slopes is not None:
-        check_tensor("alibi_slopes", alibi_slopes, (shape[1],), device)
+    for name, x in per_head.items():
+        check_tensor(name, x, (shape[1],), device)
 
 
-def check_scores(scale: float | None, softcap: float | None) -> None:
-    """That both are what they are in fp32 too."""
-    if scale is not None and not abs(scale) <= LARGEST:
-        raise ValueError(f"scale must be a finite fp32 number, or None, got {scale}")
-    if softcap is not None and not SMALLEST <= softcap <= LARGEST:
-        raise ValueError(f"softcap must be a finite fp32 number above 0, or None, got {softcap}")
-
-
-def check_per_head(sinks: Tensor | None, alibi_slopes: Tensor | None) -> None:
-    """Their values, on the CPU: to look at them elsewhere would wait for the device."""
-    if sinks is not None and sinks.is_cpu and not bool((sinks < torch.inf).all()):
-        raise ValueError(f"sinks must be numbers or -inf, got {sinks.tolist()}")
-    if alibi_slopes is not None and alibi_slopes.is_cpu and not bool(alibi_slopes.isfinite().all()):
-        raise ValueError(f"alibi_slopes must be finite, got {alibi_slopes.tolist()}")
-
-
-def check_plan_tensors(plan: Tensor, slot_index: Tensor, device: torch.device) -> None:
-    same = plan.dtype is slot_index.dtype is torch.int32 and plan.ndim == slot_index.ndim == 1
-    if not same or plan.device != device or slot_index.device != device:
+def check_plan_tensors(plan: PlanTensors, device: torch.device) -> None:
+    buffer, slot_index, num_tokens, max_partials, _ = plan
+    same = buffer.dtype is slot_index.dtype is torch.int32 and buffer.ndim == slot_index.ndim == 1
+    if not same or buffer.device != device or slot_index.device != device:
         raise ValueError(
-            f"plan and slot_index must be int32 [size] on {device}, got {plan.dtype} {list(plan.shape)} on "
-            f"{plan.device} and {slot_index.dtype} {list(slot_index.shape)} on {slot_index.device}"
+            f"plan and slot_index must be int32 [size] on {device}, got {buffer.dtype} {list(buffer.shape)} on "
+            f"{buffer.device} and {slot_index.dtype} {list(slot_index.shape)} on {slot_index.device}"
         )
+    if num_tokens < 0 or max_partials < 0:
+        raise ValueError(f"num_tokens and max_partials must be at least 0, got {num_tokens} and {max_partials}")
 
 
-def check_append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
-    check_pools(k_slots, v_slots)
-    for name, pool in (("k_slots", k_slots), ("v_slots", v_slots)):
-        if not pool.is_contiguous():
-            check_apart(name, pool)
-    tokens, dtype, device = slots.numel(), k_slots.dtype, k_slots.device
-    _, heads, k_dim = k_slots.shape
-    check_tensor("k", k, (tokens, heads, k_dim), device, dtype)
-    check_tensor("v", v, (tokens, heads, v_slots.shape[2]), device, dtype)
+def check_fits(q_shape: torch.Size, pool: KVPool, plan: AttentionPlan) -> None:
+    """That a plan is one for these shapes: remembered with it, as it serves many layers."""
+    shapes = q_shape, pool.k.shape
+    if plan.cache.get("fits") == shapes:
+        return
+    rows = (plan.layout.num_rows, plan.num_qo_heads, plan.head_dim)
+    if q_shape != rows:
+        raise ValueError(
+            f"q must be {list(rows)} (rows of the layout, heads and head_dim of the plan), got {list(q_shape)}"
+        )
+    num_slots, *rest = pool.k.shape
+    if rest != [plan.num_kv_heads, plan.head_dim]:
+        raise ValueError(
+            f"k of the pool must be [slots, {plan.num_kv_heads}, {plan.head_dim}] (heads and head_dim of the plan), "
+            f"got {list(pool.k.shape)}"
+        )
+    lowest, highest = plan.layout.slot_bounds
+    if lowest < 0 or highest >= num_slots:
+        raise ValueError(f"slot_index must be in [0, {num_slots}), the pool, got {lowest} to {highest}")
+    plan.cache["fits"] = shapes
+
+
+def check_append_kv(k: Tensor, v: Tensor, slots: Tensor, pool: KVPool) -> None:
+    for name, x in (("k", pool.k), ("v", pool.v)):
+        if not x.is_contiguous():
+            check_apart(name, x)
+    tokens, stored, device = slots.numel(), pool.format, pool.k.device
+    check_tensor("k", k, (tokens, stored.num_kv_heads, stored.k_dim), device, stored.dtype)
+    check_tensor("v", v, (tokens, stored.num_kv_heads, stored.v_dim), device, stored.dtype)
     check_integers("slots", slots, tokens, device)
 
 
-def check_apart(name: str, pool: Tensor) -> None:
-    """That no two heads of slots share memory."""
-    end = pool.shape[2]  # of what lies within the stride looked at
-    for stride, size in sorted(zip(pool.stride()[:2], pool.shape[:2], strict=True)):
+def check_apart(name: str, x: Tensor) -> None:
+    """That no two heads of slots of a pool's K or V share memory."""
+    end = x.shape[2]  # of what lies within the stride looked at
+    for stride, size in sorted(zip(x.stride()[:2], x.shape[:2], strict=True)):
         if size > 1 and stride < end:
-            raise ValueError(f"{name} must not overlap itself, got {list(pool.shape)} with strides {pool.stride()}")
+            raise ValueError(
+                f"{name} of the pool must not overlap itself, got {list(x.shape)} with strides {x.stride()}"
+            )
         end += (size - 1) * stride
 
 
-def check_slots(slots: Tensor, num_slots: int) -> None:
-    if slots.numel() and int(slots.max()) >= num_slots:
-        raise ValueError(f"slots must be below the pool's {num_slots}, got {int(slots.max())}")
+def check_slots(slots: Tensor, pool: KVPool) -> None:
+    """Slot numbers, on the CPU: to look at them elsewhere would wait for the device."""
+    if slots.is_cpu and slots.numel() and int(slots.max()) >= pool.num_slots:
+        raise ValueError(f"slots must be below the pool's {pool.num_slots}, got {int(slots.max())}")
 
 
 def check_rotate_rows(q: Tensor, shift: Tensor, inv_freq: Tensor, rotary_dim: int) -> None:
@@ -136,22 +134,30 @@ def check_lists(indptr: Tensor, index: Tensor, states: int) -> None:
         raise ValueError(f"index must be in [0, {states}), got {int(index.min())} to {int(index.max())}")
 
 
-def check_lm_head(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
-    dtype, device = hidden.dtype, hidden.device
+def check_lm_head(hidden: Tensor, lm_head: LmHead) -> None:
+    (weight, bias, scale, softcap), dtype, device = lm_head, hidden.dtype, hidden.device
     if hidden.ndim != 2 or dtype not in FLOATS or not hidden.shape[1]:
         raise ValueError(f"hidden must be floating-point [T, H] with H at least 1, got {dtype} {list(hidden.shape)}")
-    if lm_head.ndim != 2 or not lm_head.shape[0]:
-        raise ValueError(f"lm_head must be [V, {hidden.shape[1]}] with V at least 1, got {list(lm_head.shape)}")
-    vocab = lm_head.shape[0]
-    check_tensor("lm_head", lm_head, (vocab, hidden.shape[1]), device, dtype)
-    if not lm_head.is_contiguous():
-        raise ValueError(f"lm_head must be contiguous, got strides {lm_head.stride()}")
+    if weight.ndim != 2 or not weight.shape[0]:
+        raise ValueError(f"lm_head must be [V, {hidden.shape[1]}] with V at least 1, got {list(weight.shape)}")
+    vocab = weight.shape[0]
+    check_tensor("lm_head", weight, (vocab, hidden.shape[1]), device, dtype)
+    if not weight.is_contiguous():
+        raise ValueError(f"lm_head must be contiguous, got strides {weight.stride()}")
     if bias is not None:
         check_tensor("bias", bias, (vocab,), device)
     if not (math.isfinite(scale) and scale):
         raise ValueError(f"scale must be finite and not 0, got {scale}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be finite and above 0, got {softcap}")
+
+
+def check_logits(logits: Tensor, hidden: Tensor) -> None:
+    if logits.ndim != 2 or len(logits) != len(hidden) or not logits.shape[1] or not logits.is_floating_point():
+        raise ValueError(
+            f"logits must be floating-point [{len(hidden)}, V] with V at least 1, got {logits.dtype} "
+            f"{list(logits.shape)}"
+        )
 
 
 def check_token_request(request: TokenRequest, hidden: Tensor, vocab: int) -> None:
@@ -162,7 +168,7 @@ def check_token_request(request: TokenRequest, hidden: Tensor, vocab: int) -> No
     if request.targets is not None:
         check_integers("targets", request.targets, rows, device)
         check_ids("targets", request.targets, vocab)
-    if isinstance(request.select, Ragged):
+    if isinstance(request.select, RaggedIds):
         indptr, ids = request.select.indptr, request.select.ids
         check_integers("ids of select", ids, ids.numel(), device)
         check_integers("indptr of select", indptr, rows + 1, device)
@@ -172,10 +178,6 @@ def check_token_request(request: TokenRequest, hidden: Tensor, vocab: int) -> No
     elif request.select is not None:
         check_integers("select", request.select, request.select.numel(), device)
         check_ids("select", request.select, vocab)
-    if request.value is not None and request.value.hidden_size != size:
-        raise ValueError(
-            f"value must be a head on hidden states of size {size}, got one on {request.value.hidden_size}"
-        )
     if request.rewards is not None:
         check_tensor("rewards", request.rewards, (vocab, size), device)
         if not request.top_k and request.draw is None:
@@ -201,19 +203,12 @@ def check_token_request(request: TokenRequest, hidden: Tensor, vocab: int) -> No
             )
 
 
-def check_draw_tensors(
-    hidden: Tensor,
-    vocab: int,
-    top_k: int,
-    keys: Tensor | None,
-    settings: Tensor | None,
-    edits: tuple[Tensor | None, ...],
-    allowed: Tensor | None,
-) -> None:
-    """What the registered operation is given instead of a request; edits: indptr, ids, ops and values."""
+def check_vocab_pass(hidden: Tensor, vocab: int, wanted: VocabPass) -> None:
+    """What the registered operation is given instead of a request."""
     rows, device = hidden.shape[0], hidden.device
-    if not 0 <= top_k <= vocab:
-        raise ValueError(f"top_k must be in [0, {vocab}] (V), got {top_k}")
+    if not 0 <= wanted.top_k <= vocab:
+        raise ValueError(f"top_k must be in [0, {vocab}] (V), got {wanted.top_k}")
+    keys, settings, allowed, edits = wanted.keys, wanted.settings, wanted.allowed, wanted.edits
     if keys is None or settings is None:
         if not keys is settings is allowed is edits[0]:
             raise ValueError("keys and settings must both be there for a draw, or neither, nor edits, nor allowed")

@@ -26,13 +26,13 @@ import os
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from forktree import _core
+from forktree.ops.pool import KVPool
 from forktree.plan.cost_model import ROOFLINE_ROWS
 
 BACKENDS = {
@@ -43,19 +43,29 @@ BACKENDS = {
     "cuda": "forktree.ops.cuda",
 }
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the compiled kernels take
+PYTORCH = ("reference", "torch")  # which tracers and autograd see through
 CUDA_DIMS = (64, 96, 128, 256)
 MAX_DIM = 256  # of Triton's tiles: those of larger heads do not fit shared memory
 
 
-def choose(operation: str, x: Tensor, *others: Any) -> str:
-    """Name of the backend for a call whose first arguments are these. Raises ValueError if the one that
-    FORKTREE_BACKEND names cannot do it."""
+def select_backend(operation: str, x: Tensor, *others: Any) -> str:
+    """Name of the backend for a call with these arguments: x and, of tree_attention, the pool.
+
+    Raises:
+        ValueError: FORKTREE_BACKEND names one that cannot do it.
+    """
     name = os.environ.get("FORKTREE_BACKEND")
     if not name or (name == "cuda" and operation == "score_tokens" and not missing(name)):
         return _best(operation, x, *others)
-    if why := missing(name) or _unfit(name, x):
+    if why := missing(name) or unsupported_reason(name, x):
         raise ValueError(f"FORKTREE_BACKEND={name}: {why}; available: {', '.join(available())}")
     return name
+
+
+def must_dispatch(x: Tensor) -> bool:
+    """Whether torch must see a call on x: a tracer, autograd or a subclass wants to know of it. Else the detour is
+    saved."""
+    return torch.compiler.is_compiling() or x.requires_grad or type(x) is not Tensor
 
 
 def available() -> list[str]:
@@ -63,15 +73,10 @@ def available() -> list[str]:
     return [name for name in BACKENDS if not missing(name)]
 
 
-def load(name: str) -> ModuleType:
-    """The backend's module."""
-    return importlib.import_module(BACKENDS[name])
-
-
 @lru_cache
-def launcher(name: str, operation: str) -> Callable[..., Any]:
-    """What the registered operation calls: for tensors alone, without a plan object."""
-    launch: Callable[..., Any] = importlib.import_module(f"{BACKENDS[name]}.{operation}").launch
+def launcher(backend: str, operation: str) -> Callable[..., Any]:
+    """`launch` of a backend: takes arguments that were checked. Its signature depends on the operation alone."""
+    launch: Callable[..., Any] = importlib.import_module(f"{BACKENDS[backend]}.{operation}").launch
     return launch
 
 
@@ -90,8 +95,8 @@ def missing(name: str) -> str:
     return ""
 
 
-def _unfit(name: str, x: Tensor) -> str:
-    """Why a backend that is there cannot take x."""
+def unsupported_reason(name: str, x: Tensor) -> str:
+    """Why a backend that is there cannot take x; "" if it can."""
     if name in ("reference", "torch"):
         return ""
     if x.dtype not in FLOATS:
@@ -115,14 +120,15 @@ def _best(operation: str, x: Tensor, *others: Any) -> str:
     cuda = triton if missing("cuda") else "cuda"
     if operation != "tree_attention":
         return cuda
-    (rows, heads, dim), (_, kv_heads, value_dim) = x.shape, others[1].shape
+    pool: KVPool = others[0]
+    (rows, heads, dim), (_, kv_heads, value_dim) = x.shape, pool.v.shape
     if max(dim, value_dim) > MAX_DIM:
         return "torch"
     fits = dim == value_dim and dim in CUDA_DIMS and x.dtype != torch.float32
     narrow = fits and rows * heads <= ROOFLINE_ROWS * kv_heads
-    return cuda if narrow and in_chunks(others[0]) and in_chunks(others[1]) else triton
+    return cuda if narrow and in_chunks(pool.k) and in_chunks(pool.v) else triton
 
 
-def in_chunks(pool: Tensor) -> bool:
-    """Whether slots and heads of a pool of 16-bit numbers lie multiples of 16 bytes apart, as the CUDA kernel reads."""
-    return not (pool.stride(0) % 8 or pool.stride(1) % 8)
+def in_chunks(x: Tensor) -> bool:
+    """Whether slots and heads of K or V in 16-bit numbers lie multiples of 16 bytes apart, as the CUDA kernel reads."""
+    return not (x.stride(0) % 8 or x.stride(1) % 8)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from forktree.checks import integer, number
-from forktree.ops.splitmix import mix_bits
+from forktree.ops.splitmix import splitmix64_torch
 
 TILE = 64  # tokens whose mass shares one Gumbel number
 
@@ -37,13 +37,13 @@ def noise(keys: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
     """What the draw of a row needs for each tile of its vocabulary: an exponential and a uniform number, fp64.
 
     keys: int64 `[T]`, the bits of `Draw.keys`. Returns `[T, tiles]` each: E = -log1p(-v), so that -log E is a Gumbel
-    number, with v = (h + 1/2) / 2^32; and u = l / 2^32 in [0, 1). h and l are the halves of `mix(key ^ tile)`.
+    number, with v = (h + 1/2) / 2^32; and u = l / 2^32 in [0, 1). h and l are the halves of `splitmix64(key ^ tile)`.
     """
     return noise_of(keys, torch.arange(tiles, device=keys.device))
 
 
 def noise_of(keys: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
     """The same for tiles of these numbers, int64 `[n]` or `[T, n]`."""
-    bits = mix_bits(keys[:, None] ^ tiles)
+    bits = splitmix64_torch(keys[:, None] ^ tiles)
     high, low = bits >> 32 & 0xFFFFFFFF, bits & 0xFFFFFFFF
     return -torch.log1p(-(high.double() + 0.5) * 2.0**-32), low.double() * 2.0**-32

@@ -1,11 +1,11 @@
-"""Integers that look random: what keys the draws of branches, on the host and on a device."""
+"""SplitMix64: counter-based random numbers that key the draws of branches, on the host and on a device."""
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 
-def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection on 64-bit integers that looks random."""
     z = np.atleast_1d(values) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -13,8 +13,8 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def mix_bits(z: Tensor) -> Tensor:
-    """`mix` on the bits of int64, whose shifts keep the sign and must not."""
+def splitmix64_torch(z: Tensor) -> Tensor:
+    """`splitmix64` on the bits of int64, whose shifts keep the sign and must not."""
     z = z + (0x9E3779B97F4A7C15 - 2**64)
     z = (z ^ (z >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
     z = (z ^ (z >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)

@@ -4,27 +4,26 @@ Letters: `T` rows of hidden states, `V` vocabulary, `H` hidden size. Logits are 
 and bias; log-probs are natural logs. Logits "as they are" have seen no penalty and no temperature.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from forktree.checks import integer, integers, number, shown
 from forktree.errors import InvalidInput, NonFinite
 from forktree.ops.sampling import Sampling
-from forktree.ops.splitmix import mix
+from forktree.ops.splitmix import splitmix64
 from forktree.types import MAX_TOKEN_ID
 
-ADD, REPETITION = 0, 1  # operations of `Edits`
+ADD, REPETITION = 0, 1  # operations of `LogitEdits`
 
 
 @dataclass(frozen=True, eq=False)
-class Edits:
+class LogitEdits:
     """Changes to single logits, as CSR: those of row t are `indptr[t] : indptr[t + 1]`, in ascending order of token.
 
     indptr: int `[T + 1]`. ids: int `[E]`, tokens. ops: int `[E]`, `ADD` (logit + value: a bias, a frequency or presence
@@ -73,7 +72,7 @@ class Edits:
         frequency: float = 0.0,
         presence: float = 0.0,
         bias: Mapping[int, float] | None = None,
-    ) -> "Edits":
+    ) -> "LogitEdits":
         """Penalties on the tokens of each row's text, and a bias on tokens of every row.
 
         texts: token ids of each row so far. prompt_lengths: how many of them are prompt (default: none); repetition
@@ -132,23 +131,23 @@ class Draw:
     sampling: Sampling | Sequence[Sampling]
     seed: ArrayLike
     position: ArrayLike
-    edits: Edits | None = None
+    edits: LogitEdits | None = None
     allowed: Tensor | None = None
 
     def __post_init__(self) -> None:
         several = [self.sampling] if isinstance(self.sampling, Sampling) else self.sampling
         if not isinstance(several, Sequence) or not all(isinstance(s, Sampling) for s in several):
             raise InvalidInput(f"sampling must be a Sampling, or a sequence of one a row, got {shown(self.sampling)}")
-        if self.edits is not None and not isinstance(self.edits, Edits):
-            raise InvalidInput(f"edits must be Edits, got {type(self.edits).__name__}")
+        if self.edits is not None and not isinstance(self.edits, LogitEdits):
+            raise InvalidInput(f"edits must be LogitEdits, got {type(self.edits).__name__}")
         if self.allowed is not None and not isinstance(self.allowed, Tensor):
             raise InvalidInput(f"allowed must be an int32 tensor, got {type(self.allowed).__name__}")
 
     @cached_property
     def keys(self) -> NDArray[np.uint64]:
-        """What keys the noise of a row: `mix(mix(seed) ^ position)`, `[T]`."""
+        """What keys the noise of a row: `splitmix64(splitmix64(seed) ^ position)`, `[T]`."""
         seed = integers("seed", self.seed, -(2**63), 2**64 - 1, kind=np.uint64)
-        return mix(mix(seed) ^ integers("position", self.position, -(2**63), 2**64 - 1, kind=np.uint64))
+        return splitmix64(splitmix64(seed) ^ integers("position", self.position, -(2**63), 2**64 - 1, kind=np.uint64))
 
     @cached_property
     def settings(self) -> NDArray[np.float64]:
@@ -157,11 +156,11 @@ class Draw:
         each = [self.sampling] * rows if isinstance(self.sampling, Sampling) else self.sampling
         kinds = {id(s): (s.temperature, s.top_k, s.top_p, s.min_p) for s in each}
         table = np.array([kinds[id(s)] for s in each], dtype=np.float64).reshape(-1, 4).T.copy()
-        table[0, table[0] < COLDEST] = 0
+        table[0, table[0] < MIN_TEMPERATURE] = 0
         return table
 
     @property
-    def truncates(self) -> bool:
+    def has_truncation(self) -> bool:
         """Whether a row may lose tokens to top-k, top-p or min-p."""
         temperature, top_k, top_p, min_p = self.settings
         return bool(((temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))).any())
@@ -178,73 +177,15 @@ def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
     return given.astype(np.float64).reshape(-1)
 
 
-COLDEST = 1e-5  # temperatures below count as 0
+MIN_TEMPERATURE = 1e-5  # temperatures below count as 0
 
 
 @dataclass(frozen=True, eq=False)
-class Ragged:
+class RaggedIds:
     """Token ids of each row, as CSR: those of row t are `ids[indptr[t] : indptr[t + 1]]`. int32 or int64."""
 
     indptr: Tensor  # [T + 1]
     ids: Tensor  # [S]
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """A head on hidden states: `activation(W h + b)`, or `activation(W2 relu(W1 h + b1) + b2)`.
-
-    layers: one or two pairs (weight `[out, in]`, bias `[out]` or None). activation: of a head with one output,
-    "sigmoid", "tanh" or "identity". choice: with several outputs the value is the softmax of this one; of two it is
-    the second unless said otherwise (Qwen2.5-Math-PRM). Math is done in fp32 (fp64 for fp64 states).
-    """
-
-    layers: Sequence[tuple[Tensor, Tensor | None]]
-    activation: str = "sigmoid"
-    choice: int | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.layers) not in (1, 2):
-            raise InvalidInput(f"a value head has 1 or 2 layers, got {len(self.layers)}")
-        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
-            raise InvalidInput(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
-        for weight, bias in self.layers:
-            if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-                got = f"{weight.dtype} {list(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-                raise InvalidInput(f"a weight of a value head must be a floating-point tensor [out, in], got {got}")
-            if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
-                got = str(list(bias.shape)) if isinstance(bias, Tensor) else type(bias).__name__
-                raise InvalidInput(f"the bias of a value head must be [{weight.shape[0]}], got {got}")
-        outputs = self.layers[-1][0].shape[0]
-        if self.choice is not None:
-            integer("choice, one of the head's outputs,", self.choice, 0, outputs - 1)
-        elif outputs not in (1, 2):
-            raise InvalidInput(f"a value head has 1 or 2 outputs, got {outputs} and no choice of one")
-        if len(self.layers) == 2 and self.layers[0][0].shape[0] != self.layers[1][0].shape[1]:
-            raise InvalidInput(
-                f"the head's second layer must take {self.layers[0][0].shape[0]} inputs, got "
-                f"{self.layers[1][0].shape[1]}"
-            )
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self.layers[0][0].shape[1]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden `[T, H]` -> values `[T]`, fp32 (fp64 for fp64)."""
-        x = hidden if hidden.dtype == torch.float64 else hidden.float()
-        for i, (weight, bias) in enumerate(self.layers):
-            x = F.linear(x.relu() if i else x, weight.to(x), None if bias is None else bias.to(x))
-        if x.shape[1] > 1:
-            return x.softmax(dim=-1)[:, 1 if self.choice is None else self.choice]
-        return ACTIVATIONS[self.activation](x[:, 0])
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "identity": lambda x: x,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,70 +194,94 @@ class TokenRequest:
 
     top_k: this many most likely tokens; lower ids first among equals.
     draw: one token a row.
-    select: token ids `[n]`, the same for all rows, or `Ragged`: their logits, for which no other row of lm_head is
+    select: token ids `[n]`, the same for all rows, or `RaggedIds`: their logits, for which no other row of lm_head is
         read. Their log-probs too if something else takes the whole vocabulary (such as `lse`).
     targets: int `[T]`: the log-prob of one token a row.
-    lse, entropy, margin: log-sum-exp of the logits, entropy in nats, and how far the most likely token's logit is above
-        the next one.
-    value: a head on the same hidden rows. rewards: `[V, H]`, a reward for every token (multifurcation): gathered at the
-        top_k tokens and at the drawn one.
+    lse, entropy: log-sum-exp of the logits, and entropy in nats.
+    rewards: `[V, H]`, a reward for every token (multifurcation): gathered at the top_k tokens and at the drawn one.
     """
 
     top_k: int = 0
     draw: Draw | None = None
-    select: Tensor | Ragged | None = None
+    select: Tensor | RaggedIds | None = None
     targets: Tensor | None = None
     lse: bool = False
     entropy: bool = False
-    margin: bool = False
-    value: Head | None = None
     rewards: Tensor | None = None
 
     @property
     def needs_vocabulary(self) -> bool:
         """Whether all of lm_head is read."""
-        whole = self.top_k or self.draw or self.targets is not None or self.lse or self.entropy or self.margin
+        whole = self.top_k or self.draw or self.targets is not None or self.lse or self.entropy
         return bool(whole)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class TokenScores:
-    """The answer to a `TokenRequest`; None where it was not asked for. fp32 (fp64 for fp64 hidden states), ids int64.
+    """The answer to a `TokenRequest`. fp32 (fp64 for fp64 hidden states), ids int64.
 
-    lse: `[T]`, there whenever the whole vocabulary was read.
-    top_ids, top_log_probs: `[T, min(k, V)]`, best first.
-    token: `[T]`, drawn. log_prob: under the logits as they are. shaped_log_prob: under the distribution drawn from.
-    selected_logits, selected_log_probs: `[T, n]`, or `[S]` if ragged. target_log_probs: `[T]`.
-    entropy, margin, values: `[T]`. top_rewards `[T, k]`, token_reward `[T]`.
+    `"entropy" in scores` tells whether it was asked for; to read what was not raises AttributeError.
 
     A row whose logits hold NaN or +inf, or are all -inf, has a log-sum-exp that is not finite; a row that mask and
-    edits leave no token draws token 0 with log-prob NaN. `check` raises for both. A logit of -inf is probability 0.
+    edits leave no token gets token 0 with log-prob NaN. `check` raises for both. A logit of -inf is probability 0.
+
+    Attributes:
+        lse: `[T]`, there whenever the whole vocabulary was read.
+        entropy: `[T]`.
+        top_ids: `[T, min(k, V)]`, best first.
+        top_log_probs: likewise.
+        token: `[T]`, drawn.
+        log_prob: `[T]`, of the drawn token under the logits as they are.
+        shaped_log_prob: `[T]`, under the distribution drawn from.
+        selected_logits: `[T, n]`, or `[S]` if ragged.
+        selected_log_probs: likewise.
+        target_log_probs: `[T]`.
+        top_rewards: `[T, k]`.
+        token_reward: `[T]`.
     """
 
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
-    margin: Tensor | None = None
-    top_ids: Tensor | None = None
-    top_log_probs: Tensor | None = None
-    token: Tensor | None = None
-    log_prob: Tensor | None = None
-    shaped_log_prob: Tensor | None = None
-    selected_logits: Tensor | None = None
-    selected_log_probs: Tensor | None = None
-    target_log_probs: Tensor | None = None
-    values: Tensor | None = None
-    top_rewards: Tensor | None = None
-    token_reward: Tensor | None = None
+    lse: Tensor
+    entropy: Tensor
+    top_ids: Tensor
+    top_log_probs: Tensor
+    token: Tensor
+    log_prob: Tensor
+    shaped_log_prob: Tensor
+    selected_logits: Tensor
+    selected_log_probs: Tensor
+    target_log_probs: Tensor
+    top_rewards: Tensor
+    token_reward: Tensor
+
+    def __init__(self, **found: Tensor) -> None:
+        if unknown := found.keys() - TokenScores.__annotations__.keys():
+            raise TypeError(f"scores must be of {', '.join(TokenScores.__annotations__)}, got {', '.join(unknown)}")
+        vars(self).update(found)
+
+    def __contains__(self, name: str) -> bool:
+        return name in vars(self)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor:
+            """Called for what is not there."""
+            if name in TokenScores.__annotations__:
+                raise AttributeError(f"{name} was not requested of these scores, only {', '.join(vars(self))}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def check(self) -> None:
-        """Raises `NonFinite` naming the first row whose log-sum-exp is not finite, `InvalidInput` naming the first that
-        is left no token. On a GPU it waits for the numbers."""
-        if self.lse is not None and not (fine := self.lse.isfinite()).all():
+        """Looks at every row. On a GPU it waits for the numbers.
+
+        Raises:
+            NonFinite: names the first row whose log-sum-exp is not finite.
+            InvalidInput: names the first row that is left no token.
+        """
+        if "lse" in self and not (fine := self.lse.isfinite()).all():
             row = int(fine.int().argmin())
             raise NonFinite(
                 f"logits of row {row} must be finite, or -inf but not all of them; got a log-sum-exp of {self.lse[row]}"
             )
-        if self.selected_logits is not None and bool((wrong := self.selected_logits.isnan()).any()):
+        if "selected_logits" in self and bool((wrong := self.selected_logits.isnan()).any()):
             raise NonFinite(f"selected logits must be numbers, got NaN at {wrong.nonzero()[0].tolist()}")
-        if self.shaped_log_prob is not None and bool((masked := self.shaped_log_prob.isnan()).any()):
+        if "shaped_log_prob" in self and bool((masked := self.shaped_log_prob.isnan()).any()):
             raise InvalidInput(f"row {int(masked.int().argmax())}: no token is allowed, mask and edits leave none")

@@ -7,6 +7,8 @@ from functools import cached_property, lru_cache
 
 import torch
 
+from forktree.device import properties
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -14,32 +16,49 @@ class CostModel:
 
         max(bytes of K and V, multiply-adds and exponentials) + rescaled sums, once every 64 tokens,
 
-    bytes at 2 an element, arithmetic for r rows x heads of the group rounded up to full lanes.
+    bytes as `plan` was told the pool has them, arithmetic for r rows x heads of the group rounded up to full lanes.
+
+    Attributes:
+        units: units of work that keep all workers busy; a constant, so that bits do not depend on threads.
+        heads_per_item: KV heads of an item that are one unit of work.
+        lanes: packed rows (query row x head of its group) that are processed together.
+        max_lanes: packed rows an item may have.
+        memory: a byte of K or V that is read for the first time.
+        cache: a byte that another item reads again.
+        mac: a multiply-add of all lanes, per (token, element).
+        exp: an exponential of all lanes, per token.
+        partial: a byte of a partial, written and merged.
+        segment: an element of the sums of all lanes.
+        item: starting on an item.
+        grain: work that costs less is not cut.
+
+    Raises:
+        ValueError: a field is out of range.
     """
 
-    units: int  # pieces of work that keep all workers busy; a constant, so bits do not depend on threads
-    heads_per_item: int  # KV heads of an item that are one piece of work
-    lanes: int  # packed rows (query row x head of its group) processed together
-    max_lanes: int  # packed rows an item may have
-    memory: int  # a byte of K or V read first
-    cache: int  # a byte read again by another item
-    mac: int  # a multiply-add of all lanes, per (token, element)
-    exp: int  # an exponential of all lanes, per token
-    partial: int  # a byte of a partial, written and merged
-    segment: int  # an element of the sums of all lanes
-    item: int  # starting on an item
-    grain: int  # what costs less is not cut
+    units: int
+    heads_per_item: int
+    lanes: int
+    max_lanes: int
+    memory: int
+    cache: int
+    mac: int
+    exp: int
+    partial: int
+    segment: int
+    item: int
+    grain: int
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            least, most = (1, 1 << 16) if f.name in COUNTS else (0, 1 << 40 if f.name in TIMES else 1 << 20)
-            if not least <= value <= most:
-                raise ValueError(f"{f.name} must be in [{least}, {most}], got {value}")
+            low, high = (1, 1 << 16) if f.name in COUNTS else (0, 1 << 40 if f.name in TIMES else 1 << 20)
+            if not low <= value <= high:
+                raise ValueError(f"{f.name} must be in [{low}, {high}], got {value}")
 
     @cached_property
     def values(self) -> tuple[int, ...]:
-        """All fields, as `_core` wants them."""
+        """All fields in their order, as `_core` takes them."""
         return astuple(self)
 
 
@@ -60,14 +79,16 @@ CPU = CostModel(
     grain=100_000_000,
 )
 
-# GPUs are priced by the H200's published and commonly measured rates, nothing was fitted. A worker is a block; memory
-# moves 4.3 TB/s, the L2 cache about 7 TB/s beside it. An item begins with four loads that wait for one another.
+# GPUs are priced by the H200's published and commonly measured rates; nothing was fitted. A worker is a block; memory
+# moves 4.3 TB/s, the L2 cache about 7 TB/s besides. An item begins with four loads that depend on one another.
 SMS = 132  # streaming multiprocessors, where there is no device to ask
 
 
 def memory_bound_gpu(sms: int = SMS) -> CostModel:
-    """For steps bound by memory, on `mma.sync`: two blocks of 64 packed rows a multiprocessor, all together about
-    350 TFLOP/s."""
+    """For steps bound by memory, on `mma.sync`.
+
+    Two blocks of 64 packed rows a multiprocessor, all together about 350 TFLOP/s.
+    """
     return CostModel(
         units=2 * sms,
         heads_per_item=1,
@@ -85,8 +106,10 @@ def memory_bound_gpu(sms: int = SMS) -> CostModel:
 
 
 def compute_bound_gpu(sms: int = SMS) -> CostModel:
-    """For steps bound by arithmetic, on `wgmma`: one block of 128 packed rows a multiprocessor, all together about
-    450 TFLOP/s."""
+    """For steps bound by arithmetic, on `wgmma`.
+
+    One block of 128 packed rows a multiprocessor, all together about 450 TFLOP/s.
+    """
     return CostModel(
         units=sms,
         heads_per_item=1,
@@ -110,7 +133,7 @@ ROOFLINE_ROWS = 180
 
 
 def cost_model_for(device: torch.device, packed_rows: int) -> CostModel:
-    """The cost model of a device for a step of that many query rows x heads of a group."""
+    """The cost model of a device, for a step of that many packed rows (query rows x heads of a group)."""
     if device.type == "cpu":
         return CPU
     return (memory_bound_gpu if packed_rows <= ROOFLINE_ROWS else compute_bound_gpu)(multiprocessors(device))
@@ -118,7 +141,5 @@ def cost_model_for(device: torch.device, packed_rows: int) -> CostModel:
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the device, or of an H200 where there is none."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return SMS
+    """Streaming multiprocessors of a device, or of an H200 where there is none."""
+    return properties.multiprocessors(device) or SMS

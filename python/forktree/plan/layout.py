@@ -13,55 +13,82 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
-IntArray = npt.NDArray[np.integer[Any]]  # int32 once in a layout or plan
+from forktree.types import AnyArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)
 class TreeLayout:
-    """All contexts of a step. int32 arrays are taken as they are: do not write to them afterwards.
+    """All contexts of a step.
 
-    A context is a group of consecutive query rows and the root paths these rows see. A path starts with the
-    first `path_stop` tokens of `path_node`; going up, it sees `node_fork[child]` tokens of each parent; it
-    ends before `path_top`. The tokens of a node lie in `slot_index[node_begin : node_begin + node_len]`; what
-    lies behind them is room to grow and never looked at. The *tip* of a context is its last path's node.
+    A context is a group of consecutive query rows and the root paths these rows see. A path starts with the first
+    `path_stop` tokens of `path_node`; going up, it sees `node_fork[child]` tokens of each parent; it ends before
+    `path_top`. The tokens of a node lie in `slot_index[node_begin : node_begin + node_len]`; entries past them are
+    reserved for growth and never read. The *tip* of a context is its last path's node.
+
+    Every field takes what converts to an integer array (list, array, tensor). int32 arrays are not copied: do not write
+    to them afterwards.
+
+    Attributes:
+        slot_index: [M] slots of every node's tokens, node by node.
+        node_begin: [N] where the node's run of slot_index begins.
+        node_len: [N] tokens it has now.
+        node_parent: [N] parent of the node, -1 = root.
+        node_fork: [N] how many of the parent's tokens this node's path sees; unused at roots.
+        node_pos: [N] position of the node's first token.
+        row_indptr: [C+1] query rows of context c.
+        path_indptr: [C+1] root paths of context c, the last one with the context's own tokens.
+        path_node: [E] node that the path starts at.
+        path_stop: [E] tokens seen of path_node, or `ALL`.
+        path_top: [E] ancestor before which the path ends, -1 = it reaches the root.
+        causal: [C] 1: row i of n sees n-1-i fewer tokens of the tip; 0: all rows see the same.
+        row_token: [R] output token of the row; rows of one token merge into one output.
+        row_pos: [R] position the row looks from.
+        mask_indptr: [C+1] words of context c in mask_bits; None = no context has a mask.
+        mask_bits: uint32, [rows, ceil(rows/32)] words of a context, over the tip's last `rows` tokens.
+
+    Raises:
+        ValueError: an array has another size, or a value is out of range; the message names the array and the index.
     """
 
     ALL: ClassVar[int] = 2**31 - 1  # path_stop: all tokens the node has, now and after growing
 
-    slot_index: IntArray  # [M] slots of every node's tokens, node by node
-    node_begin: IntArray  # [N] where the node's run of slot_index begins
-    node_len: IntArray  # [N] tokens now
-    node_parent: IntArray  # [N] -1 = root
-    node_fork: IntArray  # [N] how many of the parent's tokens this node's path sees; unused at roots
-    node_pos: IntArray  # [N] position of the node's first token
-    row_indptr: IntArray  # [C+1] query rows of context c
-    path_indptr: IntArray  # [C+1] root paths of context c, the last one with the context's own tokens
-    path_node: IntArray  # [E]
-    path_stop: IntArray  # [E] tokens seen of path_node, or ALL
-    path_top: IntArray  # [E] ancestor before which the path ends, -1 = past the root
-    causal: IntArray  # [C] 1: row i of n sees n-1-i fewer tokens of the tip
-    row_token: IntArray  # [R] output token of the row; rows of one token merge into one output
-    row_pos: IntArray  # [R] position the row looks from
-    mask_indptr: IntArray | None = None  # [C+1] words of context c; none = no mask
-    mask_bits: npt.NDArray[np.uint32] | None = None  # [rows, ceil(rows/32)] words over the tip's last `rows`
+    slot_index: IntArray
+    node_begin: IntArray
+    node_len: IntArray
+    node_parent: IntArray
+    node_fork: IntArray
+    node_pos: IntArray
+    row_indptr: IntArray
+    path_indptr: IntArray
+    path_node: IntArray
+    path_stop: IntArray
+    path_top: IntArray
+    causal: IntArray
+    row_token: IntArray
+    row_pos: IntArray
+    mask_indptr: IntArray | None = None
+    mask_bits: npt.NDArray[np.uint32] | None = None
 
     # ------------------------------------------------------------------ sizes
 
     @property
     def num_rows(self) -> int:
+        """R, query rows."""
         return self.row_token.size
 
     @property
     def num_contexts(self) -> int:
+        """C, contexts."""
         return self.causal.size
 
     @property
     def num_nodes(self) -> int:
+        """N, nodes."""
         return self.node_len.size
 
     @cached_property
     def num_tokens(self) -> int:
+        """T, output tokens."""
         return int(self.row_token.max(initial=-1)) + 1
 
     @cached_property
@@ -89,7 +116,7 @@ class TreeLayout:
 
     @cached_property
     def partially_visible(self) -> npt.NDArray[np.bool_]:
-        """[C] whether rows of the context see different parts of the tip's last `rows` tokens."""
+        """[C] whether rows of the context see different parts of the tip: those of chunks and drafts."""
         chunks: npt.NDArray[np.bool_] = (self.causal == 1) & (self.context_rows > 1)
         return chunks | self.masked
 
@@ -107,7 +134,7 @@ class TreeLayout:
 
     @cached_property
     def node_depth(self) -> IntArray:
-        """[N+1] edges to the root; -1 for the last entry, so that index -1 is the place above all roots."""
+        """[N+1] edges to the root; the last entry is -1, so that index -1 stands for the place above all roots."""
         depth = np.ones(self.num_nodes + 1, np.int32)
         depth[-1] = 0
         up = np.append(self.node_parent, -1)
@@ -130,10 +157,15 @@ class TreeLayout:
                 node = parent
             yield from reversed(steps)
 
-    def visible(self, row: int, window: int | None = None) -> tuple[Array, Array]:
-        """What a row sees: indices into slot_index and positions, [L] each. The meaning of a layout is this.
+    def visible(self, row: int, window: int | None = None) -> tuple[AnyArray, AnyArray]:
+        """What a row sees. This is the meaning of a layout: all else is measured by it.
 
-        With a window w only keys at positions (row_pos - w, row_pos] are seen.
+        Args:
+            row: of the layout.
+            window: w > 0 shows only keys at positions (row_pos - w, row_pos].
+
+        Returns:
+            Indices into slot_index and positions, [L] each, in path order.
         """
         context = int(np.searchsorted(self.row_indptr, row, side="right")) - 1
         n = int(self.context_rows[context])
@@ -170,9 +202,19 @@ class TreeLayout:
     ) -> TreeLayout:
         """A layout for a paged cache: token t of sequence b is `block_tables[b, t // S] * S + t % S`.
 
-        block_tables: [B, max_pages] page ids; lengths: [B] tokens including the query tokens; query_lens:
-        [B] query rows of each sequence, its last tokens (default 1 each; more are causal). Equal leading
-        pages are shared, as far as they lie wholly before the query tokens. B may be 0. Slots must fit int32.
+        Equal leading pages are shared, as far as they lie wholly before the query tokens.
+
+        Args:
+            block_tables: [B, max_pages] page ids; B may be 0.
+            lengths: [B] tokens, query tokens included.
+            page_size: S, tokens of a page.
+            query_lens: [B] query rows of each sequence, its last tokens; default 1 each; more are causal.
+
+        Returns:
+            A layout with one node and one context a sequence.
+
+        Raises:
+            ValueError: an argument is out of range, or slots do not fit int32.
         """
         tables = _ints("block_tables", block_tables, ndim=2).astype(np.int64)  # as are all products with page_size
         lens = _ints("lengths", lengths).astype(np.int64)
@@ -198,7 +240,7 @@ class TreeLayout:
         keyed = np.where(np.arange(max_pages) < shareable[:, None], tables, -1)
         order = np.lexsort(keyed.T[::-1]) if max_pages else np.arange(batch)
         common = (keyed[order[1:]] == keyed[order[:-1]]) & (keyed[order[1:]] >= 0)
-        shared = np.zeros(batch, np.int64)  # pages in common with the one before, in order
+        shared = np.zeros(batch, np.int64)  # pages in common with the previous sequence, in order
         shared[1:] = np.cumprod(common, 1).sum(1)
 
         # Every sequence is one node: in sorted order it forks from the path of the one before it, where the
@@ -248,9 +290,15 @@ class TreeLayout:
         )
 
     def grown(self, node_len: Any, row_pos: Any, slot_index: Any = None) -> TreeLayout:
-        """The same layout after nodes grew into the room behind them and rows moved forward.
+        """The same layout after nodes grew into the entries reserved for them and rows moved forward.
 
-        node_len: [N], row_pos: [R], neither smaller anywhere; slot_index: only if it is another array by now.
+        Args:
+            node_len: [N] at least what it was.
+            row_pos: [R] at least what it was.
+            slot_index: only if it is another array by now.
+
+        Raises:
+            ValueError: one of them shrank, or a node does not fit.
         """
         slots = self.slot_index if slot_index is None else _ints("slot_index", slot_index)
         lens, rows = _ints("node_len", node_len), _ints("row_pos", row_pos)
@@ -260,9 +308,10 @@ class TreeLayout:
         _expect("row_pos", rows >= self.row_pos, rows, "at least what it was")
         fits = lens <= slots.size - self.node_begin
         _expect("node_len", fits, lens, f"within slot_index ({slots.size} entries)")
+        self._check_positions(lens, slots.size)
         layout = object.__new__(TreeLayout)  # all else was validated before
         layout.__dict__.update({f.name: getattr(self, f.name) for f in fields(self)})
-        layout.__dict__.update(slot_index=slots, node_len=lens, row_pos=rows)
+        layout.__dict__.update(slot_index=slots, node_len=lens, row_pos=rows, _highest_pos=self._highest_pos)
         return layout
 
     # ------------------------------------------------------------------ validation
@@ -290,6 +339,7 @@ class TreeLayout:
             f"such that its node_len tokens lie within slot_index ({self.slot_index.size} entries)",
         )
         _expect("node_pos", self.node_pos >= 0, self.node_pos, ">= 0")
+        self._check_positions(self.node_len, self.slot_index.size)
         parent = self.node_parent
         _expect("node_parent", (parent >= -1) & (parent < n), parent, f"-1 or a node, in [-1, {n})")
         if not (parent < np.arange(n)).all():  # otherwise parents come first and there is no cycle
@@ -305,6 +355,15 @@ class TreeLayout:
                 seen,
                 "between 0 and node_len of the parent",
             )
+
+    @cached_property
+    def _highest_pos(self) -> int:
+        return int(self.node_pos.max(initial=0))
+
+    def _check_positions(self, node_len: IntArray, num_slots: int) -> None:
+        if self._highest_pos > self.ALL - num_slots:  # no node is longer than slot_index
+            fits = node_len <= self.ALL - self.node_pos
+            _expect("node_len", fits, node_len, "such that positions are below 2**31")
 
     def _check_contexts(self) -> None:
         c = self.num_contexts
@@ -364,10 +423,10 @@ class TreeLayout:
             )
 
 
-def ranges(begin: Array, length: Array) -> Array:
-    """begin[0], begin[0]+1, … (length[0] of them), begin[1], …"""
+def ranges(begin: AnyArray, length: AnyArray) -> AnyArray:
+    """Concatenation of begin[0], begin[0] + 1, … (length[0] of them), begin[1], …."""
     end = np.cumsum(length)
-    indices: Array = np.arange(end[-1] if end.size else 0) + np.repeat(begin - (end - length), length)
+    indices: AnyArray = np.arange(end[-1] if end.size else 0) + np.repeat(begin - (end - length), length)
     return indices
 
 
@@ -390,18 +449,18 @@ def _ints(name: str, value: Any, ndim: int = 1) -> IntArray:
     return array.astype(np.int32)
 
 
-def _expect(name: str, ok: Array, values: Array, expectation: str) -> None:
+def _expect(name: str, ok: AnyArray, values: AnyArray, expectation: str) -> None:
     if not ok.all():
         i = int(np.argmin(ok))
         raise ValueError(f"{name}[{i}] must be {expectation}, got {values[i]}")
 
 
-def _expect_size(name: str, array: Array, size: int, what: str) -> None:
+def _expect_size(name: str, array: AnyArray, size: int, what: str) -> None:
     if array.size != size:
         raise ValueError(f"{name} must have {size} entries ({what}), got {array.size}")
 
 
-def _expect_indptr(name: str, indptr: Array, count: int, total: int, what: str) -> None:
+def _expect_indptr(name: str, indptr: AnyArray, count: int, total: int, what: str) -> None:
     _expect_size(name, indptr, count + 1, "contexts in causal, plus 1")
     if indptr[0] != 0 or indptr[-1] != total or (indptr[1:] < indptr[:-1]).any():
         raise ValueError(f"{name} must rise from 0 to {total} ({what}), got {indptr}")

@@ -1,19 +1,20 @@
-"""Logits processors of transformers in searches that fork, and what a processor can be told of that.
+"""Logits processors of transformers, in searches that fork.
 
-A processor is called as transformers calls it: with `input_ids [n, L]`, int64, left-padded, and `scores [n, V]`, fp32,
-and returns scores of that shape. It needs whole rows of logits, so this is the slow way: biases, penalties and sets of
-allowed tokens that are known beforehand belong into `forktree.Draw`.
+A processor is called as transformers calls it: with `input_ids [n, L]`, int64, left-padded, and `scores [n, V]`, fp32.
+It returns scores of that shape. It needs whole rows of logits, so this is the slow way: biases, penalties and sets of
+allowed tokens that are known beforehand belong in `forktree.Draw`.
 
-A row is a branch here, and branches are forked, dropped, resampled, and stop at different times: which row of the last
-call was which is gone. A processor that keeps a state for every row, such as the place in a grammar, has a method
+Every row is a branch. Branches are forked, dropped and resampled, and they stop at different times, so row i of one
+call says nothing about row i of the next. A processor that keeps a state for every row, such as the place in a grammar,
+has a method
 
     fork(parents, added)
 
 that is called before each of its calls, with int64 tensors on the CPU. It keeps its states in a list or tensor. Row i
-of the coming call goes on from state `parents[i]`, or starts anew where that is -1; its newest `added[i]` tokens, the
-last of `input_ids[i]`, are those that the state has not seen (a new one has seen none, not the prompt's either).
-`parents` is longer than the call has rows if there are states that are not asked now but may be later, those of
-branches that wait or of other searches: they follow behind, unchanged. So, where tokens lead from state to state,
+of the coming call continues from state `parents[i]`, or starts anew where that is -1; its newest `added[i]` tokens, the
+last of `input_ids[i]`, are those that the state has not seen (a new one has seen none, not even the prompt's).
+`parents` is longer than the number of rows if there are states that are not needed now but may be later, those of
+branches that wait or of other searches: they come after the rows, unchanged. If tokens lead from state to state, write
 
     def fork(self, parents, added):
         self.states = [start if p < 0 else self.states[p] for p in parents.tolist()]
@@ -44,12 +45,22 @@ _STATES = "_forktree_states"  # attribute of a processor that has `fork`: the ta
 
 
 def process(processors: Sequence[Processor], branches: Sequence[Branch], input_ids: Tensor, scores: Tensor) -> Tensor:
-    """`scores [n, V]` by all processors in turn. `input_ids [n, L]`: what each of the branches sees, left-padded.
+    """Applies all processors in turn.
 
-    Raises InvalidInput if one returns another shape.
+    Args:
+        processors: in their order.
+        branches: whose rows these are, `[n]`.
+        input_ids: what each of the branches sees, left-padded, int64 `[n, L]`.
+        scores: fp32 `[n, V]`.
+
+    Returns:
+        Scores of the same shape.
+
+    Raises:
+        InvalidInput: a processor returns another shape.
     """
     if stateful := [p for p in processors if hasattr(p, "fork")]:
-        _tell(stateful, branches)
+        _notify_fork(stateful, branches)
     for processor in processors:
         shape, scores = scores.shape, processor(input_ids, scores)
         if scores.shape != shape:
@@ -75,7 +86,7 @@ def check_processors(name: str, value: object) -> None:
         raise InvalidInput(f"{name} must be a tuple of functions of input_ids and scores, got {value!r:.80}")
 
 
-def _tell(processors: Sequence[Any], branches: Sequence[Branch]) -> None:
+def _notify_fork(processors: Sequence[Any], branches: Sequence[Branch]) -> None:
     """Calls `fork` of each. A state is known by the tag that its branch got when it was last asked."""
     tree = branches[0].tree
     ids = tree.ids(branches, distinct=True)

@@ -134,7 +134,7 @@ def _unknown(search: type[Search], name: str) -> str:
     has = list(settings_of(search))
     close = get_close_matches(name, has, 1)
     belongs = [n for n, s in searches().items() if name in settings_of(s)]
-    hint = f", did you mean {close[0]}?" if close else f", it belongs to {' and '.join(belongs)}." if belongs else "."
+    hint = f", it belongs to {' and '.join(belongs)}." if belongs else f", did you mean {close[0]}?" if close else "."
     return f"{of} has no setting {name!r}{hint} Its settings are {', '.join(has)}"
 
 

@@ -174,17 +174,17 @@ async def grow(walkers: Walkers, which: Indices, context: SearchContext, search:
         walkers: changed in place.
         which: indices of those to extend, int64 `[m]`.
     """
-    most = np.minimum(search.max_step_tokens, context.max_new_tokens - walkers.num_tokens[which])
+    limit = np.minimum(search.max_step_tokens, context.max_new_tokens - walkers.num_tokens[which])
     walkers.steps[which] += 1
     last = walkers.steps[which] >= search.max_steps
-    await _extend(walkers, which, context, search, most, context.stop_at(search.step_delimiter, *search.stop), last)
+    await _extend(walkers, which, context, search, limit, context.stop_at(search.step_delimiter, *search.stop), last)
 
 
 async def complete(walkers: Walkers, context: SearchContext, search: ExtendingSearch) -> None:
     """Extends all walkers to the end of their texts; that is not counted as a step."""
     which = np.arange(len(walkers))
-    most = context.max_new_tokens - walkers.num_tokens
-    await _extend(walkers, which, context, search, most, context.stop_at(*search.stop), np.ones(len(walkers), bool))
+    limit = context.max_new_tokens - walkers.num_tokens
+    await _extend(walkers, which, context, search, limit, context.stop_at(*search.stop), np.ones(len(walkers), bool))
 
 
 async def _extend(

@@ -1,12 +1,13 @@
-"""The CUDA kernels of `forktree._core`, fp32, bf16 and fp16: `csrc/*.cu`.
+"""The CUDA kernels of `forktree._core`, fp32, bf16 and fp16: `csrc/cuda`.
 
-Each module holds the backend's function and `launch`, as in `forktree.ops.cpu`. Kernels go to the current stream of the
-tensors' device. In a core built with FORKTREE_CUDA=emulate they take CPU tensors.
+Kernels go to the current stream of the tensors' device. In a core built with FORKTREE_CUDA=emulate they take CPU
+tensors.
 """
 
-from forktree.ops.cuda.append_kv import append_kv
-from forktree.ops.cuda.merge_states import merge_states
-from forktree.ops.cuda.rotate_rows import rotate_rows
-from forktree.ops.cuda.tree_attention import tree_attention
+import torch
+from torch import Tensor
 
-__all__ = ["append_kv", "merge_states", "rotate_rows", "tree_attention"]
+
+def stream_of(x: Tensor) -> int:
+    """Address of the current stream of x's device; 0 on the CPU, where kernels are emulated."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0

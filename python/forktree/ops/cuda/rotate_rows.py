@@ -1,42 +1,13 @@
-"""`forktree.ops.rotate_rows` by `csrc/rotate_rows.cu`."""
+"""`forktree.ops.rotate_rows` by `csrc/cuda/rotate_rows.cu`."""
 
 import torch
 from torch import Tensor
 
 from forktree import _core
-from forktree.ops.checks import check_rotate_rows
-from forktree.ops.cuda.stream import stream_of
-from forktree.ops.dtypes import dtype_number
-
-
-def rotate_rows(q: Tensor, shift: Tensor, inv_freq: Tensor, *, interleaved: bool, rotary_dim: int) -> Tensor:
-    out: Tensor = torch.ops.forktree.rotate_rows.default(q, shift, inv_freq, interleaved, rotary_dim)
-    return out
+from forktree.ops import params
+from forktree.ops.cuda import stream_of
 
 
 def launch(q: Tensor, shift: Tensor, inv_freq: Tensor, interleaved: bool, rotary_dim: int) -> Tensor:
-    check_rotate_rows(q, shift, inv_freq, rotary_dim)
-    dtype = dtype_number("q", q)
-    rows, heads, dim = q.shape
-    if q.stride(2) != 1:
-        q = q.contiguous()
-    shift, inv_freq = shift.contiguous(), inv_freq.double().contiguous()
-    out = q.new_empty(rows, heads, dim)
     with torch.cuda.device_of(q):
-        _core.cuda_rotate_rows(
-            dtype,
-            q.data_ptr(),
-            q.stride(0),
-            q.stride(1),
-            rows,
-            heads,
-            dim,
-            shift.data_ptr(),
-            shift.dtype is torch.int64,
-            inv_freq.data_ptr(),
-            rotary_dim // 2,
-            interleaved,
-            out.data_ptr(),
-            stream_of(q),
-        )
-    return out
+        return params.rotate_rows(_core.cuda_rotate_rows, stream_of(q), q, shift, inv_freq, interleaved, rotary_dim)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forktree.ops.reference.precision import math_dtype
+from forktree.ops.checks import check_lists, math_dtype
 
 Array = np.ndarray[Any, Any]
 
@@ -72,7 +72,8 @@ def combine(
 
 
 @torch.no_grad()
-def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def launch(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    check_lists(indptr, index, o.shape[0])
     lists = merge_lists(indptr.cpu().numpy(), index.cpu().numpy(), o.device)
     known = o.to(math_dtype(o)).masked_fill((lse == -torch.inf).unsqueeze(-1), 0)  # 0 * NaN is NaN
     out, total = combine(known, lse, None, lists)

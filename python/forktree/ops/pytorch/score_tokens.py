@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forktree.ops.checks import check_draw_tensors, check_lm_head, check_token_request
-from forktree.ops.reference.precision import math_dtype
+from forktree.ops.assemble import LmHead, VocabPass, VocabPassResult
+from forktree.ops.checks import math_dtype
 from forktree.ops.sampling import TILE, noise_of
-from forktree.ops.token_request import REPETITION, TokenRequest, TokenScores
-from forktree.ops.vocabulary import Vocabulary, complete
+from forktree.ops.token_request import REPETITION
 
 CANDIDATES = 64  # most likely tokens kept of a row that truncates
 SCRATCH = 12 << 20  # bytes, but for the allocator's rounding and what torch's operations take within
@@ -33,99 +31,54 @@ Rows = slice | Tensor  # of the call
 Chunks = Callable[[Rows], Iterator[tuple[int, Tensor]]]  # (first token, logits [rows, n]), first a multiple of TILE
 
 
-def launch(
-    hidden: Tensor,
-    lm_head: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float,
-    top_k: int,
-    entropy: bool,
-    *draw: Any,
-) -> Vocabulary:
-    keys, settings, _, *edits, allowed = draw
-    check_lm_head(hidden, lm_head, bias, scale, softcap or None)
-    check_draw_tensors(hidden, len(lm_head), top_k, keys, settings, tuple(edits), allowed)
-    size, vocab, real = hidden.shape[1], lm_head.shape[0], math_dtype(hidden)
+def launch(hidden: Tensor, lm_head: LmHead, wanted: VocabPass) -> VocabPassResult:
+    (weight, bias, scale, softcap), real = lm_head, math_dtype(hidden)
+    size, vocab = hidden.shape[1], weight.shape[0]
     exact = hidden.dtype != real and hidden.is_cuda  # sums of 16-bit products that are not rounded to 16 bits
     widens = hidden.dtype != real and not exact
-    block, some = _sizes(hidden, vocab, top_k, widens * size * real.itemsize)
+    block, some = _sizes(hidden, vocab, wanted.top_k, widens * size * real.itemsize)
 
     def chunks(of: Rows) -> Iterator[tuple[int, Tensor]]:
         h = hidden[of].to(real) if widens else hidden[of]
         for first in range(0, vocab, some):
-            weight = lm_head[first : first + some]
-            z = torch.mm(h, weight.T, out_dtype=real) if exact else F.linear(h, weight.to(h.dtype))
+            part = weight[first : first + some]
+            z = torch.mm(h, part.T, out_dtype=real) if exact else F.linear(h, part.to(h.dtype))
             if bias is not None:
                 z += bias[first : first + some].to(real)
             z *= scale
-            if softcap:
+            if softcap is not None:
                 z.div_(softcap).tanh_().mul_(softcap)
             yield first, z
 
-    return score_chunks(chunks, hidden, vocab, block, top_k, entropy, *draw)
+    return score_chunks(chunks, hidden, vocab, block, wanted)
 
 
-def from_logits(logits: Tensor, request: TokenRequest, hidden: Tensor) -> TokenScores:
-    """As `forktree.ops.score_tokens`, of logits `[T, V]` that a model's own head made of hidden states `[T, H]`.
-
-    logits: floating-point, on the device of hidden, used as they are. Rows that are not finite are not looked for:
-    `TokenScores.check` does. Raises ValueError on any mismatch before computing anything.
-    """
-    if logits.ndim != 2 or len(logits) != len(hidden) or not logits.shape[1] or not logits.is_floating_point():
-        raise ValueError(
-            f"logits must be floating-point [{len(hidden)}, V] with V at least 1, got {logits.dtype} "
-            f"{list(logits.shape)}"
-        )
+def pass_over_logits(logits: Tensor, wanted: VocabPass) -> VocabPassResult:
+    """As `launch`, of logits `[T, V]` that are there already."""
     vocab, real = logits.shape[1], math_dtype(logits)
-    check_token_request(request, hidden, vocab)
+    block, some = _sizes(logits, vocab, wanted.top_k, 0)
 
-    def passed(top_k: int, entropy: bool, *draw: Any) -> Vocabulary:
-        block, some = _sizes(logits, vocab, top_k, 0)
+    def chunks(of: Rows) -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, vocab, some):
+            yield first, logits[of, first : first + some].to(real)
 
-        def chunks(of: Rows) -> Iterator[tuple[int, Tensor]]:
-            for first in range(0, vocab, some):
-                yield first, logits[of, first : first + some].to(real)
-
-        return score_chunks(chunks, logits, vocab, block, top_k, entropy, *draw)
-
-    return complete(
-        hidden,
-        vocab,
-        request,
-        launch=passed,
-        of_pairs=lambda rows, ids: logits[rows, ids].to(real),
-        of_all=lambda ids: logits[:, ids].to(real),
-    )
+    return score_chunks(chunks, logits, vocab, block, wanted)
 
 
-def score_chunks(
-    chunks: Chunks,
-    like: Tensor,
-    vocab: int,
-    block: int,
-    top_k: int,
-    entropy: bool,
-    keys: Tensor | None,
-    settings: Tensor | None,
-    truncates: bool,
-    *changes: Tensor | None,
-) -> Vocabulary:
+def score_chunks(chunks: Chunks, like: Tensor, vocab: int, block: int, wanted: VocabPass) -> VocabPassResult:
     """What `launch` returns, of logits `[T, V]` that come in chunks, as often as asked for and the same each time.
 
-    like: `[T, ...]`, of their device and type. block: rows done together. The others as in `launch`.
+    like: `[T, ...]`, of their device and type. block: rows done together.
     """
-    rows, found = len(like), Vocabulary.empty(like, top_k, entropy, keys is not None)
-    shaping = None
-    if keys is not None and settings is not None:
-        shaping = Shaping.of(vocab, keys, settings, *changes)
+    rows, found = len(like), VocabPassResult.empty(like, wanted)
+    shaping = Shaping.of(vocab, wanted)
     for begin in range(0, rows, block):
         part = slice(begin, min(begin + block, rows))
-        _score(chunks, part, shaping, truncates, Vocabulary(*(x[part] for x in found)))
+        _score(chunks, part, shaping, wanted.has_truncation, VocabPassResult(*(x[part] for x in found)))
     return found
 
 
-def _score(chunks: Chunks, part: slice, shaping: Shaping | None, truncates: bool, found: Vocabulary) -> None:
+def _score(chunks: Chunks, part: slice, shaping: Shaping | None, truncates: bool, found: VocabPassResult) -> None:
     """The rows of one block, into `found`."""
     mass, best = Mass(found.lse), Best(found.top_logits.shape[1])
     weighted = len(found.entropy) > 0
@@ -277,7 +230,7 @@ class Lead:
 def _inverse(mass: Tensor, uniform: Tensor) -> Tensor:
     """Where cumulative sums `mass [T, n]` pass the share `uniform [T, 1]` of all, `[T, 1]`."""
     at = torch.searchsorted(mass, uniform.to(mass.dtype) * mass[:, -1:], right=True)
-    return torch.minimum(at, (mass < mass[:, -1:]).sum(dim=1, keepdim=True))  # behind it is none
+    return torch.minimum(at, (mass < mass[:, -1:]).sum(dim=1, keepdim=True))  # after it is none
 
 
 # ---------------------------------------------------------------------- the draw
@@ -297,13 +250,16 @@ class Shaping:
     allowed: Tensor | None  # [T, ceil(V / 32)] int32
 
     @classmethod
-    def of(cls, vocab: int, keys: Tensor, settings: Tensor, *changes: Tensor | None) -> Shaping:
-        """Of the arguments of a launch."""
-        (temperature, limit, top_p, min_p), (*edits, allowed) = settings, changes
+    def of(cls, vocab: int, wanted: VocabPass) -> Shaping | None:
+        """None if nothing is drawn."""
+        if wanted.keys is None or wanted.settings is None:
+            return None
+        temperature, limit, top_p, min_p = wanted.settings
         greedy = temperature == 0
         limit = limit.where(limit < vocab, 0)
-        edited = None if edits[0] is None else Edited.of(*(x.cpu() for x in edits if x is not None))
-        return cls(keys, temperature.masked_fill(greedy, 1), greedy, limit, top_p, min_p, edited, allowed)
+        edited = None if wanted.edit_indptr is None else Edited.of(*(x.cpu() for x in wanted.edits if x is not None))
+        temperature = temperature.masked_fill(greedy, 1)
+        return cls(wanted.keys, temperature, greedy, limit, top_p, min_p, edited, wanted.allowed)
 
     def at(self, rows: Rows) -> Shaping:
         return Shaping(

@@ -16,25 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forktree.ops.checks import math_dtype
+from forktree.ops.plan_tensors import PlanTensors
+from forktree.ops.pool import AttentionOptions, KVPool
 from forktree.ops.pytorch.merge_states import MergeLists, combine, merge_lists
-from forktree.ops.reference.precision import math_dtype
+from forktree.plan.format import Item, Row, Seg
 from forktree.plan.layout import TreeLayout, ranges
-from forktree.plan.plan import (
-    INDEX_BEGIN,
-    LAST,
-    MASK,
-    NODE,
-    POS,
-    ROW,
-    ROW_HI,
-    ROW_LO,
-    SEG_BEGIN,
-    SEG_END,
-    START,
-    TAIL,
-    TIP,
-    AttentionPlan,
-)
+from forktree.plan.plan import AttentionPlan
 
 Array = np.ndarray[Any, Any]
 
@@ -66,24 +54,19 @@ class Prepared:
 
 
 @torch.no_grad()
-def tree_attention(
-    q: Tensor,
-    k_slots: Tensor,
-    v_slots: Tensor,
-    plan: AttentionPlan,
-    *,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def launch(q: Tensor, pool: KVPool, plan_tensors: PlanTensors, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+    plan = plan_tensors.host
+    assert plan is not None
+    (k_slots, v_slots), softcap = (pool.k, pool.v), options.softcap
     prepared = plan.cache.get("torch")
     if prepared is None or prepared.device != q.device:
         prepared = plan.cache["torch"] = _prepare(plan, q.device)
     heads, kv_heads, dim = q.shape[1], k_slots.shape[1], v_slots.shape[2]
     group = heads // kv_heads
-    q_rows = (q.to(math_dtype(q)) * scale).reshape(-1, group * q.shape[2])
-    slopes = None if alibi_slopes is None else alibi_slopes.to(q_rows.dtype).view(kv_heads, 1, group, 1)
+    q_rows = (q.to(math_dtype(q)) * options.scale_of(q.shape[2])).reshape(-1, group * q.shape[2])
+    sinks, slopes = options.sinks, options.alibi_slopes
+    if slopes is not None:
+        slopes = slopes.to(q_rows.dtype).view(kv_heads, 1, group, 1)
 
     partials = sum(b.shape[0] * b.shape[1] for b in prepared.batches) * kv_heads
     o = q_rows.new_empty(partials, group, dim)
@@ -203,30 +186,30 @@ class _Work:
         self.plan, self.layout = plan, plan.layout
         seg, tokens = plan.seg, plan.seg_tokens
         # Segments next to one another in an item that concern the same rows are a run; a long one is its own.
-        item = np.repeat(np.arange(len(plan.item)), plan.item[:, SEG_END] - plan.item[:, SEG_BEGIN])
+        item = np.repeat(np.arange(len(plan.item)), plan.item[:, Item.SEG_END] - plan.item[:, Item.SEG_BEGIN])
         alone = np.where(tokens >= LONG, 1 + np.arange(len(seg)), 0)
-        key = np.stack([item, seg[:, ROW_LO], seg[:, ROW_HI], alone])
+        key = np.stack([item, seg[:, Seg.ROW_LO], seg[:, Seg.ROW_HI], alone])
         first = np.flatnonzero(np.append(True, (key[:, 1:] != key[:, :-1]).any(0))[: len(seg)])
         run = np.repeat(np.arange(first.size), np.diff(np.append(first, len(seg))))  # of each segment
         self.last = np.append(first[1:], len(seg))[: first.size] - 1  # segment of each run
-        self.rows = seg[first][:, [ROW_LO, ROW_HI]].astype(np.int64)
+        self.rows = seg[first][:, [Seg.ROW_LO, Seg.ROW_HI]].astype(np.int64)
         token_begin = np.append(0, np.cumsum(tokens))
         self.begin, self.end = token_begin[first], token_begin[self.last + 1]
         self.segment = np.repeat(np.arange(len(seg)), tokens)  # of each token
-        self.offset = ranges(seg[:, START], tokens)
-        self.slot = self.layout.slot_index[seg[self.segment, INDEX_BEGIN] + self.offset]
-        self.pos = seg[self.segment, POS] + self.offset
+        self.offset = ranges(seg[:, Seg.START], tokens)
+        self.slot = self.layout.slot_index[seg[self.segment, Seg.INDEX_BEGIN] + self.offset]
+        self.pos = seg[self.segment, Seg.POS] + self.offset
         self.row_pos = self.layout.row_pos[plan.row_order]
 
         # Runs whose rows see different parts of it.
         tail = np.full(self.layout.num_nodes + 1, TreeLayout.ALL)
-        np.minimum.at(tail, plan.row[:, TIP], plan.row[:, TAIL])  # the last entry is for rows without a tip
-        uneven = plan.seg_stop > tail[seg[:, NODE]]
+        np.minimum.at(tail, plan.row[:, Row.TIP], plan.row[:, Row.TAIL])  # the last entry is for rows without a tip
+        uneven = plan.seg_stop > tail[seg[:, Seg.NODE]]
         if plan.window is not None and len(seg):
             at = np.append(self.row_pos, self.row_pos[-1])
-            edges = seg[:, [ROW_LO, ROW_HI]].ravel()
+            edges = seg[:, [Seg.ROW_LO, Seg.ROW_HI]].ravel()
             nearest, farthest = np.minimum.reduceat(at, edges)[::2], np.maximum.reduceat(at, edges)[::2]
-            first_pos, last_pos = seg[:, POS] + seg[:, START], seg[:, POS] + plan.seg_stop - 1
+            first_pos, last_pos = seg[:, Seg.POS] + seg[:, Seg.START], seg[:, Seg.POS] + plan.seg_stop - 1
             uneven |= (first_pos <= farthest - plan.window) | (last_pos > nearest)
         self.uneven = np.bincount(run, uneven, first.size) > 0
 
@@ -265,12 +248,12 @@ class _Work:
         row_begin, row_end = self.rows[run]
         last = self.last[run]
         first_row, last_row = plan.row[row_begin], plan.row[row_end - 1]
-        context = np.searchsorted(layout.row_indptr, first_row[ROW], side="right") - 1
+        context = np.searchsorted(layout.row_indptr, first_row[Row.ROW], side="right") - 1
         chunk = (
             layout.causal[context]
-            and layout.row_indptr[context + 1] > last_row[ROW] >= first_row[ROW]
-            and plan.seg[last, NODE] == last_row[TIP]
-            and plan.seg_stop[last] == last_row[LAST] + 1
+            and layout.row_indptr[context + 1] > last_row[Row.ROW] >= first_row[Row.ROW]
+            and plan.seg[last, Seg.NODE] == last_row[Row.TIP]
+            and plan.seg_stop[last] == last_row[Row.LAST] + 1
         )
         return min(int(row_end - row_begin), int(plan.seg_tokens[last])) if chunk else 0
 
@@ -347,9 +330,9 @@ class _Work:
     def _unseen(self, row: Array, token: Array) -> Array:
         """Of pairs of plan rows [B, R, 1] and tokens [B, 1, L] of one run: not seen."""
         plan, layout = self.plan, self.layout
-        tip, tail, last, mask = (plan.row[row, column] for column in (TIP, TAIL, LAST, MASK))
+        tip, tail, last, mask = (plan.row[row, column] for column in (Row.TIP, Row.TAIL, Row.LAST, Row.MASK))
         offset = self.offset[token]
-        own = (plan.seg[self.segment[token], NODE] == tip) & (offset >= tail)
+        own = (plan.seg[self.segment[token], Seg.NODE] == tip) & (offset >= tail)
         unseen: Array = own & (offset > last)
         if layout.mask_bits is not None and layout.mask_bits.size:
             own &= (mask >= 0) & ~unseen

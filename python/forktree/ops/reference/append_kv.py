@@ -2,9 +2,13 @@
 
 from torch import Tensor
 
+from forktree.ops.checks import check_slots
+from forktree.ops.pool import KVPool
 
-def append_kv(k: Tensor, v: Tensor, slots: Tensor, k_slots: Tensor, v_slots: Tensor) -> None:
+
+def launch(k: Tensor, v: Tensor, slots: Tensor, pool: KVPool) -> None:
+    check_slots(slots, pool)
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
-            k_slots[slot] = k[token]
-            v_slots[slot] = v[token]
+            pool.k[slot] = k[token]
+            pool.v[slot] = v[token]

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from forktree.ops.reference.precision import math_dtype
+from forktree.ops.checks import check_lists, math_dtype
 
 
-def merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def launch(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    check_lists(indptr, index, o.shape[0])
     tokens = indptr.numel() - 1
     out = o.new_zeros(tokens, *o.shape[1:])
     total = lse.new_full((tokens, lse.shape[1]), -torch.inf)

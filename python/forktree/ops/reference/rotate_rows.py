@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from forktree.ops.reference.precision import math_dtype
+from forktree.ops.checks import math_dtype
 
 
-def rotate_rows(q: Tensor, shift: Tensor, inv_freq: Tensor, *, interleaved: bool, rotary_dim: int) -> Tensor:
+def launch(q: Tensor, shift: Tensor, inv_freq: Tensor, interleaved: bool, rotary_dim: int) -> Tensor:
     angle = shift.double()[:, None, None] * inv_freq.double()  # [R, 1, rotary_dim / 2]
     cos, sin = angle.cos().to(math_dtype(q)), angle.sin().to(math_dtype(q))
     out = q.to(math_dtype(q), copy=True)

@@ -105,7 +105,7 @@ def propose(log_probs: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
 
 
 def propose_among(log_probs: Tensor, tokens: Tensor, scores: Tensor, rules: BeamRules) -> Candidates:
-    """As `propose`, of the m most likely tokens of every beam, `[B, k, m]` both: m is M or V, no other can matter."""
+    """Like `propose`, given the m most likely tokens of every beam, `[B, k, m]` both; m is M or V, which is enough."""
     batch, _, each = log_probs.shape
     best, index = (log_probs + scores[:, :, None]).reshape(batch, -1).topk(rules.num_candidates)
     return Candidates(best, index // each, tokens.reshape(batch, -1).gather(1, index))
@@ -209,7 +209,6 @@ async def beam_search(
     for step in range(rules.max_new_tokens):
         if not (whole_rows or processors or on_step or rules.do_sample):
             found = await score_tokens(beams, TokenRequest(top_k=rules.num_candidates), checked=False)
-            assert found.lse is not None and found.top_ids is not None and found.top_log_probs is not None
             wrong = (~found.lse.isfinite()).long() * _MODEL
             best, tokens = (x.reshape(batch, k, -1) for x in (found.top_log_probs, found.top_ids))
             candidates = propose_among(best, tokens, scores, rules)
@@ -245,10 +244,11 @@ async def beam_search(
         if rules.early_stopping is True:
             over = over | finished.done.all()
         parents = candidates.beam.gather(1, chosen) + offset
-        told = torch.stack([parents.flatten(), running[:, :, -1].flatten(), wrong, over.expand(batch * k)])
+        for_host = torch.stack([parents.flatten(), running[:, :, -1].flatten(), wrong, over.expand(batch * k)])
         if trace is not None:
-            told = torch.cat([told.double(), scores.double().flatten()[None]])  # fp64 holds all of these integers
-        on_host = Download(told).read()  # all that the host needs to know, at once
+            # fp64 holds all of these integers
+            for_host = torch.cat([for_host.double(), scores.double().flatten()[None]])
+        on_host = Download(for_host).read()  # all that the host needs to know, at once
         origin, token, bad, ends = on_host[:4].astype(np.int64)
         if bad.any():
             first = int(np.argmax(bad > 0))

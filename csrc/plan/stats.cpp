@@ -1,20 +1,20 @@
 // Prices a finished plan: the same model as the planner's, but read off the buffer.
+#include "plan/stats.hpp"
+
 #include <algorithm>
 #include <vector>
 
-#include "plan/plan.hpp"
-
 namespace forktree {
 
-PlanCounts count(const PlanView& plan, const Target& target) {
+PlanStats stats(const PlanView& plan, const CostModel& cost_model) {
     const Header& h = *plan.header;
-    const Prices price(target, h.num_qo_heads, h.num_kv_heads, h.head_dim);
-    std::vector<int64_t> begin(h.nodes + 1);
-    for (int32_t n = 0; n < h.nodes; ++n) begin[n + 1] = begin[n] + plan.node_len[n];
+    const Prices price(cost_model, {h.num_qo_heads, h.num_kv_heads, h.head_dim, h.value_dim, h.bytes_per_token});
+    std::vector<int64_t> begin(h.num_nodes + 1);
+    for (int32_t n = 0; n < h.num_nodes; ++n) begin[n + 1] = begin[n] + plan.node_len[n];
     std::vector<char> read(begin.back());
 
-    PlanCounts c{};
-    for (int32_t w = 0; w < h.items; ++w) {
+    PlanStats c{};
+    for (int32_t w = 0; w < h.num_items; ++w) {
         const Item& item = plan.item[w];
         int64_t cost = price.item(item.row_end - item.row_begin);
         if (item.partial >= 0) cost += price.partials(item.row_end - item.row_begin);
@@ -23,13 +23,13 @@ PlanCounts count(const PlanView& plan, const Target& target) {
             const int64_t start = s.start, stop = std::max<int64_t>(start, std::min(s.stop, plan.node_len[s.node]));
             const int64_t tokens = stop - start, rows = s.row_hi - s.row_lo;
             const auto from = read.begin() + begin[s.node];
-            const int64_t again = tokens ? std::count(from + start, from + stop, 1) : 0;
+            const int64_t reread = tokens ? std::count(from + start, from + stop, 1) : 0;
             if (tokens) std::fill(from + start, from + stop, 1);
-            c.distinct += tokens - again;
+            c.distinct += tokens - reread;
             c.planned += tokens;
             c.computed += rows * tokens;
-            c.padded += price.lane_groups(rows) * target.lanes * tokens;
-            cost += price.segment(rows, tokens, again);
+            c.padded += price.lane_groups(rows) * cost_model.lanes * tokens;
+            cost += price.segment(rows, tokens, reread);
             for (int32_t r = s.row_lo; r < s.row_hi; ++r) {
                 const Row& row = plan.row[r];
                 int64_t lo = start, hi = stop;
@@ -55,7 +55,7 @@ PlanCounts count(const PlanView& plan, const Target& target) {
         c.sum += cost * price.heads;
         c.longest = std::max(c.longest, price.alone(cost));
     }
-    c.predicted = std::max(ceil_div(c.sum, target.units), c.longest);
+    c.predicted = std::max(ceil_div(c.sum, cost_model.units), c.longest);
     return c;
 }
 

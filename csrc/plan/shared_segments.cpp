@@ -1,4 +1,4 @@
-#include "plan/stretches.hpp"
+#include "plan/shared_segments.hpp"
 
 #include <algorithm>
 #include <numeric>
@@ -12,15 +12,15 @@ namespace {
 
 constexpr int32_t NONE = -1;
 
-// Nodes and path ends hang from a node at an offset. Taken by falling offset, those that see a given token of the
-// node come first, so a depth-first walk numbers the readers of every stretch consecutively.
-class Walk {
+// Children and path ends hang from a node at an offset. They are visited by descending offset, so that those that see a
+// given token of the node come first: a depth-first walk then numbers the readers of every segment consecutively.
+class Traversal {
 public:
-    explicit Walk(const Layout& layout) : l(layout), tail(layout.nodes, LIVE), used(layout.nodes, false) {
+    explicit Traversal(const Layout& layout) : l(layout), tail(layout.nodes, LIVE), used(layout.nodes, false) {
         for (int64_t c = 0; c < l.contexts; ++c) {
             if (!rows(c)) continue;
             const int64_t last = l.path_indptr[c + 1] - 1;
-            if (uneven(c)) {
+            if (partially_visible(c)) {
                 int32_t& at = tail[l.path_node[last]];
                 at = std::min(at, tip_len(c) - rows(c));
             }
@@ -31,11 +31,11 @@ public:
         }
         for (const Path& path : paths)
             for (int32_t v = l.path_node[path.path]; v >= 0 && !used[v]; v = l.node_parent[v]) used[v] = true;
-        sort_kids();
+        sort_children();
         order_roots();
     }
 
-    Stretches run() {
+    SharedSegments run() {
         rank.reserve(paths.size());
         for (size_t i = 0; i < roots.size(); ++i) {
             descend(roots[i]);
@@ -57,19 +57,20 @@ private:
         bool last;
     };
     struct Frame {
-        int32_t node, kid, next_end;  // next_end: the stretch whose readers end where kids of a lower offset begin
+        int32_t node, child,
+            next_end;  // next_end: the segment whose readers end where children of a lower offset begin
     };
 
     int32_t rows(int64_t c) const { return l.row_indptr[c + 1] - l.row_indptr[c]; }
     bool masked(int64_t c) const { return l.mask_indptr && l.mask_indptr[c + 1] > l.mask_indptr[c]; }
-    bool uneven(int64_t c) const { return (l.causal[c] && rows(c) > 1) || masked(c); }
+    bool partially_visible(int64_t c) const { return (l.causal[c] && rows(c) > 1) || masked(c); }
     int32_t tip_len(int64_t c) const {
         const int64_t last = l.path_indptr[c + 1] - 1;
         return std::min(l.path_stop[last], l.node_len[l.path_node[last]]);
     }
-    int32_t offset(int64_t kid) const { return LIVE - int32_t(kids[kid] >> 32); }
+    int32_t offset(int64_t child) const { return LIVE - int32_t(children[child] >> 32); }
 
-    void sort_kids() {
+    void sort_children() {
         begin.assign(l.nodes + 1, 0);
         const auto each = [&](auto take) {
             for (int32_t v = 0; v < l.nodes; ++v)
@@ -77,18 +78,21 @@ private:
             for (size_t p = 0; p < paths.size(); ++p) {
                 const Path& path = paths[p];
                 const int32_t node = l.path_node[path.path];
-                const bool fixed = path.last && uneven(path.context);  // chunks and drafts are planned as they are now
+                const bool fixed =
+                    path.last && partially_visible(path.context);  // chunks and drafts are planned as they are now
                 const int32_t stop = l.path_stop[path.path];
                 take(node, fixed ? std::min(stop, l.node_len[node]) : stop, uint32_t(l.nodes + p));
             }
         };
         each([&](int32_t node, int32_t, uint32_t) { ++begin[node + 1]; });
         std::partial_sum(begin.begin(), begin.end(), begin.begin());
-        kids.resize(begin.back());
+        children.resize(begin.back());
         std::vector<int32_t> at(begin.begin(), begin.end() - 1);
-        each([&](int32_t node, int32_t from, uint32_t kid) { kids[at[node]++] = int64_t(LIVE - from) << 32 | kid; });
+        each([&](int32_t node, int32_t from, uint32_t child) {
+            children[at[node]++] = int64_t(LIVE - from) << 32 | child;
+        });
         for (int64_t v = 0; v < l.nodes; ++v)
-            if (begin[v + 1] - begin[v] > 1) std::sort(kids.begin() + begin[v], kids.begin() + begin[v + 1]);
+            if (begin[v + 1] - begin[v] > 1) std::sort(children.begin() + begin[v], children.begin() + begin[v + 1]);
     }
 
     // Roots, trees that joins connect next to one another.
@@ -129,22 +133,22 @@ private:
         for (size_t i = 0; i < roots.size(); ++i) std::tie(tree[i], roots[i]) = order[i];
     }
 
-    // Finds the stretches below a root; lo and hi number paths.
+    // Finds the segments below a root; lo and hi number paths.
     void descend(int32_t root) {
         enter(root);
         while (!stack.empty()) {
             Frame& frame = stack.back();
             const int32_t first = begin[frame.node], end = begin[frame.node + 1];
-            if (frame.kid > first && (frame.kid == end || offset(frame.kid) != offset(frame.kid - 1)) &&
+            if (frame.child > first && (frame.child == end || offset(frame.child) != offset(frame.child - 1)) &&
                 frame.next_end >= 0 && found[frame.next_end].node == frame.node)
                 found[frame.next_end--].hi = int32_t(rank.size());
-            if (frame.kid == end) {
+            if (frame.child == end) {
                 stack.pop_back();
                 continue;
             }
-            const uint32_t kid = uint32_t(kids[frame.kid++]);
-            if (kid < l.nodes) enter(int32_t(kid));  // `frame` is gone
-            else rank.push_back(int32_t(kid - l.nodes));
+            const uint32_t child = uint32_t(children[frame.child++]);
+            if (child < l.nodes) enter(int32_t(child));  // `frame` is gone
+            else rank.push_back(int32_t(child - l.nodes));
         }
     }
 
@@ -167,7 +171,7 @@ private:
         return depth[node];
     }
 
-    // A joining context stands where its last path does, so readers of a stretch may lie apart: one run each.
+    // A joining context stands where its last path does, so readers of a segment may lie apart: one run each.
     void gather_runs() {
         std::vector<int32_t> place(l.contexts, NONE), depth(l.nodes, 0);
         for (int32_t p : rank) {
@@ -175,12 +179,12 @@ private:
             place[paths[p].context] = int32_t(contexts.size());
             contexts.push_back(paths[p].context);
         }
-        std::vector<Stretch> runs;
+        std::vector<SharedSegment> runs;
         std::vector<int32_t> at;
         std::vector<int32_t> tree_end;
         size_t next_tree = 0;
         for (size_t i = 0; i < found.size(); ++i) {
-            const Stretch& s = found[i];
+            const SharedSegment& s = found[i];
             while (next_tree < out.tree_end.size() && out.tree_end[next_tree] <= int32_t(i)) {
                 tree_end.push_back(int32_t(runs.size()));
                 ++next_tree;
@@ -213,7 +217,7 @@ private:
         out.context_begin.reserve(l.rows);
         for (int32_t c : contexts) {
             const int32_t n = rows(c), words = (n + 31) / 32;
-            const bool differs = uneven(c);
+            const bool differs = partially_visible(c);
             const int32_t tip = differs ? l.path_node[l.path_indptr[c + 1] - 1] : NONE;
             const int32_t tail = differs ? tip_len(c) - n : 0;
             for (int32_t i = 0; i < n; ++i) {
@@ -231,21 +235,21 @@ private:
     void emit() {
         size_t next_tree = 0;
         std::vector<int32_t> tree_end;
-        out.stretch.reserve(found.size());
+        out.segment.reserve(found.size());
         for (size_t i = 0; i <= found.size(); ++i) {
             for (; next_tree < out.tree_end.size() && out.tree_end[next_tree] == int32_t(i); ++next_tree)
-                tree_end.push_back(int32_t(out.stretch.size()));
+                tree_end.push_back(int32_t(out.segment.size()));
             if (i == found.size()) break;
-            Stretch s = found[i];
+            SharedSegment s = found[i];
             s.lo = row_begin[s.lo];
             s.hi = row_begin[s.hi];
             const int32_t cut = tail[s.node];
             if (s.start < cut && cut < s.stop) {
-                out.stretch.push_back({s.node, s.start, cut, s.lo, s.hi, false});
+                out.segment.push_back({s.node, s.start, cut, s.lo, s.hi, false});
                 s.start = cut;
             }
-            s.uneven = s.start >= cut;
-            out.stretch.push_back(s);
+            s.partially_visible = s.start >= cut;
+            out.segment.push_back(s);
         }
         out.tree_end = std::move(tree_end);
     }
@@ -255,18 +259,18 @@ private:
     std::vector<char> used;
     std::vector<Path> paths;  // of contexts with rows
     bool joins = false;
-    std::vector<int32_t> begin;  // [N+1] of each node's kids
-    std::vector<int64_t> kids;   // (LIVE - offset, node or N + path), ascending for each node
+    std::vector<int32_t> begin;     // [N+1] of each node's children
+    std::vector<int64_t> children;  // (LIVE - offset, node or N + path), ascending for each node
     std::vector<int32_t> roots, tree;
     std::vector<Frame> stack;
-    std::vector<Stretch> found;
+    std::vector<SharedSegment> found;
     std::vector<int32_t> rank;  // paths, depth-first
     std::vector<int32_t> contexts, row_begin;
-    Stretches out;
+    SharedSegments out;
 };
 
 }  // namespace
 
-Stretches stretches(const Layout& layout) { return Walk(layout).run(); }
+SharedSegments shared_segments(const Layout& layout) { return Traversal(layout).run(); }
 
 }  // namespace forktree
