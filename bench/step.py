@@ -62,15 +62,15 @@ class Clock:
 
 def watch(decoder: forktree.Decoder, clock: Clock) -> None:
     """Puts the clock around the parts."""
-    engine, worker, model = decoder.engine, decoder.worker, decoder.worker.runner.spec.packed.decoder
+    loop, worker, model = decoder.engine.loop, decoder.worker, decoder.worker.runner.spec.packed.decoder
     model.forward = clock.around("model", model.forward)
     worker.runner.score = clock.around("head", worker.runner.score)
     AttentionInterface.register(interface.IMPLEMENTATION, clock.around("attention", interface._attention))
     worker._plans_for = clock.around("planning", worker._plans_for)
     worker.forward = clock.around("packing", worker.forward)
-    engine._schedule = clock.around("tree", engine._schedule)
-    engine._answer_extends = clock.around("search", engine._answer_extends)
-    engine._answer_rest = clock.around("search", engine._answer_rest)
+    loop._schedule = clock.around("tree", loop._schedule)
+    loop._answer_extends = clock.around("search", loop._answer_extends)
+    loop._answer_rest = clock.around("search", loop._answer_rest)
 
 
 def measure(decoder: forktree.Decoder, clock: Clock, search: forktree.search.Search, args: Any) -> dict[str, float]:

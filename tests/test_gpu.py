@@ -14,7 +14,8 @@ import forktree
 import log_probs
 import models
 import tiny
-from forktree import sequences
+from forktree.engine import sampler
+from forktree.engine.request_state import TokensState
 from forktree.model import Runner, attach
 from forktree.ops.dispatch import missing
 
@@ -68,8 +69,8 @@ def test_running_ahead_on_the_gpu_changes_nothing(search: forktree.search.Search
     assert tiny.texts(results[0]) == tiny.texts(results[1])
 
 
-def test_drawing_on_the_gpu_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the hidden states to the drawn tokens' place in the next pass, no call waits for the device."""
+def test_sampling_on_the_gpu_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hidden states to the sampled tokens' place in the next pass, no call waits for the device."""
     decoder = forktree.Decoder(tiny.new_model().to("cuda"), tiny.tokenizer(), num_slots=2048)
     calls = []
 
@@ -86,8 +87,8 @@ def test_drawing_on_the_gpu_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    strict(decoder.engine, "_draw")
-    strict(decoder.worker, "append_drawn")
+    strict(sampler, "_sample")
+    strict(decoder.worker, "append_sampled")
     searches = [
         forktree.Sample(num_return_sequences=4, top_k=5, top_p=0.9, min_p=0.01),
         forktree.Greedy(),
@@ -95,14 +96,14 @@ def test_drawing_on_the_gpu_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -
     ]
     results = list(decoder.search_iter(tiny.prompts(3), searches, max_new_tokens=12))
     assert all(r.error is None for r in results)
-    assert {"_draw", "append_drawn"} == set(calls)
+    assert {"_sample", "append_sampled"} == set(calls)
 
 
 def test_given_texts_have_the_log_probs_they_have_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """And no pass waits for the one before."""
     texts = log_probs.family(1, tiny.VOCAB)
     expected = forktree.sequence_logprobs(tiny.model(), texts)
-    inner, calls = sequences._log_probs, []
+    inner, calls = TokensState._ask, []
 
     def strict(*args: Any) -> Any:
         calls.append(len(args))
@@ -112,7 +113,7 @@ def test_given_texts_have_the_log_probs_they_have_on_the_cpu(monkeypatch: pytest
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(sequences, "_log_probs", strict)
+    monkeypatch.setattr(TokensState, "_ask", strict)
     found = forktree.sequence_logprobs(tiny.new_model().to(DEVICE), texts, max_batch_tokens=32)
     log_probs.assert_close(found, expected)
     assert len(calls) > 3

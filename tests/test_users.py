@@ -136,9 +136,10 @@ def callers(decoder: Decoder, tried: list[Any]) -> dict[str, Any]:
         tried.append(decoder)
         for call in (
             lambda: decoder.search(["1="], Greedy(), max_new_tokens=2),
-            lambda: decoder.engine.submit(lambda root: extend([root], Sampling(), max_tokens=1), [[1]]),
+            lambda: decoder.engine.submit(lambda task: extend([task.roots[0].branch], Sampling(), max_tokens=1), [[1]]),
             decoder.engine.step,
-            decoder.engine.cancel_all,
+            decoder.engine.renew,
+            lambda: decoder.submit("1=", Greedy()),
         ):
             with pytest.raises(DecoderInUse, match="in use by the very search"):
                 call()

@@ -1,6 +1,6 @@
 """`Decoder`: a model, its tokenizer and an engine; searches over prompts."""
 
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,8 +10,11 @@ import numpy as np
 from forktree.checks import integer, integers, shown
 from forktree.detokenise import response_text
 from forktree.engine.counters import Counters
-from forktree.engine.engine import Engine, Run, Task
+from forktree.engine.engine import Engine
+from forktree.engine.task import Task
+from forktree.engine.users import Run
 from forktree.engine.worker import ModelWorker
+from forktree.engine.workers import MAIN
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
 from forktree.prompts import Prompt, read_prompts, tokenise
@@ -83,6 +86,8 @@ class Decoder:
         each time that it is short.
     max_batch_tokens: most tokens of one forward pass; longer prefills are split and mixed with decoding.
     prefix_cache: keep finished prompts for later prompts that begin alike, until their slots are needed.
+    models: further models by name, for searches that ask them (`SearchContext.open`), such as a draft model. Each has a
+        tree and `num_slots` slots of its own, and shares the tokenizer.
 
     The model is run as it is, and stays as it is for others that use it at the same time. Every call looks whether it
     has changed, and if so proves it anew (`UnsupportedModel` if that fails) and drops all KV, hidden states and kept
@@ -101,13 +106,18 @@ class Decoder:
         num_slots: int | None = None,
         max_batch_tokens: int = 512,
         prefix_cache: bool = True,
+        models: Mapping[str, Any] | None = None,
     ) -> None:
         integer("max_batch_tokens", max_batch_tokens, 1)
         if num_slots is not None:
             integer("num_slots", num_slots, 1)
         self.model, self.tokenizer = model, tokenizer
         self.worker = ModelWorker(model, num_slots=num_slots, prefix_cache=prefix_cache)
-        self.engine = Engine(self.worker, tokenizer=tokenizer, max_batch_tokens=max_batch_tokens)
+        further = {
+            name: ModelWorker(other, num_slots=num_slots, prefix_cache=prefix_cache)
+            for name, other in _named(models or {}).items()
+        }
+        self.engine = Engine(self.worker, models=further, tokenizer=tokenizer, max_batch_tokens=max_batch_tokens)
         self._stops: dict[tuple[str, ...], TextStop] = {}
 
     def search(
@@ -159,21 +169,46 @@ class Decoder:
         searches = list(search) if isinstance(search, Sequence) else [search] * len(texts)
         if len(searches) != len(texts):
             raise InvalidInput(f"search must be one, or one for each of {len(texts)} prompts, got {len(searches)}")
+        tokens = self._checked(texts, searches, max_new_tokens, seed)
+        return self._run(texts, tokens, searches, max_new_tokens, int(seed), on_step)
+
+    def submit(self, prompt: Any, search: Search, *, max_new_tokens: int = 256, seed: int = 0) -> Task:
+        """Starts one search and runs none of it: for those who call `engine.step` themselves.
+
+        Args:
+            prompt: a single prompt; for all arguments and errors see `search_iter`.
+            search: what is done with it.
+            max_new_tokens: maximum number of tokens of a hypothesis.
+            seed: of its samples.
+
+        Returns:
+            The search under way. Once it is `done`, `result` has its candidates, or `error` says why there are none.
+        """
+        self.engine.renew()
+        texts = self._one(prompt)
+        (tokens,) = self._checked(texts, [search], max_new_tokens, seed)
+        return self._submit(texts[0], tokens, search, max_new_tokens, int(seed), SearchTrace())
+
+    def _checked(
+        self, prompts: list[Prompt], searches: list[Search], max_new_tokens: int, seed: int
+    ) -> list[list[int]]:
+        """Token ids of each prompt. Raises unless all can be searched."""
         for one in {id(s): s for s in searches}.values():
             if not isinstance(one, Search):
                 raise InvalidInput(f"search must be a Search such as ParticleFilter(...), got {type(one).__name__}")
             for reward in one.rewards:
                 reward.check(self.worker)
         integer("max_new_tokens", max_new_tokens, 1)
-        seed = integer("seed", seed, 0, LARGEST_SEED)
-        tokens = self._tokens(texts)
+        integer("seed", seed, 0, LARGEST_SEED)
+        tokens = self._tokens(prompts)
         for i, ids in enumerate(tokens):
-            self._check(i, ids, max_new_tokens)
-        return self._run(texts, tokens, searches, max_new_tokens, seed, on_step)
+            self._check(f"prompt {i}", ids, max_new_tokens, self.worker)
+        return tokens
 
     def weights_changed(self) -> None:
-        """Says that the model has changed where it cannot be seen: the next call proves it anew and keeps nothing."""
-        self.worker.weights_changed()
+        """Says that models have changed where it cannot be seen: the next call proves them anew and keeps nothing."""
+        for worker in self.engine.workers.named.values():
+            worker.weights_changed()
 
     def _run(
         self,
@@ -186,44 +221,43 @@ class Decoder:
     ) -> Generator[SearchResult, None, None]:
         running: dict[Task, tuple[int, SearchTrace]] = {}
         waiting = list(reversed(range(len(prompts))))
-        run = Run()
-        try:
-            try:
-                self.engine.open(run)
-                self.engine.renew(run)  # the iterator may be begun later than it was made
-                while waiting or running:
-                    while waiting and (not running or self.engine.has_room(len(tokens[waiting[-1]]))):
-                        i = waiting.pop()
-                        counters, trace = Counters(), SearchTrace()
-                        start = partial(self._start, searches[i], max_new_tokens, counters=counters, trace=trace)
-                        prompt = prompts[i]
-                        text = prompt if isinstance(prompt, str) else self._decode(tokens[i]) or ""
-                        task = self.engine.submit(start, [tokens[i]], text=text, seed=seed, run=run, counters=counters)
-                        running[task] = i, trace
-                    self.engine.step()
-                    if on_step is not None:
-                        run.calls_back = True
-                        on_step()
-                        run.calls_back = False
-                    done = [t for t in running if t.done]
-                    for task in done:
-                        i, trace = running.pop(task)
-                        yield self._result(i, prompts, task, trace)
-                    if done:  # the caller has had its turn
-                        self.engine.renew(run)
-            finally:
-                self.engine.close(run)
-        finally:
-            self.engine.close(run)  # again, in case an interrupt cut that short
+        with self.engine.use() as run:
+            self.engine.renew(run)  # the iterator may be begun later than it was made
+            while waiting or running:
+                while waiting and (not running or self.engine.has_room(len(tokens[waiting[-1]]))):
+                    i = waiting.pop()
+                    trace = SearchTrace()
+                    task = self._submit(prompts[i], tokens[i], searches[i], max_new_tokens, seed, trace, run)
+                    running[task] = i, trace
+                self.engine.step()
+                if on_step is not None:
+                    run.calls_back = True
+                    on_step()
+                    run.calls_back = False
+                done = [t for t in running if t.done]
+                for task in done:
+                    i, trace = running.pop(task)
+                    yield SearchResult(i, prompts[i], task.result or [], task.counters, trace, task.error)
+                if done:  # the caller has had its turn
+                    self.engine.renew(run)
 
-    async def _start(
+    def _submit(
         self,
+        prompt: Prompt,
+        tokens: list[int],
         search: Search,
         max_new_tokens: int,
-        root: Branch,
-        counters: Counters | None = None,
-        trace: SearchTrace | None = None,
+        seed: int,
+        trace: SearchTrace,
+        run: Run | None = None,
+    ) -> Task:
+        start = partial(self._start, search, max_new_tokens, trace)
+        return self.engine.submit(start, [tokens], text=self._text(prompt), seed=seed, run=run)
+
+    async def _start(
+        self, search: Search, max_new_tokens: int, trace: SearchTrace, task: Task
     ) -> list[Candidate]:
+        root = task.roots[0].branch
         text_of = None if self.tokenizer is None else response_text(self.tokenizer, root.tokens.tolist())
         context = SearchContext(
             root=root,
@@ -235,8 +269,9 @@ class Decoder:
             stops=self._stop if self.tokenizer is not None else None,
             decode=text_of,
             rng=np.random.default_rng(root.key),
-            counters=counters or Counters(),
-            trace=trace or SearchTrace(),
+            opens=partial(self._open, task),
+            counters=task.counters,
+            trace=trace,
         )
         name, running = f"{type(search).__name__}.run", search.run(context)
         if not isinstance(running, Awaitable):
@@ -248,9 +283,19 @@ class Decoder:
             integers(f"token_ids of a hypothesis of {name}", h.token_ids, 0, context.vocab_size - 1)
         return [Candidate(None if text_of is None else text_of(h.token_ids), h) for h in found]
 
-    def _result(self, index: int, prompts: list[Prompt], task: Task, trace: SearchTrace | None = None) -> SearchResult:
-        candidates = [] if task.error is not None else task.result
-        return SearchResult(index, prompts[index], candidates, task.counters, trace or SearchTrace(), task.error)
+    def _open(self, task: Task, prompt: Any, model: str) -> Branch:
+        """See `SearchContext.open`."""
+        (text,) = self._one(prompt)
+        (tokens,) = self._tokens([text])
+        branch = self.engine.open(task, tokens, text=self._text(text), model=model)
+        self._check("the prompt that is opened", tokens, 0, task.roots[-1].worker)
+        return branch
+
+    def _one(self, prompt: Any) -> list[Prompt]:
+        read = read_prompts(prompt)
+        if len(read) != 1:
+            raise InvalidInput(f"expected one prompt, a text or token ids, got {len(read)}")
+        return read
 
     def _tokens(self, prompts: list[Prompt]) -> list[list[int]]:
         """Token ids of each prompt."""
@@ -263,36 +308,35 @@ class Decoder:
         of_texts = iter(tokenise(self.tokenizer, texts))
         return [next(of_texts) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-    def _check(self, index: int, ids: list[int], max_new_tokens: int) -> None:
-        """Raises unless a prompt fits the model and the pool."""
-        runner = self.worker.runner
+    def _check(self, name: str, ids: list[int], max_new_tokens: int, worker: ModelWorker) -> None:
+        """Raises unless a prompt fits the model and its pool."""
+        runner = worker.runner
         if not ids:
-            raise InvalidInput(f"prompt {index} is empty: expected at least one token")
+            raise InvalidInput(f"{name} is empty: expected at least one token")
         bad = next((t for t in ids if not 0 <= t < runner.vocab_size), None)
         if bad is not None:
             known = 0 if self.tokenizer is None else len(self.tokenizer)
             more = f"; the tokenizer has {known} tokens, the model embeds {runner.vocab_size}"
             raise InvalidInput(
-                f"prompt {index} has token id {shown(bad)}: expected ids in [0, {runner.vocab_size})"
+                f"{name} has token id {shown(bad)}: expected ids in [0, {runner.vocab_size})"
                 f"{more if known > runner.vocab_size else ''}"
             )
         if len(ids) + max_new_tokens > runner.max_position:
             raise InvalidInput(
-                f"prompt {index} has {len(ids)} tokens: with max_new_tokens = {max_new_tokens} the model's limit of "
+                f"{name} has {len(ids)} tokens: with max_new_tokens = {max_new_tokens} the model's limit of "
                 f"{runner.max_position} positions is passed ({runner.spec.max_position_note}); shorten the prompt or "
                 "lower max_new_tokens"
             )
         if len(ids) > runner.num_slots:
             raise InvalidInput(
-                f"prompt {index} has {len(ids)} tokens, the KV pool holds {runner.num_slots}: raise num_slots"
+                f"{name} has {len(ids)} tokens, the KV pool holds {runner.num_slots}: raise num_slots"
             )
 
-    def _decode(self, prompt: Sequence[int]) -> str | None:
-        """Text of a prompt given as token ids, with its special tokens."""
-        if self.tokenizer is None:
-            return None
-        text: str = self.tokenizer.decode(prompt)
-        return text
+    def _text(self, prompt: Prompt) -> str:
+        """A prompt as rewards see it: of token ids their text, with special tokens, if there is a tokenizer."""
+        if isinstance(prompt, str):
+            return prompt
+        return "" if self.tokenizer is None else str(self.tokenizer.decode(prompt))
 
     def _stop(self, texts: Sequence[str]) -> TextStop:
         key = tuple(texts)
@@ -312,3 +356,11 @@ class Decoder:
         config = getattr(self.model, "generation_config", None) or self.model.config
         known = range(self.worker.runner.vocab_size)
         return next((int(i) for i in (config.pad_token_id or -1, *sorted(self._eos_token_ids())) if i in known), 0)
+
+
+def _named(models: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(models, Mapping) or not all(isinstance(name, str) for name in models):
+        raise InvalidInput(f"models must be a mapping from names to models, got {shown(models)}")
+    if MAIN in models:
+        raise InvalidInput(f"models must have names other than {MAIN!r}, which is the decoder's own model")
+    return models

@@ -5,29 +5,31 @@ it is new, and everything it hangs off lies earlier in the walk. So any stretch 
 wherever it is cut; it takes slots for itself and for one path, and nothing is computed twice, however few there are.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from forktree.checks import integer, shown
 from forktree.decoder import Decoder
 from forktree.device.transfer import Download, upload
+from forktree.engine.engine import Engine
+from forktree.engine.task import Task
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput, NonFinite, OutOfMemory
-from forktree.kv import Branch, Chunk, OutOfSlots, Tree
-from forktree.model import ModelSpec, Runner, attached
+from forktree.kv import Branch, Tree
+from forktree.model import ModelSpec, attached
 from forktree.ops.token_request import RaggedIds, TokenRequest
 from forktree.plan.layout import ranges
 from forktree.prompts import unpadded
+from forktree.search.request import score_tokens
 
 Ints = NDArray[np.int64]
 LogProbs = NDArray[np.float64]
-T = TypeVar("T")
 
 
 def sequence_logprobs(
@@ -100,19 +102,18 @@ def scored_sequences(
     longest = max(needed, default=0)
     walk = _Walk.through(texts, given)
     if own:
-        worker = model.worker
+        worker, engine = model.worker, model.engine
     else:
-        worker = ModelWorker(
-            model, num_slots=num_slots or max(1, min(longest + max_batch_tokens, walk.num_rows)), spec=spec
-        )
-    slots = worker.tree.slots
-    if longest > slots.num_slots:
+        slots = num_slots or max(1, min(longest + max_batch_tokens, walk.num_rows))
+        worker = ModelWorker(model, num_slots=slots, spec=spec)
+        engine = Engine(worker, max_batch_tokens=max_batch_tokens)
+    if longest > (total := worker.tree.slots.num_slots):
         raise OutOfMemory(
-            f"sequence {needed.index(longest)} needs {longest} KV slots, even alone: {slots.num_free} are free of "
-            f"{slots.num_slots}; raise num_slots ({worker.runner.bytes_per_slot} bytes each)"
+            f"sequence {needed.index(longest)} needs {longest} KV slots, even alone: "
+            f"{worker.tree.slots.num_free} are free of {total}; raise num_slots "
+            f"({worker.runner.bytes_per_slot} bytes each)"
         )
-    answers = _answers(worker, walk, max_batch_tokens)
-    return _scored(walk, model.engine.interleave(answers) if own else answers)
+    return _scored(engine, _Scoring(worker, walk, max_batch_tokens))
 
 
 # ---------------------------------------------------------------- the walk
@@ -209,19 +210,28 @@ def _prompt_lengths(given: Sequence[int] | None, texts: list[Ints]) -> list[int]
     ]
 
 
-# ---------------------------------------------------------------- the passes
+# ---------------------------------------------------------------- the search
 
 
-def _scored(walk: _Walk, answers: Iterator[tuple[slice, int, Download]]) -> Iterator[tuple[int, LogProbs | NonFinite]]:
+def _scored(engine: Engine, scoring: "_Scoring") -> Iterator[tuple[int, LogProbs | NonFinite]]:
+    """Runs the search, as one of the engine's; gives what is complete after each step."""
+    walk = scoring.walk
     log_probs = np.zeros(len(walk.row))
     order = np.argsort(walk.last, kind="stable")
     ends, known = walk.last[order], 0
-    for part, stop, arriving in _one_behind(answers):
-        log_probs[walk.place[part]] = arriving.read()
-        complete = int(np.searchsorted(ends, stop, side="right"))
-        for i in order[known:complete].tolist():
-            yield i, _result(i, walk, log_probs)
-        known = complete
+    with engine.use() as run:
+        task = engine.submit(scoring.search, [], run=run)
+        while not task.done:
+            engine.step()
+            while scoring.found:
+                part, stop, values = scoring.found.popleft()
+                log_probs[walk.place[part]] = values
+                complete = int(np.searchsorted(ends, stop, side="right"))
+                for i in order[known:complete].tolist():
+                    yield i, _result(i, walk, log_probs)
+                known = complete
+        if task.error is not None:
+            raise task.error
     for i in order[known:].tolist():  # of which nothing was wanted
         yield i, _result(i, walk, log_probs)
 
@@ -237,49 +247,63 @@ def _result(i: int, walk: _Walk, log_probs: LogProbs) -> LogProbs | NonFinite:
     )
 
 
-def _answers(
-    worker: ModelWorker, walk: _Walk, max_batch_tokens: int
-) -> Generator[tuple[slice, int, Download], None, None]:
-    """Log-probs of a slice of the walk's targets, which are all there are below some row, as they are launched."""
-    for first, hidden, at in _passes(worker, walk.pieces, max_batch_tokens):
-        stop = first + len(at)
-        part = slice(*np.searchsorted(walk.row, [first, stop]).tolist())
-        row, of, count = np.unique(walk.row[part] - first, return_inverse=True, return_counts=True)
-        if not len(row):
-            continue
-        numbers = (at[row], np.concatenate([[0], np.cumsum(count)]), walk.target[part], of)
-        there = upload(np.concatenate(numbers), hidden.device).split([len(x) for x in numbers])
-        yield part, stop, Download(_log_probs(worker.runner, hidden, *there))
+class _Scoring:
+    """A search that follows the walk: a request for as many new tokens as fit one pass, and between two requests one
+    branch, the path to where the walk has come.
 
+    `found` takes a slice of the walk's targets, the row before which all targets are known with it, and their
+    log-probs: those of a pass once the next one is launched, so that the device is busy while they are read.
+    """
 
-@torch.no_grad()
-def _log_probs(runner: Runner, hidden: Tensor, at: Tensor, indptr: Tensor, targets: Tensor, of: Tensor) -> Tensor:
-    """`[S]`: of `targets [S]`, which follow the rows `at` of hidden as `indptr` says, `of [S]` for short. NaN where
-    logits are not finite."""
-    scores = runner.score(hidden[at], TokenRequest(select=RaggedIds(indptr, targets), lse=True))
-    return scores.selected_log_probs.masked_fill(~scores.lse.isfinite()[of], torch.nan)
+    def __init__(self, worker: ModelWorker, walk: _Walk, max_batch_tokens: int) -> None:
+        self.walk = walk
+        self.found: deque[tuple[slice, int, LogProbs]] = deque()
+        self._worker, self._max_batch_tokens = worker, max_batch_tokens
 
-
-def _passes(worker: ModelWorker, pieces: list[_Piece], max_batch_tokens: int) -> Iterator[tuple[int, Tensor, Ints]]:
-    """Computes the walk. Of each pass: its first row of the walk, its hidden states `[T, H]`, and where among these
-    that row and those behind it are, `[T]`. Between passes one branch is kept: the path to where the walk has come."""
-    tree = worker.tree
-    row, branch = 0, None
-    rows: dict[Branch, int] = {}  # branches of the pass, the first new row of each
-    try:
-        for stretch in _stretches(pieces, max_batch_tokens, tree.slots.num_slots):
-            first, former, rows = row, branch, {}
+    async def search(self, task: Task) -> None:
+        """The whole walk."""
+        tree = self._worker.tree
+        row, before = 0, None
+        branch: Branch | None = None
+        since: dict[Branch, int]  # position of the first new token of each branch of a request,
+        first: dict[Branch, int]  # and its row
+        for stretch in _stretches(self.walk.pieces, self._max_batch_tokens, tree.slots.num_slots):
+            former, since, first = branch, {}, {}
             for begin, tokens in stretch:
-                branch = _reach(tree, branch, begin, tokens)
-                rows.setdefault(branch, row)
+                branch = _reach(tree, branch, begin, tokens, task.index)
+                since.setdefault(branch, begin)
+                first.setdefault(branch, row)
                 row += len(tokens)
-            if former is not None and former not in rows:
+            if former is not None and former not in since:
                 former.drop()
-            hidden, at = _compute(worker, rows, first, row - first)
-            tree.drop(b for b in rows if b is not branch)
-            yield first, hidden, at
-    finally:
-        tree.drop(rows)
+            asked = await self._ask([*since], np.array([*since.values()]), np.array([*first.values()]), row)
+            tree.drop(b for b in since if b is not branch)
+            if before is not None:
+                self._tell(*before)
+            before = asked
+        if before is not None:
+            self._tell(*before)
+
+    async def _ask(
+        self, branches: list[Branch], since: Ints, first: Ints, stop: int
+    ) -> tuple[slice, int, Download]:
+        """Log-probs of the targets of rows `first[0]` to `stop`: each branch has those from position `since` and row
+        `first` on."""
+        walk, device = self.walk, self._worker.runner.device
+        part = slice(*np.searchsorted(walk.row, [first[0], stop]).tolist())
+        wanted = np.append(walk.row[part], stop)
+        ends = np.append(first[1:], stop)
+        begin = np.minimum(wanted[np.searchsorted(wanted, first)], ends - 1)  # rows before are of prompts
+        row = ranges(begin, ends - begin)
+        indptr = np.searchsorted(walk.row[part], np.append(row, stop))
+        select = RaggedIds(upload(indptr, device), upload(walk.target[part], device))
+        request = TokenRequest(select=select, lse=True)
+        scores = (await score_tokens(branches, request, since=since + begin - first, checked=False)).scores
+        of = upload(np.repeat(np.arange(len(row)), np.diff(indptr)), device)
+        return part, stop, Download(scores.selected_log_probs.masked_fill(~scores.lse.isfinite()[of], torch.nan))
+
+    def _tell(self, part: slice, stop: int, arriving: Download) -> None:
+        self.found.append((part, stop, arriving.read()))
 
 
 def _stretches(pieces: list[_Piece], max_batch_tokens: int, num_slots: int) -> Iterator[list[_Piece]]:
@@ -299,44 +323,12 @@ def _stretches(pieces: list[_Piece], max_batch_tokens: int, num_slots: int) -> I
         yield stretch
 
 
-def _reach(tree: Tree, branch: Branch | None, begin: int, tokens: Ints) -> Branch:
-    """A branch with `tokens` behind the first `begin` of `branch`, which grows itself if those are all it has."""
+def _reach(tree: Tree, branch: Branch | None, begin: int, tokens: Ints, owner: int) -> Branch:
+    """A branch with `tokens` after the first `begin` of `branch`, which grows itself if those are all it has."""
     if branch is None or begin == 0:
-        return tree.root(tokens)
+        return tree.root(tokens, owner=owner)
     if begin < branch.length:
         branch = branch.fork(1)[0]
         branch.rewind(begin)
     branch.append(tokens)
     return branch
-
-
-def _compute(worker: ModelWorker, rows: dict[Branch, int], first: int, count: int) -> tuple[Tensor, Ints]:
-    """One forward pass over the `count` pending tokens of branches, whose first rows are `rows`; see `_passes`."""
-    tree, branches = worker.tree, list(rows)
-    chunks = tree.pending(branches)
-    _reserve(worker, chunks, branches)
-    hidden = worker.forward(chunks)
-    nodes, _ = tree.tips(branches)
-    row_of = dict(zip(nodes.tolist(), rows.values(), strict=True))
-    row = ranges(np.array([row_of[c.node] for c in chunks]), np.array([c.stop - c.begin for c in chunks]))
-    assert len(row) == count, "more than the walk's next tokens was pending"
-    return hidden, np.argsort(row - first)
-
-
-def _reserve(worker: ModelWorker, chunks: list[Chunk], branches: list[Branch]) -> None:
-    """Slots for the chunks: kept prefixes give way first, then whatever the branches do not see."""
-    while True:
-        try:
-            return worker.tree.reserve(chunks)
-        except OutOfSlots as out:
-            if not (worker.prefixes.evict() or worker.tree.evict(worker.tree.view(branches), out.needed - out.free)):
-                raise
-
-
-def _one_behind(items: Iterator[T]) -> Iterator[T]:
-    """Each item once the one behind it is there: read, while the device has something to do."""
-    before = next(items, None)
-    while before is not None:
-        behind = next(items, None)
-        yield before
-        before = behind

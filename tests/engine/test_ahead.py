@@ -15,7 +15,7 @@ from forktree.kv import Branch
 from forktree.kv.tree import PENDING_TOKEN
 from forktree.search import Search, SearchContext
 from forktree.search.request import Extension, extend, next_logits
-from searches import POISON, Scripted, mixed, need, outcome, together, value_head
+from searches import POISON, Scripted, finished, mixed, need, outcome, together, value_head
 
 
 def decoder(ahead: bool, **options: Any) -> Decoder:
@@ -197,14 +197,13 @@ def test_prompts_that_come_while_tokens_are_unknown() -> None:
     made = decoder(True)
     tasks = []
     for prompt in prompts:
-        start = lambda root: made._start(Greedy(), 12, root)  # noqa: E731
-        tasks.append(made.engine.submit(start, [tiny.tokenizer()(prompt).input_ids], text=prompt))
+        tasks.append(made.submit(prompt, Greedy(), max_new_tokens=12))
         made.engine.step()
         made.worker.tree.check()
     for _ in made.engine.run():
         pass
     for i, task in enumerate(tasks):
-        assert_same(made._result(i, prompts, task), want[i])
+        assert_same(finished(task), want[i])
     tiny.assert_all_returned(made.worker)
 
 
@@ -260,8 +259,7 @@ def test_a_search_that_is_cancelled_knows_all_its_tokens(steps: int) -> None:
     want = decoder(False).search(prompts[:1], sample, max_new_tokens=9)[0]
     tasks = []
     for prompt, search in zip(prompts, (sample, Scripted(looks)), strict=True):
-        start = lambda root, search=search: made._start(search, 9, root)  # noqa: E731
-        tasks.append(made.engine.submit(start, [tiny.tokenizer()(prompt).input_ids], text=prompt))
+        tasks.append(made.submit(prompt, search, max_new_tokens=9))
     for _ in range(steps):
         made.engine.step()
     made.engine.cancel(tasks[1])
@@ -269,7 +267,7 @@ def test_a_search_that_is_cancelled_knows_all_its_tokens(steps: int) -> None:
     assert isinstance(tasks[1].error, Cancelled) and not made.worker.tree.owned(tasks[1].index)
     assert all(PENDING_TOKEN not in tokens for tokens in seen[0]) and len(seen[0][0]) == len(prompts[1]) + steps
     assert list(made.engine.run()) == [tasks[0]]
-    assert_same(made._result(0, prompts, tasks[0]), want)
+    assert_same(finished(tasks[0]), want)
     tiny.assert_all_returned(made.worker)
 
 
@@ -290,15 +288,14 @@ def test_an_interrupt_while_tokens_are_unknown(at: int, where: str, monkeypatch:
     prompts, searches = tiny.prompts(3), [Sample(num_return_sequences=3), Greedy(), Sample(num_return_sequences=2)]
     tasks = []
     for prompt, search in zip(prompts, searches, strict=True):
-        start = lambda root, search=search: made._start(search, 14, root)  # noqa: E731
-        tasks.append(made.engine.submit(start, [tiny.tokenizer()(prompt).input_ids], text=prompt))
+        tasks.append(made.submit(prompt, search, max_new_tokens=14))
     with pytest.raises(KeyboardInterrupt):
         while made.engine.active:
             made.engine.step()
     assert made.engine.active == [] and all(task.done for task in tasks)
     ended = [task for task in tasks if task.error is not None]
     assert ended and all(isinstance(task.error, Cancelled) and "KeyboardInterrupt" in str(task.error) for task in ended)
-    assert not any(root.alive for task in tasks for root in task.roots)
+    assert not any(root.branch.alive for task in tasks for root in task.roots)
     tiny.assert_all_returned(made.worker)
     want = decoder(False).search(prompts, searches[0], max_new_tokens=14)
     for got, wanted in zip(made.search(prompts, searches[0], max_new_tokens=14), want, strict=True):

@@ -28,7 +28,7 @@ from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch
 from forktree.search import Search, SearchContext
 from forktree.search.request import extend, next_logits, reward_branches
-from searches import POISON, Scripted, alone, digits, endless, mixed, need, outcome, together, value_head
+from searches import POISON, Scripted, alone, digits, endless, finished, mixed, need, outcome, together, value_head
 
 # ---------------------------------------------------------------- same text, whatever else runs
 
@@ -236,9 +236,7 @@ def test_with_room_for_about_one_search_all_finish_with_the_same_text(prefix_cac
     assert [outcome(r) for r in results] == expected
     # all submitted at once, so that they do get in each other's way
     for prompt, search in zip(prompts, searches, strict=True):
-        tokens = tiny.tokenizer()(prompt).input_ids
-        start = lambda root, search=search: decoder._start(search, 12, root)  # noqa: E731
-        tasks.append(decoder.engine.submit(start, [tokens], text=prompt))
+        tasks.append(decoder.submit(prompt, search, max_new_tokens=12))
     preempted = 0
     while decoder.engine.active:
         decoder.engine.step()
@@ -247,7 +245,7 @@ def test_with_room_for_about_one_search_all_finish_with_the_same_text(prefix_cac
     assert preempted > 0, "this test is about searches that get in each other's way"
     for task, wanted in zip(tasks, expected, strict=True):
         assert task.error is None
-        assert outcome(decoder._result(0, [""], task)) == wanted
+        assert outcome(finished(task)) == wanted
     tiny.assert_all_returned(decoder.worker)
 
 
@@ -431,8 +429,7 @@ def test_cancelling_returns_every_slot_and_leaves_the_others_alone(
     decoder = tiny.decoder()
     tasks = []
     for prompt, search in zip(prompts, (sample, Scripted(script)), strict=True):
-        start = lambda root, search=search: decoder._start(search, 9, root)  # noqa: E731
-        tasks.append(decoder.engine.submit(start, [tiny.tokenizer()(prompt).input_ids], text=prompt))
+        tasks.append(decoder.submit(prompt, search, max_new_tokens=9))
     for _ in range(steps):
         decoder.engine.step()
     decoder.engine.cancel(tasks[1])
@@ -445,7 +442,7 @@ def test_cancelling_returns_every_slot_and_leaves_the_others_alone(
         assert isinstance(tasks[1].error, Cancelled | OSError)
     decoder.engine.cancel(tasks[1])  # once more is harmless
     assert list(decoder.engine.run()) == [tasks[0]]
-    assert outcome(decoder._result(0, prompts, tasks[0])) == expected
+    assert outcome(finished(tasks[0])) == expected
     tiny.assert_all_returned(decoder.worker)
 
 

@@ -21,7 +21,8 @@ from forktree.search.request import extend, reward_branches, score_tokens
 from searches import Custom, Scripted, endless, outcome, together, value_head
 
 PACKAGE = str(Path(forktree.__file__).parent)
-THIN = ("decoder.py", "critical.py", "interrupts.py")  # what stands outside critical sections, or makes them
+# what stands outside critical sections, or makes them
+THIN = ("decoder.py", "users.py", "critical.py", "interrupts.py")
 
 
 async def asks(context: SearchContext) -> list[Branch]:
@@ -107,7 +108,7 @@ class Trial:
         with pytest.raises(KeyboardInterrupt):
             traced(lambda: self._search(made), at, self._signals, self._opcodes)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handler was not put back"
-        assert made.engine.active == [] and not made.engine._runs and not made.engine._critical.occupied
+        assert made.engine.active == [] and not made.engine.users.any
         tiny.assert_all_returned(made.worker)
         assert [outcome(r) for r in self._search(made)] == self._expected
         tiny.assert_all_returned(made.worker)

@@ -6,7 +6,6 @@ import pickle
 import sys
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -330,7 +329,7 @@ def test_a_search_under_way_goes_on_with_the_new_weights(ahead: bool) -> None:
     decoder = Decoder(model, num_slots=256)
     engine, first = decoder.engine, plain(model, PROMPT, 9)
     engine.ahead = ahead
-    task = engine.submit(partial(decoder._start, search.Greedy(), 9), [PROMPT])
+    task = decoder.submit(PROMPT, search.Greedy(), max_new_tokens=9)
     for _ in range(4):
         engine.step()
     scaled(model)

@@ -59,7 +59,7 @@ def rewards(reward: Reward, responses: Sequence[str] = RESPONSES, prompt: str = 
             branch.append(characters(response).input_ids)
         return await reward_branches(branches, reward)
 
-    task = decoder.engine.submit(script, [characters(prompt).input_ids], text=prompt)
+    task = decoder.engine.submit(lambda task: script(task.roots[0].branch), [characters(prompt).input_ids], text=prompt)
     list(decoder.engine.run())
     if task.error is not None:
         raise task.error

@@ -224,7 +224,7 @@ def test_a_question_leaves_neither_text_nor_slots_behind() -> None:
         return [b.tokens.tolist() for b in branches]
 
     decoder = tiny.decoder()
-    task = decoder.engine.submit(script, [ids(prompt)])
+    task = decoder.engine.submit(lambda task: script(task.roots[0].branch), [ids(prompt)])
     list(decoder.engine.run())
     assert task.error is None
     assert task.result == [[*ids(prompt), t] for t in (3, 4, 5, 6)]
@@ -290,7 +290,7 @@ def test_a_question_that_passes_the_models_last_position_costs_its_branch_only()
             branch.append([5] * length)
         return await reward_branches(branches, judge)
 
-    task = decoder.engine.submit(script, [[3] * 220])
+    task = decoder.engine.submit(lambda task: script(task.roots[0].branch), [[3] * 220])
     list(decoder.engine.run())
     assert [e is not None for e in task.result.errors] == [False, True, False, False]
     assert "256 positions, got 257 tokens (branch 1)" in str(task.result.errors[1])
@@ -640,7 +640,7 @@ def test_every_reading_is_closed_once_even_if_its_search_will_not_stop() -> None
                 await reward_branches(root.fork(2), reward)
 
     decoder, reward = tiny.decoder(), Custom(lambda n: None)
-    task = decoder.engine.submit(script, [[1, 2]])
+    task = decoder.engine.submit(lambda task: script(task.roots[0].branch), [[1, 2]])
     decoder.engine.step()
     assert (reward.begun, reward.closed) == (1, 0)
     decoder.engine.cancel(task)

@@ -22,10 +22,17 @@ from forktree import (
     TokenProbability,
     ValueHead,
 )
+from forktree.engine.task import Task
 from forktree.kv import Branch
 from forktree.rewards.base import PendingReward, RewardInput, Rewards
 from forktree.search import Search, SearchContext
 from forktree.search.request import extend
+from forktree.search.trace import SearchTrace
+
+
+def finished(task: Task) -> SearchResult:
+    """What `Decoder.search` would give for a task that is done."""
+    return SearchResult(0, "", task.result or [], task.counters, SearchTrace(), task.error)
 
 
 def digits(prompt: str, response: str) -> float:

@@ -19,7 +19,7 @@ from rich.tree import Tree as RichTree
 
 from forktree.decoder import Decoder, SearchResult
 from forktree.demo import task
-from forktree.engine.engine import Task
+from forktree.engine.task import Task
 from forktree.kv import Tree
 from forktree.model.checkpoints import load_model, load_tokenizer
 from forktree.rewards.value_head import ValueHead

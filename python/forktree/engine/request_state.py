@@ -1,101 +1,211 @@
 """Requests being answered: which of their branches still wait, and what has been found for the others."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from forktree.checks import integer
-from forktree.device.transfer import Download
+from forktree.engine.token_rows import in_order, joined, rows_of
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput, NonFinite, RewardError
-from forktree.kv import Branch, Tree
+from forktree.kv import Branch
 from forktree.ops.token_request import TokenScores
+from forktree.plan.layout import ranges
 from forktree.rewards.base import PendingReward, RewardInput, Rewards
-from forktree.search.request import Extend, NextLogits, ScoreTokens
-from forktree.types import Int32Array
+from forktree.search.request import NextLogits, ScoreSuffixes, ScoreTokens, SuffixScores
+
+Places = tuple[NDArray[np.int64], NDArray[np.int64]]  # branches' ids, and a position in the text of each
 
 
-class RequestState:
-    """A request being answered."""
+class RequestState(ABC):
+    """A request being answered, whose branches are all of one worker."""
 
     def __init__(self, worker: ModelWorker, branches: Sequence[Branch]) -> None:
-        self.worker, self.branches = worker, list(branches)
-        self.hidden: list[Tensor | None] = [None] * len(self.branches)
+        self.worker, self.branches = worker, tuple(branches)
+        self.ids = worker.tree.ids(self.branches)
+        self._numbers = self.ids.tolist()
 
-    def waiting(self) -> list[Branch]:
-        """Branches whose hidden state is still wanted."""
-        return [b for b, h in zip(self.branches, self.hidden, strict=True) if h is None]
+    def check(self) -> None:
+        """Raises if a branch was dropped meanwhile, by code of whoever."""
+        if [branch.id for branch in self.branches] != self._numbers:
+            self.worker.tree.ids(self.branches)
 
-    def collect(self) -> Tensor | None:
-        """Takes what is ready; `[n, H]` once all is. Ready states are kept here, as a node holds only one."""
-        waiting = [i for i, h in enumerate(self.hidden) if h is None]
-        ready = [
-            i for i, r in zip(waiting, self.worker.is_ready([self.branches[i] for i in waiting]), strict=True) if r
-        ]
-        if ready:
-            rows = self.worker.hidden([self.branches[i] for i in ready])
-            if len(ready) == len(self.branches):
-                return rows
-            for i, row in zip(ready, rows, strict=True):
-                self.hidden[i] = row
-        if len(ready) < len(waiting):
-            return None
-        if not self.branches:
-            return self.worker.hidden([])
-        return torch.stack([h for h in self.hidden if h is not None])
+    def alive(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether some of the branches were not dropped, `[len(rows)]`."""
+        return np.array([self.branches[i].id >= 0 for i in rows.tolist()], bool)
+
+    @property
+    @abstractmethod
+    def num_wanted(self) -> int:
+        """How many hidden states are still wanted."""
+
+    @abstractmethod
+    def answer(self) -> Any:
+        """What the search awaits; None if it is not there yet."""
+
+    @abstractmethod
+    def wanted(self) -> Places:
+        """The tokens whose hidden states are still wanted. Raises as `check` does."""
+
+    def fault(self) -> Exception | None:
+        """Why the request cannot be answered any more, if so."""
+        try:
+            self.worker.check(*self.wanted())
+        except Exception as failure:
+            return failure
+        return None
+
+    def close(self) -> None:
+        """Lets go of what it held; called exactly once."""
+        return None
+
+    def take_kept(self) -> None:
+        """Takes wanted hidden states that the worker has kept."""
+        return None
+
+    def take_computed(self) -> None:
+        """Takes wanted hidden states from the forward pass that has just been made."""
+        return None
+
+    def restart(self) -> None:
+        """Forgets what was taken: it was computed with weights that the model no longer has."""
+        return None
 
 
-class RewardState(RequestState):
+class RowsState(RequestState):
+    """A request that wants the hidden states of the last tokens of each branch, one or more, whenever they come.
+
+    Their rows are those of branch 0 from position `since[0]` to its end, then those of branch 1, …
+    """
+
+    def __init__(
+        self, worker: ModelWorker, branches: Sequence[Branch], since: NDArray[np.int64] | None = None
+    ) -> None:
+        super().__init__(worker, branches)
+        self._length = worker.tree.branch_length[self.ids].astype(np.int64)
+        since = self._length - 1 if since is None else since
+        self.indptr = np.concatenate([[0], np.cumsum(self._length - since)])
+        self._id, self.position = np.repeat(self.ids, self._length - since), ranges(since, self._length - since)
+        self.restart()
+
+    def restart(self) -> None:
+        self._left = np.arange(self.indptr[-1])  # rows
+        self._taken: list[tuple[NDArray[np.int64], Tensor]] = []  # rows, and their hidden states
+
+    def wanted(self) -> Places:
+        self.check()
+        if (self.worker.tree.branch_length[self.ids] != self._length).any():
+            raise InvalidInput("branches of a request were changed while it was answered")
+        return self._id[self._left], self.position[self._left]
+
+    @property
+    def num_wanted(self) -> int:
+        return len(self._left)
+
+    def take_kept(self) -> None:
+        if len(self._left):
+            self._take(*self.worker.kept(*self.wanted()))
+
+    def take_computed(self) -> None:
+        if len(self._left):
+            self._take(*self.worker.computed(self._id[self._left], self.position[self._left]))
+
+    def _take(self, found: NDArray[np.bool_], hidden: Tensor) -> None:
+        if found.any():
+            self._taken.append((self._left[found], hidden))
+            self._left = self._left[~found]
+
+    def collected(self) -> list[tuple[NDArray[np.int64], Tensor]]:
+        """What was taken since the last call: rows, and their hidden states."""
+        self.take_kept()
+        taken, self._taken = self._taken, []
+        return taken
+
+    def branch_of(self, row: int) -> int:
+        """The branch that has a row."""
+        return int(np.searchsorted(self.indptr, row, side="right")) - 1
+
+
+class RewardState(RowsState):
+    """Rewards of branches."""
+
     def __init__(self, pending_reward: PendingReward, given: RewardInput) -> None:
         if not isinstance(pending_reward, PendingReward):
             raise RewardError(f"a reward's start must return a PendingReward, got {type(pending_reward).__name__}")
         own = pending_reward.worker
         super().__init__(own or given.worker, pending_reward.branches if own else ())
-        self.pending_reward, self.scored = pending_reward, given.branches
+        self.pending_reward, self.judged = pending_reward, given.branches
+
+    def restart(self) -> None:
+        super().restart()
+        self._parts: list[tuple[NDArray[np.int64], Tensor]] = []
+
+    def close(self) -> None:
+        self.pending_reward.close()
 
     def answer(self) -> Rewards | None:
         """What the reward says, None while it is at work. Raises if it gives no finite number and no reason why."""
         hidden = None
-        if self.pending_reward.worker is not None and (hidden := self.collect()) is None:
-            return None
+        if self.pending_reward.worker is not None:
+            self._parts += self.collected()
+            if self.num_wanted:
+                return None
+            hidden = in_order(self._parts) if self._parts else self.worker.hidden(self.ids)
         rewards = self.pending_reward.read(hidden)
         if rewards is None:
             return None
         if not isinstance(rewards, Rewards):
             raise RewardError(f"a reward must give Rewards, got {type(rewards).__name__}")
-        n = len(self.scored)
+        n = len(self.judged)
         if not len(rewards.values) == len(rewards.errors) == n:
             raise RewardError(f"a reward must give {n} rewards and errors, one a branch, got {len(rewards.values)}")
         for i in np.flatnonzero(~np.isfinite(rewards.values)).tolist():
             if rewards.errors[i] is None:  # the model's own numbers: not one branch's fault
                 fine = [k for k, error in enumerate(rewards.errors) if error is None]  # these were read, in this order
-                read = dict(zip(fine, self.branches, strict=False)).get(i, self.scored[i])
+                read = dict(zip(fine, self.branches, strict=False)).get(i, self.judged[i])
                 raise NonFinite.of("reward", i, read.length)
         return rewards
 
 
-class TokensState(RequestState):
-    """Scores or logits of the token behind each branch."""
+class TokensState(RowsState):
+    """Scores or logits of the tokens that follow rows, of each pass's rows as they come: never all hidden states of a
+    long text at once."""
 
-    def __init__(self, request: ScoreTokens | NextLogits, worker: ModelWorker) -> None:
-        super().__init__(worker, request.branches)
+    def __init__(self, request: ScoreTokens | ScoreSuffixes | NextLogits, worker: ModelWorker) -> None:
+        since = None
+        if isinstance(request, ScoreSuffixes):
+            since = request.since
+            ids = worker.tree.ids(request.branches)
+            ends = zip(worker.tree.first_positions(ids).tolist(), worker.tree.branch_length[ids].tolist(), strict=True)
+            for i, (first, length) in enumerate(ends):
+                integer(f"since of branch {i}", int(since[i]), first, length)
         self.request = request
+        super().__init__(worker, request.branches, since)
 
-    def answer(self) -> Tensor | TokenScores | None:
-        """None while a branch waits. Raises if rows are not finite, or left no token, and are to be checked."""
-        request, runner = self.request, self.worker.runner
-        if (hidden := self.collect()) is None:
+    def restart(self) -> None:
+        super().restart()
+        self._scores: list[tuple[NDArray[np.int64], TokenScores]] = []
+        self._logits: list[tuple[NDArray[np.int64], Tensor]] = []
+
+    def answer(self) -> Tensor | TokenScores | SuffixScores | None:
+        """None while rows are missing. Raises if rows are not finite, or left no token, and are to be checked."""
+        for rows, hidden in self.collected():
+            self._ask(rows, hidden)
+        if self.num_wanted:
             return None
+        if not (self._scores or self._logits):  # nothing was wanted
+            self._ask(self._left, self.worker.hidden(self.ids[:0]))
+        request = self.request
         if isinstance(request, NextLogits):
-            logits = runner.logits(hidden)
+            logits = in_order(self._logits)
             if request.checked:
                 self._check(logits.amax(dim=-1))
             return logits
-        scores = runner.score(hidden, request.request)
+        scores = joined(self._scores, request.request)
         if request.checked:
             try:
                 scores.check()
@@ -103,105 +213,21 @@ class TokensState(RequestState):
                 if "lse" in scores:
                     self._check(scores.lse)  # names the branch
                 raise
-        return scores
+        return SuffixScores(scores, self.indptr) if isinstance(request, ScoreSuffixes) else scores
+
+    def _ask(self, rows: NDArray[np.int64], hidden: Tensor) -> None:
+        request, runner = self.request, self.worker.runner
+        if isinstance(request, NextLogits):
+            self._logits.append((rows, runner.logits(hidden)))
+        else:
+            asked, count = request.request, int(self.indptr[-1])
+            if not np.array_equal(rows, np.arange(count)):
+                self.worker.check_request(asked, count)
+                asked = rows_of(asked, rows)
+            self._scores.append((rows, runner.score(hidden, asked)))
 
     def _check(self, numbers: Tensor) -> None:
         finite = numbers.isfinite().cpu().numpy()
         if not finite.all():
             bad = int(np.argmin(finite))
-            raise NonFinite.of("logits", bad, self.branches[bad].length)
-
-
-class ExtendState(RequestState):
-    def __init__(self, request: Extend, worker: ModelWorker) -> None:
-        super().__init__(worker, request.branches)
-        n = len(request.branches)
-        self.request = request
-        _, self.begin = worker.tree.tips(request.branches)  # their lengths
-        beyond = self.begin + request.max_tokens - 1 > worker.runner.max_position  # the last token is not computed
-        if beyond.any():
-            bad = int(np.argmax(beyond))
-            raise InvalidInput(
-                f"branch {bad} has {self.begin[bad]} tokens: with max_tokens = {request.max_tokens[bad]} the model's "
-                f"limit of {worker.runner.max_position} positions is passed"
-            )
-        self.open = np.ones(n, bool)
-        self.reason = ["length"] * n
-        self.log_prob = np.zeros(n)
-        self.num_tokens = np.zeros(n, np.int64)
-        self.drawn: list[list[int]] = [[] for _ in range(n)]  # what `stop` sees
-        if request.unfinished is not None:
-            self.drawn = [
-                b.tokens[b.length - integer(f"unfinished of branch {i}", count, 0, b.length) :].tolist()
-                for i, (b, count) in enumerate(zip(request.branches, request.unfinished, strict=True))
-            ]
-        self.ids = np.array([b.id for b in request.branches], np.int64)
-        if len(np.unique(self.ids)) < n:
-            raise InvalidInput(f"extend needs distinct branches, got {n} of which some are the same")
-
-    def waiting(self) -> list[Branch]:
-        return [self.branches[i] for i in np.flatnonzero(self.open)]
-
-    def ready(self) -> NDArray[np.int64]:
-        """Open branches whose next token can be drawn."""
-        return np.flatnonzero(self.open)[self.worker.is_ready(self.waiting())]
-
-    def count(self, rows: NDArray[np.int64]) -> None:
-        """Counts a token drawn for each of `rows`, whatever it is; those that may have no more are closed."""
-        self.num_tokens[rows] += 1
-        self.open[rows] = self.num_tokens[rows] < self.request.max_tokens[rows]
-
-    def take(
-        self, rows: NDArray[np.int64], tokens: NDArray[np.int64], log_probs: NDArray[np.float64]
-    ) -> NDArray[np.bool_]:
-        """Records the tokens that were drawn and closes the branches that stop; returns which become part of their
-        branch, bool `[len(rows)]`: all but EOS. Raises if a row had no finite logits or no token left."""
-        request = self.request
-        if len(wrong := np.flatnonzero(~np.isfinite(log_probs))):
-            bad = int(rows[wrong[0]])
-            position = int(self.begin[bad] + self.num_tokens[bad]) - 1
-            if log_probs[wrong[0]] == NO_TOKEN:
-                raise InvalidInput(f"logits processors leave branch {bad} no token at position {position}")
-            raise NonFinite.of("logits", bad, position)
-        self.log_prob[rows] += log_probs
-        stays = np.ones(len(rows), bool)
-        for k, (i, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
-            if token in request.eos_token_ids:
-                stays[k] = self.open[i] = False
-                self.reason[i] = "eos"
-            elif request.stop is not None:
-                self.drawn[i].append(token)
-                if request.stop(token, self.drawn[i]):
-                    self.open[i], self.reason[i] = False, "stop"
-        return stays
-
-
-NO_TOKEN = np.inf  # the log-prob of a row that logits processors leave no token
-
-
-@dataclass(eq=False)
-class Drawn:
-    """One token for every row of some `extend`s, drawn on the device; the host has yet to read them."""
-
-    states: list[ExtendState]
-    rows: list[NDArray[np.int64]]  # of each state, in the order of the tokens
-    branches: list[Branch]  # whose tokens they are, [n]
-    length: Int32Array  # of these before, [n]
-    hidden: Tensor  # [n, H], what they were drawn from
-    tokens: Tensor  # int64 [n]
-    outcome: Download  # fp64 [2, n]: tokens, log-probs (NaN where the logits are not finite, NO_TOKEN)
-
-    def parts(self) -> Iterator[tuple[ExtendState, NDArray[np.int64], slice]]:
-        """Each state, its rows, and where these are among all."""
-        first = 0
-        for state, rows in zip(self.states, self.rows, strict=True):
-            yield state, rows, slice(first, first := first + len(rows))
-
-    def unchanged(self, tree: Tree, appended: bool) -> NDArray[np.bool_]:
-        """Whether each branch is alive and as long as the draw left it, which may have `appended` a token. `[n]`"""
-        ids = np.array([branch.id for branch in self.branches])
-        return (ids >= 0) & (tree.branch_length[ids] == self.length + appended)
-
-    def some(self, which: NDArray[np.bool_]) -> list[Branch]:
-        """The branches of a mask `[n]`."""
-        return [self.branches[k] for k in np.flatnonzero(which)]
+            raise NonFinite.of("logits", self.branch_of(bad), int(self.position[bad]) + 1)

@@ -17,14 +17,32 @@ from forktree.errors import DecoderInUse, InvalidInput
 from forktree.kv import Branch, Chunk, PrefixIndex, Tree, tree_layout
 from forktree.kv.tree import NO_OWNER, PENDING_TOKEN
 from forktree.model import Fingerprint, ModelSpec, Runner, attach
+from forktree.ops.checks import check_token_request
+from forktree.ops.token_request import TokenRequest
 from forktree.types import Int32Array
 
 DEFAULT_SLOTS = 65536
+Branches = Sequence[Branch] | NDArray[np.int64]  # or what `Tree.ids` gave for them
 
 
 def _default_slots(spec: ModelSpec) -> int:
     """As many slots as fit in a quarter of the free memory, at most 65,536."""
     return max(1, min(DEFAULT_SLOTS, free_bytes(spec.packed.device) // 4 // spec.bytes_per_slot))
+
+
+class _Pass:
+    """Which tokens a forward pass computes, in ascending order of node and offset, and where it has them."""
+
+    hidden: Tensor  # [T, H], once it is done
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        node, begin, stop = np.array(chunks, np.int64).T
+        row = np.cumsum(stop - begin) - (stop - begin)
+        order = np.argsort(node << 32 | begin)
+        self.token, self.stop = (node << 32 | begin)[order], (node << 32 | stop)[order]  # of each chunk
+        self.row = row[order]  # of its first token
+        last = order[np.append(np.diff(node[order]) > 0, True)]
+        self.tips = np.stack([node[last], (row + stop - begin - 1)[last]])  # the last token of each node, and its row
 
 
 class ModelWorker:
@@ -44,11 +62,12 @@ class ModelWorker:
         self.forwards = 0
         self._prefix_cache = prefix_cache
         self._hidden = torch.empty(0, self.runner.hidden_size, dtype=self.runner.dtype, device=self.runner.device)
-        self._drawn = torch.empty(0, dtype=torch.long, device=self.runner.device)  # of nodes that end in PENDING_TOKEN
+        self._sampled = torch.empty(0, dtype=torch.long, device=self.runner.device)  # for PENDING_TOKEN
         self._plans: Any = None
         self._used = np.zeros(0, np.int64)  # nodes of the last layout
         self._planned_for: tuple[int, list[int]] | None = None
         self._planned_tokens = 0  # of the nodes used
+        self._passed = _Pass([Chunk(0, 0, 0)])  # the last one
         self._claiming, self._thread = threading.Lock(), 0
 
     @contextmanager
@@ -69,7 +88,7 @@ class ModelWorker:
         """Begins anew, with an empty tree, whatever state a call that was cut short left behind."""
         self.tree.clear()
         self.prefixes = PrefixIndex(self.tree)
-        self._hidden, self._drawn = self._hidden[:0], self._drawn[:0]
+        self._hidden, self._sampled = self._hidden[:0], self._sampled[:0]
         self._planned_for = None
 
     def prove(self) -> tuple[Fingerprint, ModelSpec] | None:
@@ -86,7 +105,7 @@ class ModelWorker:
         self.tree.forget()
         runner, rows = self.runner, len(self._hidden)
         self._hidden = torch.empty(rows, runner.hidden_size, dtype=runner.dtype, device=runner.device)
-        self._drawn = self._drawn.to(runner.device)
+        self._sampled = self._sampled.to(runner.device)
         self._planned_for = None
 
     def weights_changed(self) -> None:
@@ -102,42 +121,65 @@ class ModelWorker:
         branch.append(text[branch.length :])
         return branch
 
-    def check(self, branches: Sequence[Branch]) -> None:
-        """Raises if a branch was dropped, or has pending tokens or positions that the model does not take."""
-        tokens, positions = self.tree.tokens_of(self.tree.pending(branches))
+    def check(self, branches: Branches, positions: NDArray[np.integer] | None = None) -> None:
+        """Raises if a branch was dropped, or if what is pending before the token at a position of each, by default its
+        last, has ids or positions that the model does not take."""
+        tokens, at = self.tree.tokens_of(self.tree.pending(branches, positions))
         runner = self.runner
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < runner.vocab_size:
             raise InvalidInput(f"token ids must lie in [0, {runner.vocab_size}), got {tokens.min()} to {tokens.max()}")
-        if positions.max(initial=0) >= runner.max_position:
+        if at.max(initial=0) >= runner.max_position:
             raise InvalidInput(
                 f"the model has {runner.max_position} positions ({runner.spec.max_position_note}), got a token at "
-                f"{positions.max()}"
+                f"{at.max()}"
             )
+
+    def check_request(self, request: TokenRequest, rows: int) -> None:
+        """Raises if `request` is not one of so many rows, or not of this model."""
+        hidden = self._hidden.new_empty(1, self.runner.hidden_size).expand(rows, -1)
+        check_token_request(request, hidden, self.runner.vocab_size)
 
     def keep(self, branch: Branch) -> None:
         """Keeps what `branch` sees for later prompts, until slots are needed for something else."""
         if self._prefix_cache:
             self.prefixes.keep(branch)
 
-    def is_ready(self, branches: Sequence[Branch]) -> NDArray[np.bool_]:
-        """Whether the hidden state of each branch's last token is at hand, `[n]`."""
+    def is_ready(self, branches: Branches) -> NDArray[np.bool_]:
+        """Whether the hidden state of each branch's last token is kept, `[n]`."""
         node, length = self.tree.tips(branches)
         return self.tree.hidden_position[node] == length - 1
 
-    def hidden(self, branches: Sequence[Branch]) -> Tensor:
+    def hidden(self, branches: Branches) -> Tensor:
         """Last hidden state of each branch, `[n, H]`; all must be ready."""
         node, _ = self.tree.tips(branches)
         return self._hidden[upload(node.astype(np.int64), self._hidden.device)]
 
-    def append_drawn(self, branches: Sequence[Branch], tokens: Tensor) -> None:
+    def kept(self, ids: NDArray[np.int64], positions: NDArray[np.integer]) -> tuple[NDArray[np.bool_], Tensor]:
+        """Which of the tokens, one at a position of each of the branches `ids`, have a hidden state that is kept,
+        `[n]`, and these states, `[k, H]`."""
+        node = self.tree.nodes_at(ids, positions)
+        found = self.tree.hidden_position[node] == positions
+        return found, self._hidden[upload(node[found].astype(np.int64), self._hidden.device)]
+
+    def computed(self, ids: NDArray[np.int64], positions: NDArray[np.integer]) -> tuple[NDArray[np.bool_], Tensor]:
+        """As `kept`, of all the tokens that the last forward pass has computed. To be asked before anything else is
+        done with the tree."""
+        node = self.tree.nodes_at(ids, positions)
+        token = node.astype(np.int64) << 32 | (positions - self.tree.start[node])
+        at = np.searchsorted(self._passed.token, token, side="right") - 1  # the chunk that it may lie in
+        found = (at >= 0) & (token < self._passed.stop[at])
+        row = (self._passed.row[at] + token - self._passed.token[at])[found]
+        return found, self._passed.hidden[upload(row, self._hidden.device)]
+
+    def append_sampled(self, branches: Branches, tokens: Tensor) -> None:
         """One more token for each branch, int64 `[n]`, which the device knows and the host does not: it can be
         computed, and is `PENDING_TOKEN` to the tree until it is resolved or undone."""
         self.tree.append_pending(branches)
         node, _ = self.tree.tips(branches)
         self._make_room()
-        self._drawn[upload(node.astype(np.int64), self._drawn.device)] = tokens
+        self._sampled[upload(node.astype(np.int64), self._sampled.device)] = tokens
 
-    def retract(self, branches: Sequence[Branch], hidden: Tensor) -> None:
+    def undo_append(self, branches: Branches, hidden: Tensor) -> None:
         """Takes back the newest token of each branch. hidden `[n, H]`: states of the tokens before, which computing
         the newest may have replaced."""
         tree = self.tree
@@ -156,15 +198,15 @@ class ModelWorker:
         tree, device = self.tree, self._hidden.device
         self._make_room()
         ids, positions = tree.tokens_of(chunks)
-        node = np.array([c.node for c in chunks])
-        last = np.cumsum([c.stop - c.begin for c in chunks]) - 1
-        to, end = upload(np.stack([node, last]), device)
+        self._passed = passed = _Pass(chunks)
+        to, end = upload(passed.tips, device)
         tokens: Int32Array | Tensor = ids
         if ids.min() == PENDING_TOKEN:
             tokens = upload(ids.astype(np.int64), device)
             newest = tokens[end]
-            tokens[end] = torch.where(newest == PENDING_TOKEN, self._drawn[to], newest)
+            tokens[end] = torch.where(newest == PENDING_TOKEN, self._sampled[to], newest)
         hidden = self.runner.forward(tokens, positions, tree.slots_of(chunks), self._plans_for(chunks))
+        passed.hidden = hidden
         self._hidden[to] = hidden[end]
         tree.mark_computed(chunks)
         self.tokens_computed += len(ids)
@@ -176,7 +218,7 @@ class ModelWorker:
         missing = self.tree.num_nodes - len(self._hidden)
         if missing > 0:
             self._hidden = torch.cat([self._hidden, self._hidden.new_empty(missing, self._hidden.shape[1])])
-            self._drawn = torch.cat([self._drawn, self._drawn.new_empty(missing)])
+            self._sampled = torch.cat([self._sampled, self._sampled.new_empty(missing)])
 
     def _plans_for(self, chunks: Sequence[Chunk]) -> Any:
         """Plans for the step; those of the last step, grown, if since then its tips have only grown, and not by more

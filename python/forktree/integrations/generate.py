@@ -99,12 +99,11 @@ def generate(
     run = _Run(
         input_ids, copies, logits_processor, stopping_criteria, config, max_new_tokens, by_rounded_logits=rounded
     )
-    task = engine.submit(run.beams if beams else run.samples, prompts)
-    try:
+    search = run.beams if beams else run.samples
+    with engine.use() as user:
+        task = engine.submit(lambda task: search(*(root.branch for root in task.roots)), prompts, run=user)
         for _ in engine.run():
             pass
-    finally:
-        engine.cancel_all()
     if task.error is not None:
         raise task.error
     return run.beam_output(task.result) if beams else run.sample_output(task.result)

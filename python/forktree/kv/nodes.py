@@ -200,8 +200,10 @@ class Nodes:
         self._release(np.flatnonzero(self.num_slots > self.length), self.length)
 
     def mark_computed(self, chunks: Sequence[Chunk]) -> None:
-        """Records that a forward pass computed `chunks` and kept the hidden state of each one's last token."""
+        """Records that a forward pass computed `chunks` and kept the hidden state of each node's last token in them."""
         node, _, stop = columns(chunks)
+        order = np.argsort(stop)  # of several chunks of a node, the last one counts
+        node, stop = node[order], stop[order]
         self.num_computed[node] = np.maximum(self.num_computed[node], stop)
         self.hidden_position[node] = self.start[node] + stop - 1
 
@@ -214,8 +216,7 @@ class Nodes:
         """Slot that each token of the chunks is written to, -1 where its KV is already there. int32 `[T]`."""
         node, first, stop = columns(chunks)
         slots = self.arena.slot_index[ranges(self.arena.begin[node] + first, stop - first)].copy()
-        again = np.repeat(stop <= self.num_computed[node], stop - first)
-        slots[again] = -1
+        slots[ranges(first, stop - first) < np.repeat(self.num_computed[node], stop - first)] = -1
         return slots
 
     def tokens_of(self, chunks: Sequence[Chunk]) -> tuple[Int32Array, Int32Array]:

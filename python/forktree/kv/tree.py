@@ -254,16 +254,16 @@ class Tree(Nodes):
 
     # ---------------------------------------------------------------- text
 
-    def append(self, branches: Sequence[Branch], tokens: ArrayLike) -> None:
+    def append(self, branches: Sequence[Branch] | Int64Array, tokens: ArrayLike) -> None:
         """One more token for each of many branches. `tokens` int `[len(branches)]`."""
         ids = self.ids(branches, distinct=True)
         self._append_each(ids, integers("tokens", tokens, 0, MAX_TOKEN_ID, count=len(ids)))
 
-    def append_pending(self, branches: Sequence[Branch]) -> None:
+    def append_pending(self, branches: Sequence[Branch] | Int64Array) -> None:
         """One more token for each branch, `PENDING_TOKEN` until `resolve_last_tokens` or `undo_append`."""
         self._append_each(self.ids(branches, distinct=True), PENDING_TOKEN)
 
-    def resolve_last_tokens(self, branches: Sequence[Branch], tokens: ArrayLike) -> None:
+    def resolve_last_tokens(self, branches: Sequence[Branch] | Int64Array, tokens: ArrayLike) -> None:
         """Fills in the ids of tokens that were appended as `PENDING_TOKEN`. `tokens` int `[len(branches)]`."""
         ids = self.ids(branches, distinct=True)
         tokens = integers("tokens", tokens, 0, MAX_TOKEN_ID, count=len(ids))
@@ -272,7 +272,7 @@ class Tree(Nodes):
         assert (self.arena.token[at] == PENDING_TOKEN).all(), "the last token of a branch is known already"
         self.arena.token[at] = tokens
 
-    def undo_append(self, branches: Sequence[Branch]) -> None:
+    def undo_append(self, branches: Sequence[Branch] | Int64Array) -> None:
         """Takes back the token that `append` gave each of the branches last.
 
         Unlike after a rewind, their random numbers are what they would have been without it.
@@ -320,12 +320,17 @@ class Tree(Nodes):
 
     # ---------------------------------------------------------------- what is to be computed
 
-    def ids(self, branches: Iterable[Branch], *, distinct: bool = False) -> Int64Array:
+    def ids(self, branches: Iterable[Branch] | Int64Array, *, distinct: bool = False) -> Int64Array:
         """Indices of the branch arrays, `[len(branches)]`.
+
+        Every call here takes such an array in place of the branches, and trusts it: it is good as long as none of these
+        is dropped.
 
         Raises:
             InvalidInput: a branch is not a live one of this tree or, if `distinct`, two are the same.
         """
+        if isinstance(branches, np.ndarray):
+            return branches
         given = _listed(branches)
         try:
             ids = list(map(_ID, given))
@@ -339,37 +344,77 @@ class Tree(Nodes):
             raise InvalidInput(f"branches must be distinct, got branch {again} of {len(ids)} a second time")
         return np.array(ids, np.int64)
 
-    def tips(self, branches: Sequence[Branch]) -> tuple[Int32Array, Int32Array]:
+    def nodes_at(self, ids: Int64Array, positions: IntArray) -> Int32Array:
+        """Node that holds the token that each of the branches `ids` has at a position, int32 `[len(ids)]`."""
+        node = self.branch_node[ids]
+        while (earlier := self.start[node] > positions).any():
+            node = np.where(earlier, self.parent[node], node)
+        return node
+
+    def first_positions(self, ids: Int64Array) -> Int32Array:
+        """Position of the first token of each of the branches `ids`, int32 `[len(ids)]`."""
+        node = self.branch_node[ids]
+        while (below := self.parent[node] >= 0).any():
+            node = np.where(below, self.parent[node], node)
+        return self.start[node]
+
+    def tips(self, branches: Sequence[Branch] | Int64Array) -> tuple[Int32Array, Int32Array]:
         """Node of each branch and its length, int32 `[len(branches)]`."""
         ids = self.ids(branches)
         return self.branch_node[ids], self.branch_length[ids]
 
-    def view(self, branches: Sequence[Branch]) -> Int32Array:
+    def view(self, branches: Sequence[Branch] | Int64Array) -> Int32Array:
         """How many tokens of each node the branches see together, int32 `[num_nodes]`."""
         return self.visible_lengths(*self.tips(branches))
 
-    def pending(self, branches: Sequence[Branch]) -> list[Chunk]:
-        """What must be computed before the last token of each branch has a hidden state: ancestors first.
+    def pending(
+        self, branches: Sequence[Branch] | Int64Array, positions: IntArray | None = None
+    ) -> list[Chunk]:
+        """What must be computed before tokens of the branches have hidden states: ancestors first.
 
-        One chunk a node. Where only the hidden state is missing (after a rewind, or in a reused prefix), the chunk is
-        the last token alone, which `num_computed` already covers.
+        A node has at most one chunk of tokens without KV. Where only hidden states are missing (after a rewind, or in a
+        reused prefix), their tokens are computed again, which `num_computed` already covers; a node may have several
+        such chunks.
+
+        Args:
+            branches: `[n]`; one may be named several times.
+            positions: Of the token that each branch is named for, `[n]`. Default: its last.
         """
         ids = self.ids(branches)
         if self._unmerged:
             self._merge()
-        node, stop = self.branch_node[ids], self.branch_length[ids]
-        unseen = self.hidden_position[node] != stop - 1
-        node, stop = node[unseen], stop[unseen]
-        again = node[stop - self.start[node] <= self.num_computed[node]]
-        needs = self.visible_lengths(node, stop)
+        if positions is None:
+            node, last = self.branch_node[ids], self.branch_length[ids] - 1
+        else:
+            node, last = self.nodes_at(ids, positions), positions.astype(np.int32)
+        unseen = self.hidden_position[node] != last
+        node, last = node[unseen], last[unseen]
+        offset = last - self.start[node]
+        again = offset < self.num_computed[node]
+        needs = self.visible_lengths(node, last + 1)
         late = np.flatnonzero(needs > self.num_computed)
         late = late[np.argsort(self.start[late], kind="stable")]
         chunks = list(map(Chunk, late.tolist(), self.num_computed[late].tolist(), needs[late].tolist()))
-        if len(again):
-            again = np.unique(again)
-            again = again[needs[again] <= self.num_computed[again]]
-            chunks += map(Chunk, again.tolist(), (needs[again] - 1).tolist(), needs[again].tolist())
-        return chunks
+        return self._computed_again(node[again], offset[again], chunks) if again.any() else chunks
+
+    def _computed_again(
+        self, node: IntArray, offset: IntArray, late: list[Chunk]
+    ) -> list[Chunk]:
+        """Chunks of tokens that have KV, at an offset in a node each, then `late`, those of tokens that have none.
+
+        A chunk of `late` that begins where one of the others ends becomes one with it.
+        """
+        first_late = {chunk.node: i for i, chunk in enumerate(late)}
+        token = np.unique(node.astype(np.int64) << 32 | offset)
+        chunks = []
+        for run in np.split(token, np.flatnonzero(np.diff(token) != 1) + 1):
+            at, begin, stop = int(run[0] >> 32), int(run[0] & MAX_TOKEN_ID), int(run[-1] & MAX_TOKEN_ID) + 1
+            if at in first_late and stop == self.num_computed[at]:
+                i = first_late[at]
+                late[i] = late[i]._replace(begin=begin)
+            else:
+                chunks.append(Chunk(at, begin, stop))
+        return chunks + late
 
     def check(self) -> None:
         """Raises AssertionError unless every invariant of the bookkeeping holds."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ class SearchContext:
         stops: builds a `Stop` from texts; None when the decoder has no tokenizer.
         decode: text of tokens after the prompt; None when the decoder has no tokenizer.
         rng: randomness of the search's own choices (resampling); tokens are sampled by keys of branch and position.
+        opens: gives a branch for a prompt and a model's name, see `open`.
         counters: what the search has cost so far.
         trace: what it has done so far; the search appends to it.
     """
@@ -41,8 +43,27 @@ class SearchContext:
     stops: Callable[[Sequence[str]], Stop] | None
     decode: Callable[[Int32Array], str | None] | None
     rng: np.random.Generator
+    opens: Callable[[Any, str], Branch]
     counters: Counters = field(default_factory=Counters)
     trace: SearchTrace = field(default_factory=SearchTrace)
+
+    def open(self, prompt: Any, model: str = "main") -> Branch:
+        """A further text of this search, on whatever prefix of it the model's tree has.
+
+        Branches of one model and of another are never mixed in a request; what is awaited for a branch is answered by
+        its own model.
+
+        Args:
+            prompt: A text, tokenised as prompts are, or token ids.
+            model: "main", the decoder's own, or one of its `models`.
+
+        Returns:
+            A branch that is dropped when the search ends, with all its forks.
+
+        Raises:
+            InvalidInput: No such model, or a prompt that does not fit it.
+        """
+        return self.opens(prompt, model)
 
     def stop_at(self, *texts: str) -> Stop | None:
         """Stops after the first token that completes one of `texts`; empty texts are ignored. None if all are empty."""

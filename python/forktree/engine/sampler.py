@@ -1,0 +1,197 @@
+"""Samples a token for every ready row of every `extend` of a worker, and records what was sampled.
+
+Failures are returned, each with the request whose fault it is, and nothing is resumed here.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from forktree.device.transfer import Download, upload
+from forktree.engine.extend_state import NO_TOKEN, ExtendState
+from forktree.engine.worker import ModelWorker
+from forktree.errors import InvalidInput
+from forktree.ops import score_logits
+from forktree.ops.token_request import Draw, TokenRequest
+from forktree.search.processors import left_padded, process
+from forktree.types import Int32Array
+
+Rows = NDArray[np.int64]
+Failures = dict[ExtendState, Exception]
+
+
+@dataclass(eq=False)
+class SampledTokens:
+    """One token for every row of some `extend`s, sampled on the device; the host has yet to read them."""
+
+    worker: ModelWorker
+    states: list[ExtendState]
+    rows: list[Rows]  # of each state, in the order of the tokens
+    ids: NDArray[np.int64]  # branches whose tokens they are, [n]
+    length: Int32Array  # of these before, [n]
+    hidden: Tensor  # [n, H], what they were sampled from
+    tokens: Tensor  # int64 [n]
+    outcome: Download  # fp64 [2, n]: tokens, log-probs (NaN where the logits are not finite, NO_TOKEN)
+    appended: bool = False
+
+    def append(self) -> None:
+        """Appends the tokens to their branches, unknown as they are to the host, to be computed by the next pass."""
+        self.worker.append_sampled(self.ids, self.tokens)
+        self.appended = True
+
+    def read(self) -> Failures:
+        """Waits for the tokens, and decides by them how their branches go on, and which of them become part of their
+        branch."""
+        ids, log_probs = self.outcome.read()
+        tokens = np.where(np.isfinite(log_probs), ids, 0).astype(np.int64)
+        tree = self.worker.tree
+        there = self._unchanged()
+        if self.appended:
+            tree.resolve_last_tokens(self.ids[there], tokens[there])
+        stays = np.zeros(len(tokens), bool)
+        failed: Failures = {}
+        for state, rows, part in self._parts():
+            if there[part].all():
+                try:
+                    stays[part] = state.take(rows, tokens[part], log_probs[part])
+                except Exception as failure:  # the model's, a processor's, or of a stop that is the user's own
+                    failed[state] = failure
+        there &= self._unchanged()  # a stop may have changed anything
+        if not self.appended:
+            tree.append(self.ids[stays & there], tokens[stays & there])
+        elif (gone := there & ~stays).any():
+            at = upload(np.flatnonzero(gone), self.hidden.device)
+            self.worker.undo_append(self.ids[gone], self.hidden[at])
+        for state, _, part in self._parts():
+            if not there[part].all():
+                failed.setdefault(
+                    state, InvalidInput("branches of extend were changed or dropped while it was answered")
+                )
+        return failed
+
+    def _parts(self) -> Iterator[tuple[ExtendState, Rows, slice]]:
+        """Each state, its rows, and where these are among all."""
+        first = 0
+        for state, rows in zip(self.states, self.rows, strict=True):
+            yield state, rows, slice(first, first := first + len(rows))
+
+    def _unchanged(self) -> NDArray[np.bool_]:
+        """Whether each branch is alive and as long as sampling left it. `[n]`"""
+        alive = np.concatenate([state.alive(rows) for state, rows in zip(self.states, self.rows, strict=True)])
+        return alive & (self.worker.tree.branch_length[self.ids] == self.length + self.appended)
+
+
+class Sampler:
+    """Samples, and knows the tokens that the host has yet to read: they are appended to their branches."""
+
+    def __init__(self) -> None:
+        self._unread: list[SampledTokens] = []
+
+    @property
+    def unread(self) -> bool:
+        """Whether there are tokens that the host has yet to read."""
+        return bool(self._unread)
+
+    def owes(self, state: ExtendState) -> bool:
+        """Whether some of them are of this request."""
+        return any(state in sampled.states for sampled in self._unread)
+
+    def sample(self, worker: ModelWorker, states: Sequence[ExtendState], *, ahead: bool) -> Failures:
+        """A token for each ready row of each state. ahead: they are not read yet, if any branch goes on."""
+        if not states:
+            return {}
+        sampled, failed = _sample(worker, states)
+        if sampled is None:
+            return failed
+        if ahead and any(state.open.any() for state in sampled.states):
+            sampled.append()
+            self._unread.append(sampled)
+            return failed
+        return failed | sampled.read()
+
+    def read(self) -> Failures:
+        """Reads all tokens that the host has yet to read."""
+        unread, self._unread = self._unread, []
+        failed: Failures = {}
+        for sampled in unread:
+            failed |= sampled.read()
+        return failed
+
+
+def _sample(worker: ModelWorker, states: Sequence[ExtendState]) -> tuple[SampledTokens | None, Failures]:
+    """A token for each ready row of each state, counted: one product with the head for all without processors. None if
+    that fails for all there is."""
+    groups = [[state] for state in states if state.request.processors]
+    if fused := [state for state in states if not state.request.processors]:
+        groups.append(fused)
+    parts: list[Any] = []
+    failed: Failures = {}
+    for group in groups:
+        how = _sample_processed if group[0].request.processors else _sample_fused
+        try:
+            rows = [state.ready() for state in group]
+            parts.append((group, rows, *how(worker, group, rows)))
+        except Exception as failure:  # a processor may be the user's own
+            if len(group) > 1:
+                groups += [[state] for state in group]  # each alone: whose fault is it?
+            else:
+                failed[group[0]] = failure
+    if not parts:
+        return None, failed
+    chosen, rows = [s for group, *_ in parts for s in group], [at for _, some, *_ in parts for at in some]
+    columns = zip(*(part[2:] for part in parts), strict=True)
+    hidden, tokens, log_probs = (torch.cat(c) if len(c) > 1 else c[0] for c in columns)
+    for state in chosen:
+        state.check()  # a processor may have dropped anything
+    ids = _ids(chosen, rows)
+    for state, at in zip(chosen, rows, strict=True):
+        state.count(at)
+    outcome = Download(torch.stack([tokens, log_probs.double()]))
+    length = worker.tree.branch_length[ids]
+    return SampledTokens(worker, chosen, rows, ids, length, hidden, tokens, outcome), failed
+
+
+def _sample_fused(
+    worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Rows]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows of states without processors: hidden states, tokens, log-probs (NaN for bad logits)."""
+    ids = _ids(states, rows)
+    if any(state.has_own_hidden for state in states):
+        hidden = torch.cat([state.hidden(at) for state, at in zip(states, rows, strict=True)])
+    else:
+        hidden = worker.hidden(ids)
+    scores = worker.runner.score(hidden, TokenRequest(draw=_keyed(worker, states, rows)))
+    return hidden, scores.token, scores.log_prob
+
+
+def _sample_processed(
+    worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Rows]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Like `_sample_fused`, of one state with processors. Rows left without a token have the log-prob `NO_TOKEN`."""
+    (state,), (at,) = states, rows
+    branches, request = [state.branches[i] for i in at], state.request
+    hidden = state.hidden(at)
+    logits = worker.runner.logits(hidden)
+    input_ids = left_padded(branches, request.pad_token_id, logits.device)
+    scores = process(request.processors, branches, input_ids, logits.clone())
+    sampled = score_logits(scores, TokenRequest(draw=_keyed(worker, states, rows)), hidden)
+    log_prob = logits.gather(1, sampled.token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+    none_left = sampled.shaped_log_prob.isnan() & log_prob.isfinite()
+    return hidden, sampled.token, log_prob.masked_fill(none_left, NO_TOKEN)
+
+
+def _keyed(worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Rows]) -> Draw:
+    """How the tokens that follow rows are sampled."""
+    tree, ids = worker.tree, _ids(states, rows)
+    sampling = [state.sampling[i] for state, at in zip(states, rows, strict=True) for i in at.tolist()]
+    return Draw(sampling, seed=tree.branch_key[ids], position=tree.branch_length[ids])
+
+
+def _ids(states: Sequence[ExtendState], rows: Sequence[Rows]) -> NDArray[np.int64]:
+    """Branches of rows of each state."""
+    return np.concatenate([state.ids[at] for state, at in zip(states, rows, strict=True)])
