@@ -80,7 +80,7 @@ $(OLDEST): | $(STAMP)
 	$(BIN)/pip install -q --no-deps --target $@ triton==3.6.0
 
 # Without a GPU the small CPU build of torch is installed first: a plain `torch` would bring gigabytes of CUDA.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/* csrc/*/* csrc/*/*/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("forktree needs Python 3.11 or newer, got " + sys.version)'
 	@set -e; get() { echo "installing $$1"; apt-get update -q && apt-get install -yq $$1; }; \
 	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || get python3-venv; \

@@ -45,10 +45,11 @@ COMMON = [
     "cpu/append_kv",
     "cpu/rotate_rows",
     "cpu/merge_states",
-    "cpu/score_tokens",
+    "cpu/score_tokens/api",
+    "cpu/score_tokens/sample",
     "cpu/tree_attention",
 ]
-KERNELS = ["cpu/score_tokens_kernel", "cpu/tree_attention_kernel"]  # compiled for each instruction set
+KERNELS = ["cpu/score_tokens/kernel", "cpu/tree_attention_kernel"]  # compiled for each instruction set
 CUDA = {name: (f"cuda/{name}", []) for name in ("append_kv", "rotate_rows", "merge_states", "tree_attention")}
 CUDA |= {  # object: source and flags
     f"tree_attention_{element.lower()}_{dim}": (
@@ -273,7 +274,7 @@ def write_rules(out: ninja_syntax.Writer, compiler: Compiler, cuda: Cuda, target
     # The portable objects come first: where the linker may choose between copies of an inline function, it takes one
     # that runs everywhere.
     special = {"bindings": bindings, "plan/bind_plan": bindings}
-    special |= dict.fromkeys(("common/isa", "cpu/score_tokens", "cpu/tree_attention"), built)
+    special |= dict.fromkeys(("common/isa", "cpu/score_tokens/api", "cpu/tree_attention"), built)
     objects = {f"{name}.o": (name, special.get(name, [])) for name in COMMON}
     for isa, flags in compiler.isas.items():
         objects |= {f"{name}.{isa}.o": (name, [f"-DFORKTREE_ISA={isa}", *flags]) for name in KERNELS}

@@ -95,7 +95,7 @@ def recorded(call: Callable[[], Any], arch: int) -> dict[str, Launch]:
         return run
 
     attention = importlib.import_module("forktree.triton_kernels.tree_attention")
-    scores = importlib.import_module("forktree.triton_kernels.score_tokens")
+    scores = importlib.import_module("forktree.triton_kernels.score_tokens.launch")
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "__getitem__", record))
         for module in (attention, scores):

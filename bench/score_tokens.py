@@ -162,11 +162,11 @@ def show(cases: list[dict[str, Any]], title: str) -> None:
 def traffic(rows: int, size: int, vocab: int) -> dict[str, float]:
     """Bytes of a launch for the 64 best, a draw, log-sum-exp and entropy, in bf16 on 132 multiprocessors of sm_90: from
     memory and from the second-level cache; and those of the product, which writes its logits. Computed."""
-    kernel: Any = importlib.import_module("forktree.triton_kernels.score_tokens")
+    kernel: Any = importlib.import_module("forktree.triton_kernels.score_tokens.config")
     chosen = kernel.config(90, 2, rows)
-    splits, of_split = kernel.divided(rows, vocab, chosen, 2 * 132, kernel.LISTED, False)
+    splits, of_split = kernel.split_vocabulary(rows, vocab, chosen, 2 * 132, kernel.MAX_LIST, False)
     row_tiles = -(-rows // chosen.block_t)
-    head, state, lists = vocab * size * 2, rows * splits * kernel.FIELDS * 4, rows * splits * kernel.LISTED * 8
+    head, state, lists = vocab * size * 2, rows * splits * kernel.STATE_FIELDS * 4, rows * splits * kernel.MAX_LIST * 8
     tiles = splits * of_split * row_tiles
     return dict(
         programs=splits * row_tiles,

@@ -13,7 +13,7 @@
 #include "cpu/append_kv.hpp"
 #include "cpu/merge_states.hpp"
 #include "cpu/rotate_rows.hpp"
-#include "cpu/score_tokens.hpp"
+#include "cpu/score_tokens/score_tokens.hpp"
 #include "cpu/tree_attention.hpp"
 #include "cuda/tree_attention_gpu.hpp"
 #include "plan/bind_plan.hpp"

@@ -62,7 +62,7 @@ struct Cpu {
     bool amx() const { return (leaf7_0[3] >> 22 & 1) && (leaf7_0[3] >> 24 & 1); }
 };
 
-// Linux hands out the tile registers on request only.
+// Linux grants the tile registers only on request.
 bool tiles_granted() {
 #if defined(__linux__)
     constexpr int request_permission = 0x1023, tile_data = 18;

@@ -9,10 +9,11 @@ namespace forktree {
 
 enum class Isa { portable, avx2, avx512, avx512bf16, amx };
 
-// All instruction sets, least first, each with "" if this build has it and this machine runs it, else why not.
+// All instruction sets, weakest first, each with "" if this build has it and this machine runs it, else the reason.
 std::vector<std::pair<std::string, std::string>> isas();
 
-// The one in use: the best that is available, unless the environment's FORKTREE_ISA or `use_isa` named another.
+// The instruction set in use: the best available one, unless FORKTREE_ISA in the environment or `use_isa` named
+// another.
 Isa isa();
 std::string isa_name();
 

@@ -1,4 +1,4 @@
-// Scratch.
+// Scratch memory, thread-local and reused from call to call.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace forktree {
 
-// Memory that stays with its thread from call to call: fresh pages would cost more than small steps take.
+// A buffer that its owner keeps: fresh pages would cost more time than a small step takes.
 class Memory {
     std::unique_ptr<char[]> memory;
     int64_t size = 0;

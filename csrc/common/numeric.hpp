@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-// Never a symbol of its own: a copy compiled for AVX-512 must not become the one that all others are linked to.
+// Never emits a symbol: the linker must not take a copy compiled for AVX-512 for all instruction sets.
 #if defined(__CUDACC__)
 #define FORKTREE_INLINE __host__ __device__ inline __attribute__((always_inline))
 #else
@@ -37,7 +37,7 @@ FORKTREE_INLINE float bits_float(uint32_t bits) {
     return x;
 }
 
-// condition ? yes : no, by mask and not by branch: loops over it become vector code.
+// condition ? yes : no, by a mask instead of a branch, so that loops over it become vector code.
 FORKTREE_INLINE uint32_t select(bool condition, uint32_t yes, uint32_t no) {
     const uint32_t mask = 0u - uint32_t(condition);
     return (yes & mask) | (no & ~mask);
@@ -50,9 +50,9 @@ FORKTREE_INLINE float to_float(Bf16 x) { return bits_float(uint32_t(x.bits) << 1
 FORKTREE_INLINE float to_float(Fp16 x) {
     const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
     const uint32_t magnitude = uint32_t(x.bits & 0x7fff);
-    // Exponent field moved up by 224 instead of 112, so that inf and NaN stay what they are; the factor takes the rest.
+    // The exponent field moves up by 224 instead of 112, so that inf and NaN survive; the factor corrects the rest.
     const float normal = bits_float((magnitude << 13) + (224u << 23)) * 0x1p-112f;
-    // 0.5 + magnitude * 2^-24: exact, and without a subnormal float, which may be flushed to 0.
+    // 0.5 + magnitude * 2^-24 is exact, and needs no subnormal float, which may be flushed to 0.
     const float subnormal = bits_float(magnitude | (126u << 23)) - 0.5f;
     return bits_float(sign | select(magnitude < 0x400, float_bits(subnormal), float_bits(normal)));
 }
@@ -85,7 +85,7 @@ FORKTREE_INLINE Fp16 from_float<Fp16>(float x) {
     return {uint16_t((bits >> 16 & 0x8000) | select(twice > 0xff000000, 0x7e00, rounded))};
 }
 
-// call(T{}) with the element type of a dtype, which is a number from Python. Throws std::invalid_argument.
+// Calls call(T{}) with the element type of a dtype, a number that comes from Python. Throws std::invalid_argument.
 template <class Call>
 decltype(auto) with_dtype(int dtype, const Call& call) {
     switch (Dtype(dtype)) {

@@ -1,5 +1,5 @@
-// Tasks 0 .. tasks-1 on up to `threads` threads, taken in order, each by whoever is free. With OpenMP these are the
-// threads PyTorch uses as well; without it (clang on a Mac, builds under ThreadSanitizer) they are made for the call.
+// Runs tasks 0 .. tasks-1 on up to `threads` threads; each free thread takes the next task. With OpenMP these are the
+// threads that PyTorch uses; without it (clang on a Mac, builds under ThreadSanitizer) they are created for the call.
 #pragma once
 
 #include <atomic>
@@ -14,7 +14,8 @@
 
 namespace forktree {
 
-// task: void(int64_t task, int worker), worker below `threads`; a worker's tasks ascend. Must not throw.
+// task: void(int64_t task, int worker) with worker < threads; a worker gets its tasks in ascending order. Must not
+// throw.
 template <class Task>
 void parallel_workers(int64_t tasks, int threads, const Task& task) {
     if (threads > tasks) threads = int(tasks);
@@ -33,7 +34,7 @@ void parallel_workers(int64_t tasks, int threads, const Task& task) {
     std::vector<std::thread> others;
     try {
         for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
-    } catch (const std::system_error&) {  // no more threads to be had: those there are do all of it
+    } catch (const std::system_error&) {  // no more threads are available: the existing ones do all the work
     }
     work(0);
     for (std::thread& other : others) other.join();

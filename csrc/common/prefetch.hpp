@@ -1,4 +1,4 @@
-// What will be read next is asked for while something else is computed.
+// Prefetches what will be read next while something else is computed.
 #pragma once
 
 #include "cpu/tree_attention.hpp"
@@ -7,13 +7,12 @@
 namespace forktree::FORKTREE_ISA {
 namespace {
 
-// Asks for the K and V of the chunk that comes next, a few cache lines at a time, in the order in which they lie in
-// memory. The heads of a chunk are worked through one after the other, in pieces of a row of the pool: memory
-// read in that order is slow.
+// Prefetches the K and V of the next chunk, a few cache lines at a time, in the order in which they lie in memory. The
+// kernel reads them head by head, in pieces of a row of the pool, an order in which memory is slow.
 class Prefetch {
     static constexpr int64_t LINE = 64;
 
-    // The task's heads in a pool: of each slot so many pieces, one where heads lie one after the other.
+    // The task's heads in a pool: pieces a slot, one where its heads are contiguous.
     struct Pool {
         const char* data;
         int64_t slot_pitch, pieces, piece_pitch, piece_bytes;
@@ -28,7 +27,7 @@ class Prefetch {
 public:
     static constexpr int64_t TERMS = 32;  // of a product, between two steps
 
-    int64_t lines = 0;  // to ask for in each step
+    int64_t lines = 0;  // to prefetch in each step
 
     Prefetch(const Attention& call, int64_t head_begin, int64_t heads) {
         const int64_t item_size = call.dtype == Dtype::fp32 ? 4 : 2;
@@ -41,7 +40,7 @@ public:
         pools[1] = part(call.pool.v, call.pool.v_slot_stride, call.pool.v_head_stride, call.pool.v_dim);
     }
 
-    // steps: how many there will be while this chunk is fetched, about.
+    // steps: about how many there will be while this chunk is fetched.
     void begin(const int32_t* next_slots, int64_t count, int64_t steps) {
         slots = next_slots;
         tokens = count;

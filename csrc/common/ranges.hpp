@@ -1,4 +1,4 @@
-// Units of work divided into ranges that are worth a thread each.
+// Divides units of work into ranges that are each worth a thread.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@ struct Ranges {
 
     int64_t units, per_task, tasks;
 
-    // bytes: traffic of all units together.
+    // bytes: memory traffic of all units together.
     Ranges(int64_t units, int64_t bytes) : units(units) {
         const int64_t most = std::max<int64_t>(1, std::min(units, bytes / GRAIN));
         per_task = (units + most - 1) / most;

@@ -15,7 +15,7 @@ namespace {
 struct Copy {
     const Strided from, to;
     const int64_t item;
-    int64_t pieces, size;  // of a row: its heads, or 1 if they lie one after the other; bytes of each
+    int64_t pieces, size;  // of a row: its heads, or 1 if they are contiguous; bytes of each
 
     Copy(const Append& x, int64_t heads, int64_t item)
         : from(x.rows), to(x.pool), item(item), pieces(x.dim ? heads : 0), size(x.dim * item) {
@@ -26,7 +26,7 @@ struct Copy {
         return static_cast<char*>(x.data) + (i * x.stride + head * x.head_stride) * item;
     }
 
-    // memmove: what is appended may be a view of the pool.
+    // memmove, as the rows may be a view of the pool.
     void operator()(int64_t token, int64_t slot) const {
         for (int64_t i = 0; i < pieces; ++i) std::memmove(at(to, slot, i), at(from, token, i), size_t(size));
     }

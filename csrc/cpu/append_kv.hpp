@@ -13,7 +13,7 @@ struct Strided {
     int64_t stride, head_stride;
 };
 
-// K or V of all tokens, and where they go.
+// K or V of all tokens, and their destination.
 struct Append {
     int64_t dim;
     Strided rows;  // [T, Hk, dim]
@@ -38,8 +38,8 @@ void append_kv(const AppendKvParams& params, int threads);
 
 namespace cuda {
 
-// The same on the current device, in order with what else `stream` does. Slots beyond the pool are not looked for, as
-// that would wait for the device: they are not stored. Throws std::runtime_error if the device does not take it.
+// The same on the current device, in stream order. Slots beyond the pool are not reported, as that would wait for the
+// device; their rows are not stored. Throws std::runtime_error if the launch fails.
 void append_kv(const AppendKvParams& params, void* stream);
 
 }  // namespace cuda

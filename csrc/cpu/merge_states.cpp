@@ -62,12 +62,12 @@ void merge_all(const MergeStatesParams& x, int threads) {
             T* to = static_cast<T*>(x.out) + output * dim;
             float highest = EMPTY;
             for (int64_t i = begin; i < end; ++i) highest = std::max(highest, lse[index[i] * heads + h]);
-            if (highest == EMPTY) highest = 0;  // all empty: exp(-inf - 0) = 0, where -inf - -inf would be NaN
+            if (highest == EMPTY) highest = 0;  // all are empty: exp(-inf - 0) = 0, while -inf - -inf would be NaN
             std::fill_n(sum, dim, 0.0f);
             float mass = 0;
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t state = index[i] * heads + h;
-                if (lse[state] == EMPTY) continue;  // whatever its output holds
+                if (lse[state] == EMPTY) continue;  // its output may hold anything
                 const float weight = std::exp(lse[state] - highest);
                 mass += weight;
                 add(o + state * dim, weight, sum, dim);

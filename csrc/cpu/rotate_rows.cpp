@@ -12,7 +12,7 @@
 namespace forktree {
 namespace {
 
-// One head: pairs lie STEP elements after one another, the two of a pair `apart`.
+// One head: pairs are STEP elements apart, the two elements of a pair `apart` elements.
 template <int STEP, class T>
 void rotate(const T* __restrict q, T* __restrict out, int64_t pairs, int64_t apart, const float* __restrict cos,
             const float* __restrict sin) {

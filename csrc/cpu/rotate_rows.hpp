@@ -1,4 +1,4 @@
-// Moves rotary-encoded rows by a position shift.
+// Rotates rotary-encoded rows by a position shift.
 #pragma once
 
 #include "params.h"
@@ -10,8 +10,7 @@ void rotate_rows(const RotateRowsParams& params, int threads);
 
 namespace cuda {
 
-// The same on the current device, in order with what else `stream` does. Throws std::runtime_error if the device does
-// not take it.
+// The same on the current device, in stream order. Throws std::runtime_error if the launch fails.
 void rotate_rows(const RotateRowsParams& params, void* stream);
 
 }  // namespace cuda

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int THREADS = 128;
 
-// One thread a vector of K or V; a token's are `parts` blocks, those of K first.
+// One thread per vector of K or V; a token has `parts` blocks, those of K first.
 template <class T, int N>
 FORKTREE_KERNEL void append(Append k, Append v, int64_t heads, int64_t num_slots, Indices slots, int parts) {
     const int64_t token = gpu::block() / parts;
@@ -21,7 +21,7 @@ FORKTREE_KERNEL void append(Append k, Append v, int64_t heads, int64_t num_slots
     const int64_t dim = is_k ? k.dim : v.dim;
     if (at >= heads * dim) return;
     const int head = int(at) / int(dim), i = int(at) % int(dim);
-    // A reference would put all four into local memory.
+    // By value: a reference would put all four into local memory.
     const auto address = [&](const Strided& of_k, const Strided& of_v, int64_t row) {
         return static_cast<T*>(is_k ? of_k.data : of_v.data) + row * (is_k ? of_k.stride : of_v.stride) +
                head * (is_k ? of_k.head_stride : of_v.head_stride) + i;
@@ -48,7 +48,7 @@ void append_kv(const AppendKvParams& params, void* stream) {
     if (heads * (k.dim + v.dim) > INT32_MAX)
         throw std::invalid_argument("K and V of a token must be below 2^31 elements, got " +
                                     std::to_string(heads * (k.dim + v.dim)));
-    // Numbers are not looked at: elements of 16 bits are all alike.
+    // Only bits are copied, so all 16-bit types are treated alike.
     const auto append_as = item_size(int(params.pool.dtype)) == 4 ? append_all<uint32_t> : append_all<uint16_t>;
     append_as(heads, params.pool.num_slots, params.slots, k, v, stream);
 }

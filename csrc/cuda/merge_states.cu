@@ -11,8 +11,8 @@ namespace {
 constexpr int THREADS = 128;
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
-// One thread a vector of an output; a token's are `parts` blocks. Indices beyond the states are passed over: nobody
-// could look at them before.
+// One thread per vector of an output; a token has `parts` blocks. Indices beyond the states are skipped, as the host
+// could not check them.
 template <class T, int N>
 FORKTREE_KERNEL void merge(const T* o, const float* lse, int64_t states, int heads, int dim, Indices indptr,
                            Indices index, T* out, float* total, int parts) {
@@ -29,13 +29,13 @@ FORKTREE_KERNEL void merge(const T* o, const float* lse, int64_t states, int hea
 
     float highest = -INFINITY;
     each([&](int64_t, float x) { highest = fmaxf(highest, x); });
-    if (highest == -INFINITY) highest = 0;  // all empty: 2^(-inf - 0) = 0, where -inf - -inf would be NaN
+    if (highest == -INFINITY) highest = 0;  // all are empty: 2^(-inf - 0) = 0, while -inf - -inf would be NaN
     float mass = 0, sum[N] = {};
     each([&](int64_t state, float x) {
         const float weight = gpu::exp2((x - highest) * LOG2E);
         mass += weight;
         const auto from = gpu::load<N>(o + state * heads * dim + at);
-        // Whatever an empty state's output holds; chosen here, so that loads wait for nothing.
+        // An empty state's output may hold anything; selected here, so that loads need not wait.
         for (int i = 0; i < N; ++i) sum[i] += weight * (x == -INFINITY ? 0.0f : to_float(from.item[i]));
     });
     const float scale = mass == 0 ? 1 : 1 / mass;

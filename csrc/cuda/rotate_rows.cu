@@ -23,7 +23,7 @@ struct Rotation {
     bool interleaved;
 };
 
-// One block a row: its angles once, into shared memory, then N pairs of a head at a time.
+// One block per row: computes its angles once, in shared memory, then rotates N pairs of a head at a time.
 template <class T, int N, bool INTERLEAVED>
 FORKTREE_KERNEL void rotate(Rows x, Indices shift, Rotation rotation) {
     const int64_t row = gpu::block();
@@ -51,7 +51,7 @@ FORKTREE_KERNEL void rotate(Rows x, Indices shift, Rotation rotation) {
         const int first = INTERLEAVED ? 2 * i : i, second = first + (INTERLEAVED ? N : pairs);
         gpu::Vector<T, N> in[2] = {gpu::load<N>(from + first), gpu::load<N>(from + second)}, turned[2];
         for (int j = 0; j < N; ++j) {
-            // The two of pair i + j: the vectors hold one each, or whole pairs one after the other.
+            // The elements of pair i + j: the vectors hold one each, or whole pairs in sequence.
             const int a = INTERLEAVED ? 2 * j : j, b = INTERLEAVED ? 2 * j + 1 : N + j;
             const float u = to_float(in[a / N].item[a % N]), w = to_float(in[b / N].item[b % N]);
             turned[a / N].item[a % N] = from_float<T>(u * cos[i + j] - w * sin[i + j]);

@@ -25,8 +25,8 @@ namespace forktree {
 namespace attention {
 
 constexpr float INF = __builtin_inff(), LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-constexpr int ROWS = 64;    // packed rows done together
-constexpr int CHUNK = 128;  // segments looked at together, one a thread
+constexpr int ROWS = 64;            // packed rows done together
+constexpr int SEGMENT_BATCH = 128;  // segments looked at together, one a thread
 constexpr int WARPS = ATTENTION_THREADS / 32;
 
 // A token of a tile.
@@ -50,8 +50,8 @@ struct alignas(16) Run {
     int32_t contiguous;
 };
 
-// What one warp knows of its part of a tile: may its rows see it?
-enum class Sight { none, some, all };
+// How much of its part of a tile the rows of one warp see.
+enum class Visibility { none, some, all };
 
 template <int D>
 struct alignas(128) Shared {
@@ -68,15 +68,15 @@ struct alignas(128) Shared {
     int32_t count[RING];   // tokens in the tile; 0: there are no more
     int32_t single[RING];  // all of one segment
     Query query[ROWS];
-    Run run[CHUNK];
-    int32_t run_end[CHUNK];
+    Run run[SEGMENT_BATCH];
+    int32_t run_end[SEGMENT_BATCH];
     float top[ROWS], mass[ROWS];
     int32_t done[ATTENTION_THREADS];  // tokens whose last partial was written here
     int32_t warp_sum[WARPS];
-    int32_t not_finite;       // a sum is: all is done again, and
-    int32_t careful;          // what is not finite in V is kept from rows that do not see it
-    int32_t spoilt[COLUMNS];  // tokens of this tile with such a V
-    PlanView plan;            // not in registers, which are short
+    int32_t not_finite;             // a sum is not finite: all is done again, and
+    int32_t sanitize_v;             // what is not finite in V is kept from rows that do not see it
+    int32_t not_finite_v[COLUMNS];  // tokens of this tile with such a V
+    PlanView plan;                  // not in registers, which are short
 
     // Sums of the warps, where K and V were.
     FORKTREE_DEVICE float* sums() { return reinterpret_cast<float*>(k); }
@@ -172,7 +172,7 @@ private:
             call.lse[int64_t(token) * call.num_qo_heads + head] = mass == 0 ? -INF : (top + gpu::log2(mass)) * LN2;
     }
 
-    // Partials were written by this item for all its rows: whoever brings a token's last one merges them.
+    // This item has written partials for all its rows: whoever brings a token's last one merges them.
     FORKTREE_DEVICE void merge_what_is_complete() {
         for (int begin = item.row_begin; begin < item.row_end; begin += ATTENTION_THREADS) {
             gpu::sync_block();
@@ -260,14 +260,14 @@ private:
         shared.run[thread] = {low | high << 16, seg.node, seg.start - (end - length), seg.pos, source, seg.contiguous};
         shared.run_end[thread] = end;
         gpu::sync_block();
-        next_seg = min(next_seg + CHUNK, item.seg_end);
+        next_seg = min(next_seg + SEGMENT_BATCH, item.seg_end);
         position = run_stop = 0;
     }
 
     // Run that holds place x.
     FORKTREE_DEVICE int find_run(int x) const {
         int found = 0;
-        for (int step = CHUNK / 2; step; step /= 2)
+        for (int step = SEGMENT_BATCH / 2; step; step /= 2)
             if (shared.run_end[found + step - 1] <= x) found += step;
         return found;
     }
@@ -342,13 +342,13 @@ private:
     // Makes 0 of what is not finite, and notes where that was: weights are 0 for rows that do not see it, but 0 * NaN
     // is NaN. By the whole block.
     FORKTREE_DEVICE void clean(uint16_t* tile) {
-        if (thread < COLUMNS) shared.spoilt[thread] = 0;
+        if (thread < COLUMNS) shared.not_finite_v[thread] = 0;
         gpu::sync_block();
         constexpr uint16_t exponent = std::is_same_v<T, Bf16> ? 0x7f80 : 0x7c00;
         for (int i = thread; i < COLUMNS * D; i += ATTENTION_THREADS)
             if ((tile[i] & exponent) == exponent) {
                 tile[i] = 0;
-                shared.spoilt[i / D] = 1;
+                shared.not_finite_v[i / D] = 1;
             }
         gpu::sync_block();
     }
@@ -376,7 +376,7 @@ private:
             const Row row = plan.row[first_row + thread];
             shared.query[thread] = {row.tip, row.tail, row.last, row.mask, plan.row_pos[row.row], row.row, row.token};
         }
-        if (thread == 0) shared.not_finite = shared.careful = 0;
+        if (thread == 0) shared.not_finite = shared.sanitize_v = 0;
         gpu::sync_block();
     }
 
@@ -384,9 +384,9 @@ private:
         load_rows();
         for (;;) {
             attend_warps();
-            if (!shared.not_finite || shared.careful) break;
+            if (!shared.not_finite || shared.sanitize_v) break;
             gpu::sync_block();
-            shared.careful = 1;
+            shared.sanitize_v = 1;
         }
         write_rows(packed <= 16 && COLUMNS == 64 ? 4 : packed <= 32 ? 2 : 1);
     }
@@ -488,7 +488,7 @@ private:
                 for (float& x : tile) x = 0;
         }
 
-        // A pipeline: while tile i is computed, those behind it are on their way. Each half step waits for the oldest
+        // A pipeline: while tile i is computed, the next ones are on their way. Each half step waits for the oldest
         // copy, K or V, and starts another where the last half step has read.
         FORKTREE_DEVICE void attend() {
             load_queries();
@@ -503,12 +503,12 @@ private:
                 gpu::commit();
                 const int coming = (i + STAGES + 1) % RING, slot = block.look_up(coming);
                 float s[WIDTH / 8][4];
-                const Sight sight = i >= 0 ? look(place) : Sight::none;
-                if (sight != Sight::none) {
+                const Visibility visibility = i >= 0 ? visibility_of(place) : Visibility::none;
+                if (visibility != Visibility::none) {
                     score(shared.k[i % STAGES], s);
                     if (BIASED) bias(place, s);
-                    if (sight == Sight::some) hide(place, s);
-                    weigh(s);
+                    if (visibility == Visibility::some) apply_mask(place, s);
+                    softmax_step(s);
                 }
                 gpu::wait<2 * STAGES - 2>();
                 gpu::sync_block();
@@ -516,16 +516,16 @@ private:
                     block.fetch(shared.k[(i + STAGES) % STAGES], call.pool.k, call.pool.k_slot_stride,
                                 call.pool.k_head_stride, (i + STAGES) % RING);
                 gpu::commit();
-                if (i >= 0 && shared.careful) {
+                if (i >= 0 && shared.sanitize_v) {
                     block.clean(shared.v[i % STAGES]);
-                    if (sight != Sight::none) spoil(s);
+                    if (visibility != Visibility::none) poison(s);
                 }
-                if (sight != Sight::none) add(shared.v[i % STAGES], s);
+                if (visibility != Visibility::none) add(shared.v[i % STAGES], s);
                 block.keep_slot(coming, slot);
             }
             gpu::wait<0>();
             gpu::sync_block();
-            leave();
+            store_state();
             gpu::sync_block();
         }
 
@@ -572,19 +572,19 @@ private:
             return seen;
         }
 
-        FORKTREE_DEVICE Sight look(int place) const {
+        FORKTREE_DEVICE Visibility visibility_of(int place) const {
             const Column* const columns = shared.column[place] + first_column;
             bool some = false;
             for (int c = lane; c < WIDTH; c += 32)
                 some |= (columns[c].rows & 0xffff) < row_end && row_begin < columns[c].rows >> 16;
-            if (!gpu::ballot(some)) return Sight::none;
-            if (!shared.single[place] || shared.count[place] < COLUMNS) return Sight::some;
+            if (!gpu::ballot(some)) return Visibility::none;
+            if (!shared.single[place] || shared.count[place] < COLUMNS) return Visibility::some;
             const Column &from = columns[0], &to = columns[WIDTH - 1];
             const bool all = sees_all(0, from, to) && sees_all(1, from, to);
-            return gpu::ballot(!all) ? Sight::some : Sight::all;
+            return gpu::ballot(!all) ? Visibility::some : Visibility::all;
         }
 
-        FORKTREE_DEVICE void hide(int place, float (&s)[WIDTH / 8][4]) const {
+        FORKTREE_DEVICE void apply_mask(int place, float (&s)[WIDTH / 8][4]) const {
             const Query query[2] = {shared.query[max(row[0], 0)], shared.query[max(row[1], 0)]};
             const Column* const columns = shared.column[place] + first_column + lane % 4 * 2;
             uint32_t seen = 0;  // first what is seen and then scores, as unrolled this is a lot of code
@@ -646,7 +646,7 @@ private:
         }
 
         // Scores become weights, relative to a new maximum; the sums follow.
-        FORKTREE_DEVICE void weigh(float (&s)[WIDTH / 8][4]) {
+        FORKTREE_DEVICE void softmax_step(float (&s)[WIDTH / 8][4]) {
             const float unit = BIASED ? 1.f : call.scale * LOG2E;
             float factor[2];
 #pragma unroll
@@ -702,14 +702,14 @@ private:
             }
         }
 
-        // Rows that have weight on a token whose V is not finite come to NaN. V is 0 there by now.
-        FORKTREE_DEVICE void spoil(const float (&s)[WIDTH / 8][4]) {
+        // Rows that attend to a token with non-finite V become NaN. V is 0 there by now.
+        FORKTREE_DEVICE void poison(const float (&s)[WIDTH / 8][4]) {
             bool bad[2] = {};
 #pragma unroll
             for (int n = 0; n < WIDTH / 8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e)
-                    bad[e / 2] |= s[n][e] != 0 && shared.spoilt[first_column + 8 * n + lane % 4 * 2 + e % 2];
+                    bad[e / 2] |= s[n][e] != 0 && shared.not_finite_v[first_column + 8 * n + lane % 4 * 2 + e % 2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const bool all = gpu::ballot(bad[i]) >> (lane & ~3) & 15;
@@ -719,8 +719,8 @@ private:
             }
         }
 
-        // Leaves maximum, mass and sums in shared memory.
-        FORKTREE_DEVICE void leave() {
+        // Stores maximum, mass and sums in shared memory.
+        FORKTREE_DEVICE void store_state() {
             const float unit = BIASED ? 1.f : call.scale * LOG2E;
             bool bad = false;
 #pragma unroll

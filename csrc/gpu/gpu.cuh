@@ -1,15 +1,16 @@
-// What device code speaks to the machine through. A .cu file includes this, and nothing else of CUDA, so that one
-// source has two implementations: nvcc takes the machine's (gpu_device.cuh); a C++ compiler, under
-// FORKTREE_EMULATE_CUDA, one that runs every thread of a block as a fiber on the CPU (gpu_host.hpp), where shared
-// memory, divergence and waits can be checked. The implementations give, in forktree::gpu:
+// The machine interface of device code. A .cu file includes this, and nothing else of CUDA, so that one source has two
+// implementations: nvcc takes the machine's (gpu_device.cuh); a C++ compiler, under FORKTREE_EMULATE_CUDA, takes one
+// that runs every thread of a block as a fiber on the CPU (gpu_host.hpp), where shared memory, divergence and waits can
+// be checked. The implementations provide, in forktree::gpu:
 //
 //   thread() threads() block() blocks()  one-dimensional; threads() is a multiple of 32
 //   lane() warp()
 //   shared_memory()                      char*, dynamic, aligned to 128 bytes; there is no other
 //   copy16(shared, global, valid)        16 bytes, asynchronously; zeros unless valid
 //   commit()                             closes a group of copies
-//   wait<N>()                            until at most N groups are on their way; others see the bytes after a barrier
-//   load_matrix(r, row)                  4 matrices of 8 x 8 elements of 16 bits: lane l names row l % 8 of matrix
+//   wait<N>()                            until at most N groups are in flight; other threads see the bytes after a
+//   barrier load_matrix(r, row)                  4 matrices of 8 x 8 elements of 16 bits: lane l names row l % 8 of
+//   matrix
 //                                        l / 8 (at a multiple of 16) and gets of each elements 2 (l % 4) and + 1 of row
 //                                        l / 4
 //   load_matrix_transposed(r, row)       or of column l / 4
@@ -18,8 +19,8 @@
 //   shuffle_xor(x, mask)
 //   ballot(condition)
 //   sync_warp() sync_block()
-//   atomic_add(address, x)               int32_t; gives the value before
-//   fence()                              what was written before is seen by all blocks before what is written after
+//   atomic_add(address, x)               int32_t; returns the value before
+//   fence()                              all blocks see earlier writes before they see later ones
 //   load_cg(address)                     int32_t, float or Chunk that another block may have written
 //   load16(address) store16(address, x)  a Chunk of global memory
 //   exp2(x) log2(x) reciprocal(x)        fp32, about 2 units in the last place; write gpu::, as C has its own
@@ -28,7 +29,7 @@
 // and on the host (std::runtime_error with the reason):
 //
 //   launch(kernel, blocks, threads, shared_bytes, stream, arguments...)
-//   resident_blocks(kernel, threads, shared_bytes)   that the current device runs at a time
+//   resident_blocks(kernel, threads, shared_bytes)   that the current device runs at the same time
 //
 // Fragments, of lane l:
 //
@@ -59,7 +60,7 @@ struct alignas(16) Chunk {
 
 namespace forktree::gpu {
 
-// Absolute error about 1e-7: tanh.approx has 5e-4, too much for scores a cap multiplies again.
+// Absolute error about 1e-7; that of tanh.approx, 5e-4, is too large for scores that the cap multiplies again.
 FORKTREE_DEVICE float tanh(float x) { return 1 - 2 * reciprocal(exp2(x * 2.885390082f) + 1); }
 
 }  // namespace forktree::gpu

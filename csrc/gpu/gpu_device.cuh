@@ -1,4 +1,4 @@
-// The machine behind gpu.cuh: PTX for sm_80 and up.
+// The device implementation of gpu.cuh: PTX for sm_80 and later.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -102,7 +102,7 @@ FORKTREE_DEVICE Chunk load16(const void* address) {
     return {{x.x, x.y, x.z, x.w}};
 }
 
-// A plain store of a uint4 becomes four where its parts were computed apart.
+// A plain store of a uint4 becomes four stores if its parts were computed separately.
 FORKTREE_DEVICE void store16(void* address, Chunk x) {
     __stcg(static_cast<uint4*>(address), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
 }
@@ -141,7 +141,7 @@ FORKTREE_DEVICE uint32_t pack(float low, float high, Fp16) {
 
 inline void check(cudaError_t status, const char* what) {
     if (status == cudaSuccess) return;
-    cudaGetLastError();  // else the next call would report it again
+    cudaGetLastError();  // otherwise the next call would report it again
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 

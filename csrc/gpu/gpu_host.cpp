@@ -27,7 +27,7 @@
 #endif
 
 #if defined(__x86_64__) && defined(__linux__)
-// swapcontext would save the signal mask, two system calls a switch; a switch of its own saves what a call must keep.
+// swapcontext would save the signal mask, two system calls a switch; this switch saves only what a call must preserve.
 extern "C" __attribute__((visibility("hidden"))) void forktree_switch(void** from, void* to);
 __asm__(
     ".text\n"
@@ -60,7 +60,7 @@ struct Context {
 
     void begin(char* stack, size_t size, void (*entry)()) {
         void** at = reinterpret_cast<void**>(stack + size);
-        *--at = nullptr;  // where entry would return to; it leaves rsp as after a call
+        *--at = nullptr;  // return address of entry; leaves rsp as it is after a call
         *--at = reinterpret_cast<void*>(entry);
         for (int i = 0; i < 6; ++i) *--at = nullptr;
         top = at;
@@ -85,7 +85,7 @@ struct Context {
 
 #endif
 
-// Stacks of the fibers, below each a page that nobody may touch.
+// Stacks of the fibers, each above a protected page.
 class Stacks {
 public:
     static constexpr size_t SIZE = 128 * 1024;
@@ -205,7 +205,7 @@ void Block::run(const Stacks& all_stacks) {
     stacks = &all_stacks;
     const int threads = int(fibers.size());
     for (int t = 0; t < threads; ++t) {
-        FORKTREE_SANITIZED(__asan_unpoison_memory_region(all_stacks[t], Stacks::SIZE));  // what a fiber before left
+        FORKTREE_SANITIZED(__asan_unpoison_memory_region(all_stacks[t], Stacks::SIZE));  // left by an earlier fiber
         fibers[size_t(t)].context.begin(all_stacks[t], Stacks::SIZE, [] { running->enter(); });
         ready.push_back(t);
     }
@@ -249,7 +249,7 @@ void Block::yield(const char* what, int line) {
     FORKTREE_SANITIZED(__sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr));
 }
 
-// All but the one that runs.
+// All fibers but the running one.
 void Block::wake(int begin, int end) {
     for (int t = begin; t < end; ++t)
         if (t != place.thread) ready.push_back(t);
@@ -284,7 +284,7 @@ void Block::sync_warp(int line) {
     if (collective("sync_warp", line, nullptr, [](void* const*) {})) ++warps[size_t(place.thread / WARP)].syncs;
 }
 
-// The last lane to come acts for all and gets true.
+// The last lane to arrive acts for all and gets true.
 bool Block::collective(const char* what, int line, void* operand, void (*act)(void* const*)) {
     Warp& warp = warps[size_t(place.thread / WARP)];
     if (warp.arrived && (warp.what != what || warp.line != line))
@@ -350,7 +350,7 @@ void Block::land(const std::vector<Copy>& group) {
     }
 }
 
-// That this thread may read 16 bytes: they are there, and those of another thread's copy were handed over by a barrier.
+// Checks that this thread may read 16 bytes: they have arrived, and a barrier followed the wait of the copying thread.
 void Block::check_read(const void* row, int line) {
     check16(row, "load_matrix", line);
     Cell* c = cell(row);

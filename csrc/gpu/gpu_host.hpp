@@ -1,8 +1,9 @@
-// The CPU behind gpu.cuh: every thread of a block is a fiber, blocks run one after the other in random order, and so do
-// the threads between two collectives. What a device would do silently ends the launch with std::runtime_error: lanes
-// at different collectives, deadlocks, misaligned addresses, shared memory read before its copy is waited for and
-// handed over by a barrier, or overwritten while others may read it. Fresh shared memory, and what a copy will fill,
-// hold NaN. AddressSanitizer sees every access: shared memory is exactly as large as was asked for.
+// The CPU implementation of gpu.cuh: every thread of a block is a fiber; blocks run one after the other in random
+// order, and so do threads between two collectives. Errors that a device would not report end the launch with
+// std::runtime_error: lanes at different collectives, deadlocks, misaligned addresses, shared memory that is read
+// before its copy was waited for and a barrier passed, or overwritten while others may read it. Fresh shared memory,
+// and the target of a pending copy, hold NaN. AddressSanitizer sees every access: shared memory has exactly the
+// requested size.
 #pragma once
 
 #include <cmath>
@@ -19,14 +20,14 @@
 namespace forktree::gpu {
 namespace host {
 
-// Where the code that runs now is.
+// The position of the running code.
 struct Place {
     int thread, threads, block, blocks;
     char* shared;
 };
 extern thread_local Place place;
 
-// Lines are those of the call in device code: lanes must meet at the same one.
+// `line` is that of the call in device code: all lanes must meet at the same one.
 void run(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
 void sync_block(int line);
 void sync_warp(int line);
@@ -125,7 +126,7 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes,
     host::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 }
 
-// Few, so that a grid of so many blocks goes round.
+// Few, so that persistent grids take several rounds.
 template <class... P>
 int resident_blocks(void (*)(P...), int, int) {
     return 3;

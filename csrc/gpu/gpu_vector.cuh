@@ -1,4 +1,4 @@
-// Elements that move together: 16 bytes at a time where addresses and sizes allow it, else one by one.
+// Moves elements 16 bytes at a time where addresses and sizes allow it, otherwise one by one.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ template <class T, int N>
 FORKTREE_DEVICE void store(T* to, const Vector<T, N>& x) {
     if constexpr (sizeof x == 16) {
         Chunk bytes;
-        if constexpr (sizeof(T) == 2) {  // by hand: nvcc makes four stores of a memcpy
+        if constexpr (sizeof(T) == 2) {  // by hand, as nvcc turns a memcpy into four stores
             uint16_t half[N];
             std::memcpy(half, &x, 16);
             for (int i = 0; i < 4; ++i) bytes.word[i] = half[2 * i] | uint32_t(half[2 * i + 1]) << 16;
@@ -46,7 +46,7 @@ FORKTREE_DEVICE void store(T* to, const Vector<T, N>& x) {
     }
 }
 
-// Whether arrays at these addresses, of these sizes and strides in elements of `item` bytes, are made of 16 bytes each.
+// Whether arrays at these addresses, of these sizes and strides in elements of `item` bytes, divide into 16-byte units.
 inline bool in_chunks(int64_t item, std::initializer_list<const void*> addresses,
                       std::initializer_list<int64_t> sizes) {
     bool fits = true;

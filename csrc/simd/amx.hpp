@@ -1,5 +1,5 @@
-// The tile registers of AMX, or, with FORKTREE_EMULATE_AMX, the same in plain C++: machines without them can then run
-// the very code that uses them, under sanitizers too.
+// The tile registers of AMX, or, with FORKTREE_EMULATE_AMX, their emulation in plain C++: machines without AMX can then
+// run the same code, also under sanitizers.
 #pragma once
 
 #include <cstdint>
@@ -71,7 +71,7 @@ void tiles_begin() {
 }
 void tiles_end() { _tile_release(); }
 
-// The intrinsics want the number of a tile as a literal.
+// The intrinsics take the number of a tile only as a literal.
 template <int T>
 void tile_zero() {
     if constexpr (T == 0) _tile_zero(0);

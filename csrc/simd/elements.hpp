@@ -7,7 +7,7 @@ namespace forktree::FORKTREE_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-// Half a vector: processors do two at a time of these where they do one of the whole.
+// Half-width vector: some cores issue two of these per cycle but only one full-width operation.
 typedef float hf __attribute__((vector_size(2 * VL)));
 typedef float hf_anywhere __attribute__((vector_size(2 * VL), aligned(4), may_alias));
 #endif
@@ -15,7 +15,7 @@ typedef float hf_anywhere __attribute__((vector_size(2 * VL), aligned(4), may_al
 struct Single {
     typedef float Term;
     static constexpr int TERMS = 1;    // elements in a term
-    static constexpr int64_t PAD = 1;  // what a sum over tokens is filled up to, with zeros
+    static constexpr int64_t PAD = 1;  // sums over tokens are padded with zeros to a multiple of this
     static vf multiply_add(vf sum, float a, const float* b) { return splat(a) * load(b) + sum; }
 #if defined(__AVX512F__)
     static hf multiply_add(hf sum, float a, const float* b) {

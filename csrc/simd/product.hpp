@@ -11,14 +11,14 @@
 namespace forktree::FORKTREE_ISA {
 namespace {
 
-// Lanes that are worked on together: two vectors leave the accumulators their registers, and a block of 128 terms lies
+// Lanes that are processed together: two vectors leave enough registers for accumulators, and a block of 128 terms fits
 // in half an L1 cache.
 constexpr int VECTORS = 2;
 constexpr int64_t BLOCK = VECTORS * VL;
 
 // c[m, lane] = c[m, lane] * factor[lane] + sum over k of a[m * a_m + k * a_k] * b[k, lane] for M values of m and V
-// vectors of lanes. b and c have BLOCK and c_stride lanes a row. No factor: c is only written. keep: lanes of
-// the last vector that are ours; the others stay as they are, whatever the sum.
+// vectors of lanes. b and c have BLOCK and c_stride lanes a row. Without a factor c is only written. keep:
+// lanes of the last vector that are written; the others stay unchanged.
 template <class Element, int V, int M>
 inline void product_block(const typename Element::Term* a, int64_t a_m, int64_t a_k, const typename Element::Term* b,
                           float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep, Prefetch& prefetch) {
@@ -29,8 +29,8 @@ inline void product_block(const typename Element::Term* a, int64_t a_m, int64_t 
     for (int64_t begin = 0; begin < terms; begin += Prefetch::TERMS) {
         prefetch.step();
         const int64_t end = terms - begin < Prefetch::TERMS ? terms : begin + Prefetch::TERMS;
-        // In fp32 a sum of its own for each stretch of terms, then added, loses less to rounding. Not where c goes on
-        // from earlier calls: there the order must not depend on where they ended.
+        // In fp32, separate sums of runs of terms lose less to rounding. But where c continues earlier calls, the
+        // order must not depend on where these ended.
         vf part[M][V];
         for (int m = 0; m < M; ++m)
             for (int v = 0; v < V; ++v) part[m][v] = go_on ? sum[m][v] : vf{};
@@ -49,7 +49,7 @@ inline void product_block(const typename Element::Term* a, int64_t a_m, int64_t 
 }
 
 #if defined(FORKTREE_TILES)
-// The same for 16 values of m at a time, with a_k = 1 and a multiple of 16 terms. How many values of m it took.
+// The same for 16 values of m at a time, with a_k = 1 and a multiple of 16 terms. Returns how many values of m it did.
 template <int V>
 int64_t product_tiles(int64_t rows, const uint32_t* a, int64_t a_m, const uint32_t* b, float* c, int64_t c_stride,
                       int64_t terms, const vf* factor, vi keep, Prefetch& prefetch) {
@@ -107,7 +107,7 @@ __attribute__((noinline)) void product_vectors(int64_t rows, const typename Elem
                                      prefetch);
 }
 
-// As product_block, for any number of rows and one or two vectors.
+// Like product_block, for any number of rows and one or two vectors.
 template <class Element>
 void product(int vectors, int64_t rows, const typename Element::Term* a, int64_t a_m, int64_t a_k,
              const typename Element::Term* b, float* c, int64_t c_stride, int64_t terms, const vf* factor, vi keep,

@@ -1,8 +1,8 @@
-// Vectors of fp32 lanes, as wide as the instruction set this file is compiled for: compiler vector extensions, so that
-// one source serves all, and intrinsics where the extensions have no word for it.
+// Vectors of fp32 lanes, as wide as the instruction set that this file is compiled for: compiler vector extensions, so
+// that one source serves all, and intrinsics where the extensions lack an operation.
 //
-// Everything lies in namespace forktree::FORKTREE_ISA and nothing here may use inline functions of the standard
-// library: the linker would keep one copy of those for all instruction sets.
+// All code lies in namespace forktree::FORKTREE_ISA and must not use inline functions of the standard library: the
+// linker would keep one copy of those for all instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ static inline void store(float* p, vf x) { *reinterpret_cast<vf_anywhere*>(p) = 
 static inline void store(int32_t* p, vi x) { *reinterpret_cast<vi_anywhere*>(p) = x; }
 static inline vf splat(float x) { return x - vf{}; }  // -0.0f stays -0.0f
 static inline vi splat(int32_t x) { return x + vi{}; }
-static inline vf max(vf a, vf b) { return b > a ? b : a; }  // a NaN in b is passed over
+static inline vf max(vf a, vf b) { return b > a ? b : a; }  // a NaN in b is ignored
 
 static inline vi lanes() {
     vi x;
@@ -43,9 +43,9 @@ static inline vi lanes() {
     return x;
 }
 
-// The integer at or above x.
+// The smallest integer that is not below x.
 static inline vf ceil(vf x) {
-    const vf round = splat(12582912.0f);  // 1.5 * 2^23: as large as this, only integers are left
+    const vf round = splat(12582912.0f);  // 1.5 * 2^23: floats of this size are integers
     const vf n = (x + round) - round;
     const vf up = n < x ? n + 1.0f : n;
     return (x > -4194304.0f) & (x < 4194304.0f) ? up : x;
@@ -55,7 +55,7 @@ static inline vf ceil(vf x) {
 // Another base changes the result by exactly a power of two: the base only moves the exponent.
 static inline vf exp2(vf x, vf base) {
     const vf round = splat(12582912.0f);  // 1.5 * 2^23: its last bits hold the nearest integer
-    const vf shift = (base > -2097152.0f) & (base < 2097152.0f) ? vf{} : base;  // no room for such: not exact any more
+    const vf shift = (base > -2097152.0f) & (base < 2097152.0f) ? vf{} : base;  // too large to be exact any more
     const vf y = x - shift, under = base - shift;
     const vf n = y + round;
     const vf r = y - (n - round);  // in [-0.5, 0.5]
@@ -71,7 +71,7 @@ static inline vf exp2(vf x, vf base) {
     return distance >= -126.0f ? power : (distance < -126.0f ? vf{} : distance);
 }
 
-// tanh: a polynomial near 0 (Cephes, S. Moshier), by 2^x elsewhere; error below 2 units in the last place.
+// tanh by a polynomial near 0 (Cephes, S. Moshier) and by 2^x elsewhere; error below 2 units in the last place.
 static inline vf tanh(vf x) {
     const vf z = x * x;
     vf p = splat(-5.70498872745e-3f);
@@ -105,7 +105,7 @@ static inline vf log(vf x) {
     return f + p + e * 0.693359375f;
 }
 
-// n elements of bf16 or fp16 as fp32.
+// Widens n elements of bf16 or fp16 to fp32.
 static inline void widen(const uint16_t* from, float* to, int64_t n, Dtype dtype) {
     int64_t i = 0;
 #if defined(__AVX512F__)
@@ -130,7 +130,7 @@ static inline void widen(const uint16_t* from, float* to, int64_t n, Dtype dtype
     }
 }
 
-// And back, to nearest, ties to even.
+// Narrows n elements of fp32, to nearest, ties to even.
 static inline void narrow(const float* from, uint16_t* to, int64_t n, Dtype dtype) {
     int64_t i = 0;
     if (dtype == Dtype::bf16) {

@@ -176,7 +176,10 @@ class Decoder:
         """Starts one search and runs none of it: for those who call `engine.step` themselves.
 
         Args:
-            prompt: A single prompt: see `search_iter`, for the others and for errors too.
+            prompt: A single prompt; see `search_iter`, which also tells the errors.
+            search: How it is searched.
+            max_new_tokens: Maximum of tokens after the prompt, EOS included.
+            seed: Same seed and prompt, same text.
 
         Returns:
             The search under way. Once it is `done`, `result` has its candidates, or `error` says why there are none.

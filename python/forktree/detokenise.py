@@ -6,8 +6,10 @@ from typing import Any
 
 
 def response_text(tokenizer: Any, prompt: Sequence[int]) -> Callable[[Iterable[int]], str]:
-    """A function that gives the text of tokens after `prompt`: that of prompt and tokens, less that of the prompt, both
-    without special tokens. Alone, tokens would lose a leading space, where the tokenizer drops it from what it decodes.
+    """A function that gives the text of tokens after `prompt`.
+
+    It is the text of prompt and tokens, less that of the prompt, both without special tokens. Decoded alone, tokens
+    would lose a leading space with a tokenizer that drops it.
 
     Where a character of the prompt is completed by the tokens, it counts to them.
 

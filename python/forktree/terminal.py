@@ -26,5 +26,6 @@ class Terminal(Console):
     """A console that passes all text through `visible`; only rich itself styles it and moves the cursor."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Segments of what rich renders, their text made visible."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)

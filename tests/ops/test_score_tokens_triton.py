@@ -9,6 +9,7 @@ import torch
 
 from forktree import ops
 from forktree.errors import InvalidInput, NonFinite
+from forktree.ops.assemble import LmHead, VocabPass
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import ADD, REPETITION, Draw, LogitEdits, TokenRequest
 
@@ -249,7 +250,7 @@ def test_huge_logits():
 
 
 def test_more_rows_than_a_launch_takes(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("forktree.triton_kernels.score_tokens"), "ROWS", 16)
+    monkeypatch.setattr(importlib.import_module("forktree.triton_kernels.score_tokens.launch"), "MAX_ROWS", 16)
     rows, vocab, g = 19, 200, np.random.default_rng(0)
     hidden, lm_head = model(rows, vocab, 16)
     edits = LogitEdits.penalties([g.integers(0, vocab, 5) for _ in range(rows)], repetition=1.5)
@@ -259,7 +260,7 @@ def test_more_rows_than_a_launch_takes(monkeypatch):
 
 
 def test_more_splits_than_a_list_holds(monkeypatch):
-    kernels = importlib.import_module("forktree.triton_kernels.score_tokens")
+    kernels = importlib.import_module("forktree.triton_kernels.score_tokens.launch")
     monkeypatch.setattr(kernels, "INTERPRETED_PROGRAMS", 70)
     hidden, lm_head = model(2, 128 * 70 - 50, 8, peak=1.0)
     compare(hidden, lm_head, TokenRequest(top_k=64, draw=draw(2, [Sampling(top_k=64), Sampling(top_p=0.001)])))
@@ -279,7 +280,7 @@ def test_hidden_states_of_any_strides():
 
 def test_scratch_is_bounded(monkeypatch):
     """Everything at once, of the largest vocabularies: 16 MB at most beside the answer."""
-    kernels = importlib.import_module("forktree.triton_kernels.score_tokens")
+    kernels = importlib.import_module("forktree.triton_kernels.score_tokens.launch")
     for name in ("_score_tokens", "_reduce_scores", "_search_again"):
         monkeypatch.setattr(kernels, name, {(n,): lambda *_, **__: None for n in range(100_000)})
     monkeypatch.setattr(kernels, "architecture", lambda device: 90)
@@ -291,9 +292,9 @@ def test_scratch_is_bounded(monkeypatch):
     vocab = 151_936
     for rows in (1, 16, 64, 200, 256, 1024):
         taken = []
-        edits = [meta(n, dtype=torch.int32) for n in (rows + 1, 9, 9)]
-        arguments = (None, 1.0, 0.0, 64, True, meta(rows, dtype=torch.int64), meta(4, rows, dtype=torch.float64), True)
-        allowed = meta(rows, vocab // 32, dtype=torch.int32)
+        of_rows = meta(rows, dtype=torch.int64), meta(4, rows, dtype=torch.float64), True
+        edits = *(meta(n, dtype=torch.int32) for n in (rows + 1, 9, 9)), meta(9, dtype=torch.float32)
+        wanted = VocabPass(64, True, *of_rows, *edits, meta(rows, vocab // 32, dtype=torch.int32))
 
         def counted(like, *shape, taken=taken, **options):
             empty = NEW_EMPTY(like, *shape, **options)
@@ -301,10 +302,8 @@ def test_scratch_is_bounded(monkeypatch):
             return empty
 
         with patch.object(torch.Tensor, "new_empty", counted):
-            found = kernels.launch(
-                meta(rows, 4096), meta(vocab, 4096), *arguments, *edits, meta(9, dtype=torch.float32), allowed
-            )
-        launches = -(-rows // kernels.ROWS)
+            found = kernels.launch(meta(rows, 4096), LmHead(meta(vocab, 4096)), wanted)
+        launches = -(-rows // kernels.MAX_ROWS)
         assert sum(taken) - sum(x.nbytes for x in found) <= 16 * 2**20 * launches
         assert sum(taken) < 16 * 2**20 or rows > 1
 

@@ -1,4 +1,4 @@
-"""The demo's task: combine four numbers by sums and differences, two at a time, to reach a target.
+r"""The demo's task: combine four numbers by sums and differences, two at a time, to reach a target.
 
 A problem names the numbers and the target::
 

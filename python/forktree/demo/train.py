@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from forktree.demo import task
+from forktree.device.properties import gpu_names
 
 PAD, EOS = "<pad>", "<eos>"
 VOCABULARY = {token: i for i, token in enumerate([PAD, EOS, *task.ALPHABET])}
@@ -105,6 +106,7 @@ def encode(batch: list[Example]) -> Tensor:
 
 
 def hidden_states(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+    """Post-norm hidden states `[B, L, H]` fp32 of token ids `[B, L]`, computed in bf16."""
     with torch.autocast(ids.device.type, torch.bfloat16):
         states: Tensor = model.model(input_ids=ids, use_cache=False).last_hidden_state
     return states.float()
@@ -129,6 +131,7 @@ def step_scores(head: nn.Module, batch: list[Example], ids: Tensor, states: Tens
 
 
 def reward_loss(head: nn.Module, batch: list[Example], ids: Tensor, states: Tensor) -> Tensor:
+    """Binary cross-entropy of the head's logits at the ends of steps, against whether each step is right."""
     return F.binary_cross_entropy_with_logits(*step_scores(head, batch, ids, states))
 
 
@@ -169,7 +172,7 @@ def build_optimizers(model: nn.Module, head: nn.Module) -> list[torch.optim.Opti
 def train(out: Path, steps: int, own_steps: int, batch_size: int, seed: int) -> None:
     """Imitation and reward on the teacher's attempts; in the last `own_steps` of `steps` reward on own samples too."""
     torch.manual_seed(seed)
-    if torch.cuda.is_available():
+    if gpu_names():
         torch.set_default_device("cuda")
     tokenizer, model = build_tokenizer(), build_model()
     head = build_head(model.config.hidden_size)
@@ -231,6 +234,7 @@ def save(
 
 
 def main() -> None:
+    """Trains the model and its head, and writes them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=3000)

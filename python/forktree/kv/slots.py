@@ -31,6 +31,7 @@ class SlotAllocator:
 
     @property
     def in_use(self) -> int:
+        """Slots that are allocated."""
         return self.num_slots - self.num_free
 
     def allocate(self, count: int, extent: int = 0) -> Int32Array:

@@ -273,8 +273,10 @@ class Tree(Nodes):
         self.arena.token[at] = tokens
 
     def undo_append(self, branches: Sequence[Branch] | Int64Array) -> None:
-        """Takes back the token that `append` gave each of the branches last. Unlike after a rewind, their random
-        numbers are what they would have been without it."""
+        """Takes back the token that `append` gave each of the branches last.
+
+        Unlike after a rewind, their random numbers are what they would have been without it.
+        """
         ids = self.ids(branches, distinct=True)
         old = self.branch_node[ids]
         if ((self.parent[old] < 0) & (self.branch_length[ids] == self.start[old] + 1)).any():
@@ -319,9 +321,14 @@ class Tree(Nodes):
     # ---------------------------------------------------------------- what is to be computed
 
     def ids(self, branches: Iterable[Branch] | Int64Array, *, distinct: bool = False) -> Int64Array:
-        """Indices of the branch arrays, `[len(branches)]`. Raises `InvalidInput` unless all are live branches of this
-        tree and, if asked, no two are the same. Every call here takes such an array in place of the branches, and
-        trusts it: it is good as long as none of these is dropped."""
+        """Indices of the branch arrays, `[len(branches)]`.
+
+        Every call here takes such an array in place of the branches, and trusts it: it is good as long as none of these
+        is dropped.
+
+        Raises:
+            InvalidInput: a branch is not a live one of this tree or, if `distinct`, two are the same.
+        """
         if isinstance(branches, np.ndarray):
             return branches
         given = _listed(branches)
@@ -393,8 +400,10 @@ class Tree(Nodes):
     def _computed_again(
         self, node: IntArray, offset: IntArray, late: list[Chunk]
     ) -> list[Chunk]:
-        """Chunks of tokens that have KV, at an offset in a node each, then `late`, those of tokens that have none; one
-        of these that begins where such a chunk ends becomes one with it."""
+        """Chunks of tokens that have KV, at an offset in a node each, then `late`, those of tokens that have none.
+
+        One of the latter that begins where one of the former ends becomes one with it.
+        """
         first_late = {chunk.node: i for i, chunk in enumerate(late)}
         token = np.unique(node.astype(np.int64) << 32 | offset)
         chunks = []

@@ -47,6 +47,7 @@ def check_tree_attention(q: Tensor, pool: KVPool, per_head: dict[str, Tensor]) -
 
 
 def check_plan_tensors(plan: PlanTensors, device: torch.device) -> None:
+    """Of a plan and its slots as tensors."""
     buffer, slot_index, num_tokens, max_partials, _ = plan
     same = buffer.dtype is slot_index.dtype is torch.int32 and buffer.ndim == slot_index.ndim == 1
     if not same or buffer.device != device or slot_index.device != device:
@@ -81,6 +82,7 @@ def check_fits(q_shape: torch.Size, pool: KVPool, plan: AttentionPlan) -> None:
 
 
 def check_append_kv(k: Tensor, v: Tensor, slots: Tensor, pool: KVPool) -> None:
+    """Of `append_kv`."""
     for name, x in (("k", pool.k), ("v", pool.v)):
         if not x.is_contiguous():
             check_apart(name, x)
@@ -108,6 +110,7 @@ def check_slots(slots: Tensor, pool: KVPool) -> None:
 
 
 def check_rotate_rows(q: Tensor, shift: Tensor, inv_freq: Tensor, rotary_dim: int) -> None:
+    """Of `rotate_rows`."""
     if q.ndim != 3 or q.dtype not in FLOATS:
         raise ValueError(f"q must be a floating-point [R, H, D], got {q.dtype} {tuple(q.shape)}")
     rows, _, dim = q.shape
@@ -118,6 +121,7 @@ def check_rotate_rows(q: Tensor, shift: Tensor, inv_freq: Tensor, rotary_dim: in
 
 
 def check_merge_states(o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> None:
+    """Of `merge_states`."""
     if o.ndim != 3 or o.dtype not in FLOATS:
         raise ValueError(f"o must be a floating-point [P, Hq, Dv], got {o.dtype} {tuple(o.shape)}")
     wide = torch.float64 if o.dtype == torch.float64 else torch.float32
@@ -135,6 +139,7 @@ def check_lists(indptr: Tensor, index: Tensor, states: int) -> None:
 
 
 def check_lm_head(hidden: Tensor, lm_head: LmHead) -> None:
+    """Of hidden states and the head they are multiplied with."""
     (weight, bias, scale, softcap), dtype, device = lm_head, hidden.dtype, hidden.device
     if hidden.ndim != 2 or dtype not in FLOATS or not hidden.shape[1]:
         raise ValueError(f"hidden must be floating-point [T, H] with H at least 1, got {dtype} {list(hidden.shape)}")
@@ -153,6 +158,7 @@ def check_lm_head(hidden: Tensor, lm_head: LmHead) -> None:
 
 
 def check_logits(logits: Tensor, hidden: Tensor) -> None:
+    """Of logits that stand in for the product with the head."""
     if logits.ndim != 2 or len(logits) != len(hidden) or not logits.shape[1] or not logits.is_floating_point():
         raise ValueError(
             f"logits must be floating-point [{len(hidden)}, V] with V at least 1, got {logits.dtype} "
@@ -227,6 +233,7 @@ def check_vocab_pass(hidden: Tensor, vocab: int, wanted: VocabPass) -> None:
 
 
 def check_ids(name: str, ids: Tensor, vocab: int) -> None:
+    """That token ids on the CPU lie in the vocabulary."""
     if ids.is_cpu and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         raise ValueError(f"{name} must be in [0, {vocab}), got {int(ids.min())} to {int(ids.max())}")
 
@@ -234,6 +241,7 @@ def check_ids(name: str, ids: Tensor, vocab: int) -> None:
 def check_tensor(
     name: str, x: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype | None = None
 ) -> None:
+    """Of shape, device and dtype; any floating-point dtype by default."""
     if x.shape != shape or x.device != device or (x.dtype not in FLOATS if dtype is None else x.dtype != dtype):
         wanted = "floating-point" if dtype is None else dtype
         raise ValueError(
@@ -242,6 +250,7 @@ def check_tensor(
 
 
 def check_integers(name: str, x: Tensor, size: int, device: torch.device) -> None:
+    """That x holds `size` integers on the device."""
     if x.dtype not in INTEGERS or x.shape != (size,) or x.device != device:
         raise ValueError(
             f"{name} must be int32 or int64 [{size}] on {device}, got {x.dtype} {list(x.shape)} on {x.device}"

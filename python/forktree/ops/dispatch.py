@@ -1,4 +1,6 @@
-"""Which backend computes an operation. `FORKTREE_BACKEND` names one; else this table:
+"""Which backend computes an operation.
+
+`FORKTREE_BACKEND` names one; else this table:
 
     tensors on  operation       dtype              backend  why
     CPU         all             fp32, bf16, fp16   cpu      compiled for this machine
@@ -63,8 +65,10 @@ def select_backend(operation: str, x: Tensor, *others: Any) -> str:
 
 
 def must_dispatch(x: Tensor) -> bool:
-    """Whether torch must see a call on x: a tracer, autograd or a subclass wants to know of it. Else the detour is
-    saved."""
+    """Whether torch must see a call on x, since a tracer, autograd or a subclass wants to know of it.
+
+    Otherwise the detour is saved.
+    """
     return torch.compiler.is_compiling() or x.requires_grad or type(x) is not Tensor
 
 

@@ -12,7 +12,9 @@ from forktree.device import properties
 
 @dataclass(frozen=True)
 class CostModel:
-    """What work costs, in picoseconds. A segment of r rows and t tokens costs, for each KV head,
+    """What work costs, in picoseconds.
+
+    A segment of r rows and t tokens costs, for each KV head,
 
         max(bytes of K and V, multiply-adds and exponentials) + rescaled sums, once every 64 tokens,
 

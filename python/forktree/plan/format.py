@@ -4,6 +4,10 @@ The buffer begins with a header of sizes and section offsets, so that whoever re
 `sections` here, `plan_view` in C++ and CUDA, constants in Triton. Kernels read the offsets on the device, so a captured
 graph follows whatever plan lies at its address.
 
+Kernels trust a plan that `forktree.plan` made. `torch.ops.forktree.tree_attention` is given bare tensors: on the CPU it
+validates them at every call, on a GPU it believes them, as looking would wait for the device. Whoever did not get a
+buffer from `AttentionPlan.on` validates it first, by `forktree._core.check_plan_buffer`.
+
     python -m forktree.plan.format [ROOT]
 
 writes `csrc/plan/format.h` and `triton_kernels/plan_format.py` of the source tree ROOT (default: the one that this file
@@ -32,6 +36,7 @@ class Field(IntEnum):
     note: str
 
     def __new__(cls, note: str) -> Self:
+        """The next place of the record."""
         field = int.__new__(cls, len(cls.__members__))
         field._value_ = len(cls.__members__)
         field.note = note

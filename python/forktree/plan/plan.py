@@ -170,6 +170,7 @@ class AttentionPlan:
 
     @cached_property
     def num_partials(self) -> int:
+        """P, partial attention states that are merged."""
         """P, rows of partials."""
         return int(self.buffer[Header.NUM_PARTIALS])
 
@@ -199,7 +200,9 @@ class AttentionPlan:
         """The same plan after tips grew and their rows moved on.
 
         Args:
-            node_len, row_pos, slot_index: see `TreeLayout.grown`.
+            node_len: see `TreeLayout.grown`.
+            row_pos: likewise.
+            slot_index: likewise.
 
         Raises:
             ValueError: the layout cannot grow like this, or a node grew whose tokens rows see in part (the tip of a
@@ -279,7 +282,8 @@ def plan(
 
     Args:
         layout: what rows may see.
-        num_qo_heads, num_kv_heads: heads of queries and of keys and values.
+        num_qo_heads: heads of queries.
+        num_kv_heads: heads of keys and values; divides num_qo_heads.
         head_dim: elements of a query or key of one head.
         value_dim: elements of a value of one head, default head_dim; only prices depend on it.
         bytes_per_token: K and V of one token in one layer, all KV heads, scales included; default: 2 bytes an element.

@@ -134,6 +134,7 @@ class PendingFromHidden(PendingReward):
         self._rewards, self._temporary = rewards, temporary
 
     def read(self, hidden: Tensor | None) -> Rewards:
+        """See `PendingReward`."""
         assert hidden is not None
         found = np.full(len(self._errors), np.nan)
         values = self._rewards(hidden).detach().to("cpu", torch.float64).numpy()
@@ -141,5 +142,6 @@ class PendingFromHidden(PendingReward):
         return Rewards(found, list(self._errors))
 
     def close(self) -> None:
+        """See `PendingReward`."""
         if self._temporary and self.worker is not None:
             self.worker.tree.drop(self.branches)

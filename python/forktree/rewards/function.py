@@ -34,6 +34,7 @@ class FunctionReward(Reward):
         self.function, self.time_limit = function, time_limit
 
     def start(self, given: RewardInput) -> PendingReward:
+        """See `Reward`."""
         return _PendingCalls(self, list(zip(given.prompts, given.responses(), strict=True)))
 
 

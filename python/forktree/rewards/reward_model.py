@@ -115,12 +115,14 @@ class RewardModel(Reward):
         return cls(ModelWorker(model, num_slots=num_slots), tokenizer, head, format=chosen, pad_token_id=pad)
 
     def check(self, worker: "ModelWorker") -> None:
+        """See `Reward`."""
         if (proof := self._worker.prove()) is not None:
             with self._worker.claim():
                 self._worker.renew(*proof)
         self._head.check(self._worker)
 
     def start(self, given: RewardInput) -> PendingReward:
+        """See `Reward`."""
         with self._worker.claim():
             return self._begin(given)
 

@@ -151,8 +151,11 @@ def chosen_format(name: str | None, **changes: str | None) -> StepFormat | None:
 
 
 def expected_format(directory: Path) -> tuple[str, str] | None:
-    """The architecture that the config of a model directory names, and the format that such models are known to be read
-    by; None if it names none of them."""
+    """The architecture that the config of a model directory names, and the format such models are known to need.
+
+    Returns:
+        Architecture and name of the format; None if the directory names no known architecture.
+    """
     try:
         names: Sequence[str] = json.loads((directory / "config.json").read_text(encoding="utf-8"))["architectures"]
         architecture = str(names[0])

@@ -31,6 +31,7 @@ class TokenProbability(Reward):
             raise InvalidInput(f"tokens must be at least two different ids, got {self._tokens}")
 
     def check(self, worker: "ModelWorker") -> None:
+        """See `Reward`."""
         bad = [t for t in (*self._tokens, *self._suffix) if t >= worker.runner.vocab_size]
         if bad:
             raise InvalidInput(f"token ids must lie in [0, {worker.runner.vocab_size}), got {bad}")
@@ -47,6 +48,7 @@ class TokenProbability(Reward):
         return rewards
 
     def start(self, given: RewardInput) -> PendingReward:
+        """See `Reward`."""
         worker, branches = given.worker, list(given.branches)
         if not self._suffix:
             return PendingFromHidden(worker, branches, self.rewards_on(worker))

@@ -137,6 +137,7 @@ class ValueHead(Reward):
         raise InvalidInput(f"{path}: no value head found: expected {expected}, got keys {got}")
 
     def check(self, worker: "ModelWorker") -> None:
+        """See `Reward`."""
         if worker.runner.hidden_size != self._head.hidden_size:
             raise InvalidInput(
                 f"the value head takes hidden states of size {self._head.hidden_size}, "
@@ -152,12 +153,15 @@ class ValueHead(Reward):
         return self.rewards
 
     def start(self, given: RewardInput) -> PendingReward:
+        """See `Reward`."""
         return PendingFromHidden(given.worker, given.branches, self.rewards)
 
 
 def _read_tensors(path: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """Tensors whose names start with one of `prefixes`, from a safetensors file or all of a directory. Of a directory
-    whose index lists such tensors, those and no others."""
+    """Tensors whose names start with one of `prefixes`, from a safetensors file or all of a directory.
+
+    Of a directory whose index lists such tensors, those and no others.
+    """
     if not path.is_dir():
         return _tensors_of(path, prefixes)
     if not (files := sorted(path.glob("*.safetensors"))):

@@ -30,11 +30,15 @@ T = TypeVar("T")
 
 
 class Stop(Protocol):
-    """Decides whether a branch stops behind its newest token."""
+    """Decides whether a branch stops after its newest token."""
 
     def __call__(self, token: int, tokens: Sequence[int]) -> bool:
-        """`token` is the newest; `tokens` are all that this `extend` has added, `token` included, after those that its
-        `unfinished` names."""
+        """Whether to stop.
+
+        Args:
+            token: the newest.
+            tokens: all that this `extend` has added, `token` included, after those that its `unfinished` names.
+        """
         ...
 
 

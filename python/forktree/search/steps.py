@@ -145,6 +145,7 @@ class Walkers:
 
         Args:
             order: walkers to return, best first.
+            context: that of the search.
             scores: what they are ranked by, `[N]`; default: their newest rewards.
             weights: normalised weights, `[N]`, if there are any.
         """
@@ -173,6 +174,8 @@ async def grow(walkers: Walkers, which: Indices, context: SearchContext, search:
     Args:
         walkers: changed in place.
         which: indices of those to extend, int64 `[m]`.
+        context: that of the search.
+        search: says where a step ends, and how tokens are sampled.
     """
     limit = np.minimum(search.max_step_tokens, context.max_new_tokens - walkers.num_tokens[which])
     walkers.steps[which] += 1

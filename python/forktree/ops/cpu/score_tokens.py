@@ -1,4 +1,4 @@
-"""`forktree.ops.score_tokens` by `csrc/cpu/score_tokens.cpp`."""
+"""`forktree.ops.score_tokens` by `csrc/cpu/score_tokens/`."""
 
 import torch
 from torch import Tensor

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from forktree.ops.checks import check_lists, math_dtype
-
-Array = np.ndarray[Any, Any]
+from forktree.types import AnyArray
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class MergeLists:
     line: Tensor | None  # [T] int64: line of each output
 
 
-def merge_lists(indptr: Array, index: Array, device: torch.device) -> MergeLists:
+def merge_lists(indptr: AnyArray, index: AnyArray, device: torch.device) -> MergeLists:
     """From lists as CSR: indptr [T+1], index [P]."""
     count = np.diff(indptr)
     longest = np.argsort(-count, kind="stable")

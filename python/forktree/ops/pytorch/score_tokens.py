@@ -159,10 +159,12 @@ class Mass:
 
     @property
     def lse(self) -> Tensor:
+        """Log-sum-exp of each row."""
         return self.top + self.sum.log()
 
     @property
     def entropy(self) -> Tensor:
+        """Entropy of each row, in nats."""
         return self.sum.log() - self.weighted / self.sum
 
 
@@ -262,6 +264,7 @@ class Shaping:
         return cls(wanted.keys, temperature, greedy, limit, top_p, min_p, edited, wanted.allowed)
 
     def at(self, rows: Rows) -> Shaping:
+        """That of some rows."""
         return Shaping(
             self.keys[rows],
             self.temperature[rows],
@@ -296,14 +299,17 @@ class Shaping:
 
 @dataclass(frozen=True)
 class Edited:
-    """Edits on the host, in ascending order of token: rows, tokens, operations, values. Those that follow on another of
-    the same row and token lie in the next layer."""
+    """Edits on the host, in ascending order of token: rows, tokens, operations, values.
+
+    An edit that follows another of the same row and token is in the next layer.
+    """
 
     num_rows: int
     layers: list[tuple[Tensor, ...]]
 
     @classmethod
     def of(cls, indptr: Tensor, ids: Tensor, ops: Tensor, values: Tensor) -> Edited:
+        """From the CSR arrays of a request."""
         num_rows, at = len(indptr) - 1, torch.arange(len(ids))
         rows = torch.arange(num_rows).repeat_interleave(indptr.diff())
         follows = (ids.diff() == 0) & (rows.diff() == 0)
@@ -316,6 +322,7 @@ class Edited:
         return cls(num_rows, layers)
 
     def at(self, rows: Rows) -> Edited:
+        """Those of some rows."""
         places = torch.arange(self.num_rows)[rows if isinstance(rows, slice) else rows.cpu()]
         place = torch.full((self.num_rows,), -1)
         place[places] = torch.arange(len(places))
@@ -403,8 +410,10 @@ def _threshold(
     limit: Tensor,
     by_mass: bool,
 ) -> Tensor:
-    """The smallest s of each row above which there are fewer than `limit` tokens, or less than this share of the mass:
-    `[T]`. Those below `floor` do not count. One pass for every DIGIT bits of s, most significant first."""
+    """The smallest s of each row above which there are fewer than `limit` tokens, or less than this share of the mass.
+
+    `[T]`. Tokens below `floor` do not count. One pass is made for every DIGIT bits of s, most significant first.
+    """
     real, signs = floor.dtype, 1 << DIGIT - 1
     bins = torch.empty(len(floor), 1 << DIGIT, dtype=torch.float64, device=floor.device)
     above = torch.zeros_like(bins[:, 0])  # the number or the mass of what is beyond this prefix

@@ -10,7 +10,6 @@ partials; `combine` makes outputs of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +22,7 @@ from forktree.ops.pytorch.merge_states import MergeLists, combine, merge_lists
 from forktree.plan.format import Item, Row, Seg
 from forktree.plan.layout import TreeLayout, ranges
 from forktree.plan.plan import AttentionPlan
-
-Array = np.ndarray[Any, Any]
+from forktree.types import AnyArray
 
 LONG = 512  # tokens from which a segment is a block of its own, which can be read in place
 MAX_SCORES = 1 << 20  # scores of one batch of blocks: 4 MB in fp32, near the L2 cache
@@ -48,6 +46,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prepared:
+    """A plan as batches of equal shape, and how their partials are merged."""
+
     device: torch.device
     batches: list[Batch]
     merge: MergeLists  # outputs (token, KV head) from partials (block, KV head, row), G heads each
@@ -213,7 +213,7 @@ class _Work:
             uneven |= (first_pos <= farthest - plan.window) | (last_pos > nearest)
         self.uneven = np.bincount(run, uneven, first.size) > 0
 
-    def blocks(self) -> Array:
+    def blocks(self) -> AnyArray:
         """[K, 5] blocks of runs with tokens; too large ones are cut, first by tokens, then by rows."""
         blocks = np.stack([np.arange(len(self.rows)), *self.rows.T, self.begin, self.end], 1)
         blocks = blocks[self.end > self.begin]
@@ -257,7 +257,7 @@ class _Work:
         )
         return min(int(row_end - row_begin), int(plan.seg_tokens[last])) if chunk else 0
 
-    def batches(self, blocks: Array) -> list[Array]:
+    def batches(self, blocks: AnyArray) -> list[AnyArray]:
         """Groups blocks (their indices) so that padding costs less than one more group would."""
         plan = self.plan
         rows, tokens = blocks[:, 2] - blocks[:, 1], blocks[:, 4] - blocks[:, 3]
@@ -269,7 +269,7 @@ class _Work:
         key = row_class * 64 + np.ceil(2 * np.log2(tokens[rest])).astype(np.int64)
         order = np.argsort(key, kind="stable")
         rest, key = rest[order], key[order]
-        pending: list[tuple[Array, int, int, int]] = []  # group, rows, tokens, cost
+        pending: list[tuple[AnyArray, int, int, int]] = []  # group, rows, tokens, cost
         for ids in np.split(rest, np.flatnonzero(np.diff(key)) + 1) if rest.size else []:
             r, t = int(rows[ids].max()), int(tokens[ids].max())
             cost = self._cost(ids.size, r, t)
@@ -291,7 +291,7 @@ class _Work:
         """In scores; a gathered token of one KV head is priced as two."""
         return BATCH_COST + blocks * tokens * (rows * self.plan.num_qo_heads + 2 * self.plan.num_kv_heads)
 
-    def _in_place(self, blocks: Array) -> Array:
+    def _in_place(self, blocks: AnyArray) -> AnyArray:
         """Which blocks are worth reading in place: one long run of consecutive slots."""
         first, last = blocks[:, 3], blocks[:, 4] - 1
         result = last - first + 1 >= LONG
@@ -299,8 +299,8 @@ class _Work:
             result[i] = (np.diff(self.slot[first[i] : last[i] + 1]) == 1).all()
         return result
 
-    def batch(self, blocks: Array, device: torch.device) -> Batch:
-        """blocks: [B, 5]"""
+    def batch(self, blocks: AnyArray, device: torch.device) -> Batch:
+        """The batch of some blocks, `[B, 5]`."""
         plan = self.plan
         run, row_begin, row_end, begin, end = blocks.T[:, :, None]
         rows = np.minimum(row_begin + np.arange((row_end - row_begin).max()), row_end - 1)  # [B, R] in plan order
@@ -314,7 +314,7 @@ class _Work:
         slot = self.slot[tokens]
         in_place = len(blocks) == 1 and bool(self._in_place(blocks)[0])
 
-        def to_device(array: Array) -> Tensor:
+        def to_device(array: AnyArray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         return Batch(
@@ -327,13 +327,13 @@ class _Work:
             k_pos=to_device(self.pos[tokens][:, None, None, None, :]),
         )
 
-    def _unseen(self, row: Array, token: Array) -> Array:
+    def _unseen(self, row: AnyArray, token: AnyArray) -> AnyArray:
         """Of pairs of plan rows [B, R, 1] and tokens [B, 1, L] of one run: not seen."""
         plan, layout = self.plan, self.layout
         tip, tail, last, mask = (plan.row[row, column] for column in (Row.TIP, Row.TAIL, Row.LAST, Row.MASK))
         offset = self.offset[token]
         own = (plan.seg[self.segment[token], Seg.NODE] == tip) & (offset >= tail)
-        unseen: Array = own & (offset > last)
+        unseen: AnyArray = own & (offset > last)
         if layout.mask_bits is not None and layout.mask_bits.size:
             own &= (mask >= 0) & ~unseen
             bit = np.where(own, offset - tail, 0)

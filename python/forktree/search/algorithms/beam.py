@@ -304,8 +304,10 @@ class BeamSearch(Search):
             raise InvalidInput(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
 
     async def run(self, context: SearchContext) -> list[Hypothesis]:
-        """The best finished beams; the score is the sum of log-probs over `length ** length_penalty`. Fewer than
-        `num_return_sequences` where logits processors leave no more."""
+        """The best finished beams; the score is the sum of log-probs over `length ** length_penalty`.
+
+        There are fewer than `num_return_sequences` if logits processors leave no more.
+        """
         rules = BeamRules(
             num_beams=self.num_beams,
             num_candidates=max(2, 1 + len(context.eos_token_ids)) * self.num_beams,

@@ -1,12 +1,12 @@
 // Scores of the next token on a CPU, compiled once for each instruction set.
 //
-// Lanes of a vector are rows of hidden states, each of lm_head's elements is broadcast against them: logits of 64
-// tokens come out token by token, so that maxima, sums and draws work down the lanes. A lane's results depend neither
-// on its neighbours nor on how many there are.
+// The lanes of a vector are rows of hidden states, and each element of lm_head is broadcast against them: logits of 64
+// tokens are computed token by token, so that maxima, sums and samples work down the lanes. A lane's results depend
+// neither on its neighbours nor on their number.
 //
-// lm_head streams from memory in order: a few rows of it are copied, widened if need be, to where the product reads
-// them, and what comes next is asked for meanwhile.
-#include "cpu/score_tokens.hpp"
+// lm_head streams from memory in order: a few of its rows are copied, widened if need be, to where the product reads
+// them, while the next ones are prefetched.
+#include "cpu/score_tokens/score_tokens.hpp"
 #include "simd/elements.hpp"
 #if defined(FORKTREE_TILES)
 #include "simd/amx.hpp"
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t TILE = NOISE_TILE;  // tokens whose logits are held at a time
 constexpr int STAGED = 16;            // rows of lm_head that are staged at a time
-constexpr int64_t DEPTH = 128;        // terms of them; what they sum to is added to the logits
+constexpr int64_t DEPTH = 128;        // terms of these rows; their sum is added to the logits
 constexpr int64_t STRIDE = DEPTH + 16;
 #if defined(__AVX512F__)
 constexpr int SUMS = 16;  // vectors that are summed up at once, of 32 registers
@@ -191,16 +191,16 @@ inline bool any(vi mask) {
     return all != 0;
 }
 
-// ------------------------------------------------------------------ a chunk
+// ------------------------------------------------------------------ a vocab tile
 
 template <class Element>
-class Walk {
+class VocabPass {
     typedef typename Element::Term Term;
 
     const ScoringPass& pass;
     const ScoreTokensParams& call;
     const int64_t lanes, terms;
-    const ChunkSums& sums;
+    const VocabTileSums& sums;
     ScoringWorker& worker;
     float* logits;    // [TILE, lanes]
     float* edited;    // [TILE, lanes], of one vector of lanes at a time: only its columns are used
@@ -211,7 +211,7 @@ class Walk {
 public:
     static int64_t bytes(int64_t lanes) { return 4 * (2 * TILE * lanes + STAGED * STRIDE + round_up(lanes, 16)); }
 
-    Walk(const ScoringPass& pass, const ChunkSums& sums, ScoringWorker& worker)
+    VocabPass(const ScoringPass& pass, const VocabTileSums& sums, ScoringWorker& worker)
         : pass(pass),
           call(*pass.call),
           lanes(pass.lanes),
@@ -236,7 +236,7 @@ public:
             for (int64_t lane = 0; lane < lanes; lane += VL) {
                 finish(token, n, lane);
                 if (pass.purpose == Purpose::score) score(token, n, lane);
-                else if (pass.purpose == Purpose::draw) draw_left(token, n, lane);
+                else if (pass.purpose == Purpose::sample) sample_left(token, n, lane);
                 else count(token, n, lane);
             }
         }
@@ -291,7 +291,7 @@ private:
         }
     }
 
-    // Scale, bias and cap.
+    // Applies scale, bias and cap.
     void finish(int64_t token, int64_t n, int64_t lane) {
         if (call.scale == 1.0f && !call.bias && call.softcap == 0.0f) return;
         const float inverse_cap = call.softcap == 0.0f ? 0.0f : 1.0f / call.softcap;
@@ -307,7 +307,7 @@ private:
 
     // ---- edits, mask, temperature
 
-    // Puts the cursors on the first edits of tokens from `token` on.
+    // Moves the cursors to the first edits of tokens from `token` on.
     void seek(int64_t token) {
         for (int64_t lane = 0; lane < pass.rows; ++lane) {
             const int32_t row = pass.row[lane];
@@ -359,7 +359,7 @@ private:
         }
     }
 
-    // ---- what is found out
+    // ---- results
 
     void score(int64_t token, int64_t n, int64_t lane) {
         const float* z = logits + lane;
@@ -372,19 +372,19 @@ private:
         if (s == z) {
             store(sums.shaped_max + lane, load(sums.max + lane));
             store(sums.shaped_sum + lane, load(sums.sum + lane));
-            return draw(s, token, n, lane, plain);
+            return sample(s, token, n, lane, plain);
         }
         const vf shaped_top = top_of(s, n, lanes);
         if (worker.shaped) push(worker.shaped, s, token, n, lane, shaped_top);
         const Sums shaped = sums_of<false>(s, n, lanes, shaped_top);
         add(sums.shaped_max + lane, sums.shaped_sum + lane, nullptr, shaped);
-        draw(s, token, n, lane, shaped);
+        sample(s, token, n, lane, shaped);
     }
 
     void push(CandidateList* lists, const float* x, int64_t token, int64_t n, int64_t lane, vf top) {
         vf floor;
         for (int i = 0; i < VL; ++i) floor[i] = lane + i < pass.rows ? lists[lane + i].floor : INF;
-        const vi passed = ~(top <= floor);  // a NaN floor is below all
+        const vi passed = ~(top <= floor);  // a NaN floor is below all values
         if (!any(passed)) return;
         for (int i = 0; i < VL && lane + i < pass.rows; ++i) {
             if (!passed[i]) continue;
@@ -392,7 +392,7 @@ private:
             for (int64_t j = 0; j < n; ++j) {
                 const float value = x[j * lanes + i];
                 if (value <= list.floor || value != value) continue;
-                if (list.size == list.room) {
+                if (list.size == list.capacity) {
                     shrink(list);
                     if (value <= list.floor) continue;
                 }
@@ -401,27 +401,27 @@ private:
         }
     }
 
-    // The score of a tile of each lane against the lead.
-    void draw(const float* s, int64_t token, int64_t n, int64_t lane, const Sums& tile) {
+    // Updates each lane's Gumbel argmax by a tile.
+    void sample(const float* s, int64_t token, int64_t n, int64_t lane, const Sums& tile) {
         alignas(64) float exponential[VL];
         uint32_t low[VL];
         noise(token / TILE, lane, exponential, low);
-        vf lead, greedy;
+        vf best, greedy;
         for (int i = 0; i < VL; ++i) {
             const bool real = lane + i < pass.rows;
-            lead[i] = real && !pass.waits[lane + i] ? worker.lead[lane + i].score : INF;
+            best[i] = real && !pass.waits[lane + i] ? worker.argmax[lane + i].score : INF;
             greedy[i] = real ? pass.greedy[lane + i] : 0.0f;
         }
         const vf mass = base_of(tile.max) + log(tile.sum) - log(load(exponential));
         vf score = greedy != 0.0f ? tile.max : mass;
         score = tile.max == -INF ? splat(-INF) : score;
-        const vi leads = score > lead;
-        if (!any(leads)) return;
+        const vi wins = score > best;
+        if (!any(wins)) return;
         alignas(64) float weights[TILE * VL];
         const vf base = base_of(tile.max);
         for (int64_t j = 0; j < n; ++j) store(weights + j * VL, exp(load(s + j * lanes) - base));
         for (int i = 0; i < VL; ++i) {
-            if (!leads[i]) continue;
+            if (!wins[i]) continue;
             int64_t at = 0;
             if (greedy[i] != 0.0f) {
                 while (s[at * lanes + i] != tile.max[i]) ++at;
@@ -431,12 +431,12 @@ private:
                 const float aim = float(low[i]) * 0x1p-32f * total;
                 for (int64_t j = 0; j < n; ++j) {
                     const float weight = weights[j * VL + i];
-                    if (weight > 0.0f) at = j;  // the last one with any, should rounding leave the aim unreached
+                    if (weight > 0.0f) at = j;  // the last token with any, in case rounding leaves the aim unreached
                     below += weight;
                     if (weight > 0.0f && below > aim) break;
                 }
             }
-            worker.lead[lane + i] = {score[i], int32_t(token + at), s[at * lanes + i], logits[at * lanes + lane + i]};
+            worker.argmax[lane + i] = {score[i], int32_t(token + at), s[at * lanes + i], logits[at * lanes + lane + i]};
         }
     }
 
@@ -460,7 +460,7 @@ private:
 
     // ---- rows that need another pass
 
-    void draw_left(int64_t token, int64_t n, int64_t lane) {
+    void sample_left(int64_t token, int64_t n, int64_t lane) {
         const float* s = shape(token, n, lane);
         const vf threshold = load(pass.threshold + lane);
         float* left = edited + lane;
@@ -470,7 +470,7 @@ private:
         }
         const Sums tile = sums_of<false>(left, n, lanes, top_of(left, n, lanes));
         add(sums.shaped_max + lane, sums.shaped_sum + lane, nullptr, tile);
-        draw(left, token, n, lane, tile);
+        sample(left, token, n, lane, tile);
     }
 
     void count(int64_t token, int64_t n, int64_t lane) {
@@ -531,15 +531,15 @@ int64_t packed_bytes(const ScoreTokensParams& call, int64_t lanes) {
 
 template <class Element>
 int64_t scratch_bytes(const ScoreTokensParams&, int64_t lanes) {
-    return Walk<Element>::bytes(lanes);
+    return VocabPass<Element>::bytes(lanes);
 }
 
 template <class Element>
-void walk(const ScoringPass& pass, int64_t begin, int64_t end, const ChunkSums& sums, ScoringWorker& worker) {
+void run(const ScoringPass& pass, int64_t begin, int64_t end, const VocabTileSums& sums, ScoringWorker& worker) {
 #if defined(FORKTREE_TILES)
     tiles_begin();
 #endif
-    Walk<Element>(pass, sums, worker).run(begin, end);
+    VocabPass<Element>(pass, sums, worker).run(begin, end);
 #if defined(FORKTREE_TILES)
     tiles_end();
 #endif
@@ -547,7 +547,7 @@ void walk(const ScoringPass& pass, int64_t begin, int64_t end, const ChunkSums& 
 
 template <class Element>
 ScoringKernel kernel_of() {
-    return {VL, packed_bytes<Element>, scratch_bytes<Element>, pack<Element>, walk<Element>};
+    return {VL, packed_bytes<Element>, scratch_bytes<Element>, pack<Element>, run<Element>};
 }
 
 }  // namespace
