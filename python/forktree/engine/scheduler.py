@@ -56,6 +56,8 @@ def schedule(
     Where slots are short, kept prefixes give way first, then whatever no request sees.
 
     Args:
+        worker: Whose pass it is.
+        states: Requests of its branches.
         budget: Maximum of tokens of a pass.
         unread: Whether tokens were sampled that the host does not know.
     """
