@@ -117,7 +117,7 @@ def main() -> None:
         f"{n} beams": forktree.BeamSearch(num_beams=n),
     }
     report = {name: measure(decoder, clock, search, args) for name, search in searches.items()}
-    look = median(repeat(decoder.worker.prove, number=1, repeat=25)) * 1e3
+    look = median(repeat(decoder.worker.verify, number=1, repeat=25)) * 1e3
     table = Table(title=f"ms a step, {args.shape} bf16, prompt {args.prompt}, {args.threads} threads")
     for column in ("", "step", *PARTS, "outside model and head"):
         table.add_column(column, justify="right")

@@ -22,7 +22,7 @@ VOCAB = models.VOCAB
 
 
 def trie_size(texts: Sequence[Sequence[int]]) -> int:
-    """Distinct prefixes that have a token behind them."""
+    """Distinct prefixes that have a token after them."""
     return len({tuple(text[: i + 1]) for text in texts for i in range(len(text) - 1)})
 
 
@@ -61,7 +61,7 @@ def test_many_answers_cost_their_question_once() -> None:
     found = sequence_logprobs(decoder, texts, prompt_lengths=[len(question)] * len(texts))
     assert decoder.worker.tokens_computed == trie_size(texts) <= len(question) + 3 * 30
     assert_close(found, [log_probs[len(question) - 1 :] for log_probs in reference(tiny.model(), texts)])
-    assert sum(np.exp(p[0]) for p in found[30:]) == pytest.approx(1)  # all there is behind the question
+    assert sum(np.exp(p[0]) for p in found[30:]) == pytest.approx(1)  # all there is after the question
 
 
 def test_what_a_tokenizer_returns_is_scored_without_its_padding() -> None:
@@ -112,7 +112,7 @@ def test_bf16_is_as_good_as_its_model() -> None:
 
 
 def test_the_longest_text_there_may_be() -> None:
-    """Every position of the model is used; the last token stands behind them."""
+    """Every position of the model is used; the last token comes after them."""
     rng = np.random.default_rng(5)
     model = tiny.new_model(rope_parameters=tiny.LIMITED)
     text = rng.integers(tiny.VOCAB, size=model.config.max_position_embeddings + 1).tolist()

@@ -55,7 +55,7 @@ class Steps:
         root.drop()
 
     def step(self) -> None:
-        """One token for every branch, and the logits behind it."""
+        """One token for every branch, and the logits after it."""
         worker = self.worker
         worker.tree.append(self.branches, self._rng.integers(0, self._vocab, len(self.branches)))
         self._compute(worker.tree.pending(self.branches))

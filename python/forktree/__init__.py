@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from forktree.search import BeamSearch, BestOfN, Greedy, Hypothesis, MajorityVote, ParticleFilter, Sample
     from forktree.sequences import sequence_logprobs
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 __all__ = [
     "AttentionPlan",

@@ -39,7 +39,7 @@ class Candidate:
 
     @property
     def token_ids(self) -> list[int]:
-        """Tokens behind the prompt, EOS not included."""
+        """Tokens after the prompt, EOS not included."""
         return [int(t) for t in self.hypothesis.token_ids]
 
 
@@ -47,8 +47,13 @@ class Candidate:
 class SearchResult:
     """What a search found for one prompt, or why it failed.
 
-    index: the prompt's place in the list given. prompt: its text, or its token ids. candidates: best first; empty if
-    `error` is set. trace: what the search did.
+    Attributes:
+        index: the prompt's place in the list given.
+        prompt: its text, or its token ids.
+        candidates: best first; empty if `error` is set.
+        counters: what the search cost.
+        trace: what the search did.
+        error: why the search failed.
     """
 
     index: int
@@ -75,27 +80,31 @@ class SearchResult:
 
 
 class Decoder:
-    """Runs searches on a Hugging Face causal language model, its shared tokens stored and computed once.
-
-    model: any causal LM whose every layer is softmax attention, in evaluation mode, fp32, bf16 or fp16, also mixed,
-        under autocast, quantised or offloaded; proved on construction (`UnsupportedModel` names what fails).
-    tokenizer: its tokenizer; without one, prompts are token ids and texts cannot stop or be scored. It may know more
-        tokens than the model embeds: the ids that occur must be the model's.
-    num_slots: most tokens whose KV may exist at once (None: at most 65,536, within a quarter of the free memory).
-        Memory is taken as they come: for 512 at first (on a GPU, 512 MiB if that is more), and at least twice as much
-        each time that it is short.
-    max_batch_tokens: most tokens of one forward pass; longer prefills are split and mixed with decoding.
-    prefix_cache: keep finished prompts for later prompts that begin alike, until their slots are needed.
-    models: further models by name, for searches that ask them (`SearchContext.open`), such as a draft model. Each has a
-        tree and `num_slots` slots of its own, and shares the tokenizer.
+    """Runs searches on a Hugging Face causal language model. Shared tokens are stored and computed once.
 
     The model is run as it is, and stays as it is for others that use it at the same time. Every call looks whether it
-    has changed, and if so proves it anew (`UnsupportedModel` if that fails) and drops all KV, hidden states and kept
-    prompts. Seen are parameters, buffers and modules that were replaced, written in place, moved or cast; hooks,
-    overrides of `forward`, adapters and other attributes of modules; values in configs; autocast. Not seen are writes
-    that PyTorch does not count (through `.data`, to inference tensors, by other libraries' kernels, to weights that are
-    offloaded) and what hooks look up outside modules: after those, call `weights_changed`. A search under way looks
-    when it has given a result: it keeps its tokens, and computes them again with the new weights.
+    has changed. If it has, the call verifies it anew (`UnsupportedModel` if that fails) and drops all KV, hidden states
+    and kept prompts. A change is seen in parameters, buffers and modules that were replaced, written in place, moved or
+    cast; in hooks, overrides of `forward`, adapters and other attributes of modules; in values of configs; in autocast.
+    A change is not seen where PyTorch does not count it (writes through `.data`, to inference tensors, by other
+    libraries' kernels, to weights that are offloaded) or where hooks look up something outside modules: call
+    `weights_changed` after those. A search under way looks when it has given a result: it keeps its tokens, and
+    computes them again with the new weights.
+
+    Args:
+        model: any causal LM whose every layer is softmax attention, in evaluation mode, fp32, bf16 or fp16, also mixed,
+            under autocast, quantised or offloaded. It is verified at once: `UnsupportedModel` names what fails.
+        tokenizer: the model's tokenizer. Without one, prompts are token ids, and texts cannot stop or be judged. It may
+            know more tokens than the model embeds: the ids that occur must be the model's.
+        num_slots: maximum number of tokens whose KV exists at once (None: at most 65,536, within a quarter of the free
+            memory). Memory is taken as tokens come: for 512 at first (on a GPU, 512 MiB if that is more), and at least
+            twice as much each time that it is short.
+        max_batch_tokens: maximum number of tokens of one forward pass; longer prefills are split and mixed with
+            decoding.
+        prefix_cache: whether finished prompts are kept for later prompts that begin alike, until their slots are
+            needed.
+        models: further models by name, for searches that ask them (`SearchContext.open`), such as a draft model. Each
+            has a tree and `num_slots` slots of its own, and shares the tokenizer.
     """
 
     def __init__(
@@ -147,22 +156,25 @@ class Decoder:
     ) -> Generator[SearchResult, None, None]:
         """Results as they finish, in any order; `result.index` says whose.
 
-        prompts: texts or token ids, or a single one; ids as a sequence of integers, an array or tensor `[n]`, or what a
-            tokenizer returns (`apply_chat_template` too), its padding left out. Such a batch by itself is several
-            prompts. Of a text, what the tokenizer puts at its end is dropped; an EOS that it spells out stays. Rewards
-            see a text as it is, and ids decoded with their special tokens.
-        search: one for all prompts, or one for each.
-        max_new_tokens: most tokens behind the prompt, EOS included.
-        seed: same seed and prompt, same text, whatever else is in the batch (fp32; otherwise up to rounding). From 0 to
-            2^127 - 1.
-        on_step: called after every forward pass.
+        A search that fails while it runs is a result with `error` set; the others go on. Closing the iterator, from any
+        thread, cancels what still runs. Ctrl-C ends this call's searches after the step under way; pressed twice, it
+        ends all searches at once. Results of several calls may be read in turns, by one thread.
 
-        Raises `InvalidInput` before anything runs if a prompt or setting is bad. A search that fails later is a
-        result with `error` set; the others go on. Closing the iterator, from any thread, cancels what still runs.
+        Args:
+            prompts: texts or token ids, or a single one; ids as a sequence of integers, an array or tensor `[n]`, or
+                what a tokenizer returns (`apply_chat_template` too), its padding left out. Such a batch by itself is
+                several prompts. Of a text, what the tokenizer puts at its end is dropped; an EOS that it spells out
+                stays. Rewards see a text as it is, and ids decoded with their special tokens.
+            search: one for all prompts, or one for each.
+            max_new_tokens: maximum number of tokens after the prompt, EOS included.
+            seed: same seed and prompt, same text, whatever else is in the batch (fp32; otherwise up to rounding). From
+                0 to 2^127 - 1.
+            on_step: called after every forward pass.
 
-        Results of several calls may be read in turns, by one thread. The first result raises `DecoderInUse` if those of
-        another thread are not all read yet, or inside a call of this Decoder to a reward, processor, stop, `on_step` or
-        search. Ctrl-C ends this call's searches, after the step under way; pressed twice, at once, and all searches.
+        Raises:
+            InvalidInput: before anything runs, if a prompt or setting is bad.
+            DecoderInUse: at the first result, if those of another thread are not all read yet, or inside a call of this
+                Decoder to a reward, processor, stop, `on_step` or search.
         """
         self.engine.renew()
         texts = read_prompts(prompts)
@@ -206,7 +218,7 @@ class Decoder:
         return tokens
 
     def weights_changed(self) -> None:
-        """Says that models have changed where it cannot be seen: the next call proves them anew and keeps nothing."""
+        """Says that models have changed where it cannot be seen: the next call verifies them anew and keeps nothing."""
         for worker in self.engine.workers.named.values():
             worker.weights_changed()
 
@@ -254,9 +266,7 @@ class Decoder:
         start = partial(self._start, search, max_new_tokens, trace)
         return self.engine.submit(start, [tokens], text=self._text(prompt), seed=seed, run=run)
 
-    async def _start(
-        self, search: Search, max_new_tokens: int, trace: SearchTrace, task: Task
-    ) -> list[Candidate]:
+    async def _start(self, search: Search, max_new_tokens: int, trace: SearchTrace, task: Task) -> list[Candidate]:
         root = task.roots[0].branch
         text_of = None if self.tokenizer is None else response_text(self.tokenizer, root.tokens.tolist())
         context = SearchContext(
@@ -328,9 +338,7 @@ class Decoder:
                 "lower max_new_tokens"
             )
         if len(ids) > runner.num_slots:
-            raise InvalidInput(
-                f"{name} has {len(ids)} tokens, the KV pool holds {runner.num_slots}: raise num_slots"
-            )
+            raise InvalidInput(f"{name} has {len(ids)} tokens, the KV pool holds {runner.num_slots}: raise num_slots")
 
     def _text(self, prompt: Prompt) -> str:
         """A prompt as rewards see it: of token ids their text, with special tokens, if there is a tokenizer."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from forktree.checks import integer, shown
 from forktree.decoder import Decoder
@@ -27,9 +27,7 @@ from forktree.ops.token_request import RaggedIds, TokenRequest
 from forktree.plan.layout import ranges
 from forktree.prompts import unpadded
 from forktree.search.request import score_tokens
-
-Ints = NDArray[np.int64]
-LogProbs = NDArray[np.float64]
+from forktree.types import Float64Array, Int64Array
 
 
 def sequence_logprobs(
@@ -39,30 +37,35 @@ def sequence_logprobs(
     prompt_lengths: Sequence[int] | None = None,
     num_slots: int | None = None,
     max_batch_tokens: int = 512,
-) -> list[LogProbs]:
-    """Log-prob of each token of each sequence, given all tokens before it: natural logs of the model's own
-    probabilities, as they are.
+) -> list[Float64Array]:
+    """Log-prob of each token of each sequence, given all tokens before it.
 
+    These are natural logs of the model's own probabilities, as they are.
     Beginnings that sequences share are computed once: many answers to one question cost the question once. A last token
-    is never computed, as nothing stands behind it.
+    is never computed, as nothing follows it.
 
     Args:
-        model: a causal language model as `Decoder` takes it, which is proved if it is not as it was at the last call;
-            or a `Decoder`, whose model and slots are used. Its kept prefixes, then its running searches, give way where
-            slots are short.
+        model: a causal language model as `Decoder` takes it, which is verified if it is not as it was at the last call;
+            or a `Decoder`, whose model and slots are used. Where slots are short, its kept prefixes give way first,
+            and then this call waits for searches that are older.
         sequences: token ids of each, 1-D, at least one; or what a tokenizer returns for several texts, its padding left
             out.
-        prompt_lengths: how many tokens of each sequence are given, at least 1; default: 1, as nothing stands before
-            the first.
+        prompt_lengths: how many tokens of each sequence are given, at least 1; default: 1, as nothing comes
+            before the first.
         num_slots: tokens whose KV fits at once, at least those of the longest sequence but its last. Default: that and
             `max_batch_tokens`. Not with a `Decoder`.
-        max_batch_tokens: most tokens of one forward pass.
+        max_batch_tokens: maximum number of tokens of one forward pass.
 
-    Returns: fp64 `[length - prompt_length]` for each sequence; computed in fp32 (fp64 by a model in fp64).
-    Raises: `InvalidInput` and `OutOfMemory` before anything runs, `DecoderInUse` as `Decoder.search_iter` does,
-        `NonFinite` naming sequence and token.
+    Returns:
+        fp64 `[length - prompt_length]` for each sequence; computed in fp32 (fp64 by a model in fp64).
+
+    Raises:
+        InvalidInput: before anything runs.
+        OutOfMemory: before anything runs, if `num_slots` are too few for the longest sequence.
+        DecoderInUse: as `Decoder.search_iter` does.
+        NonFinite: names sequence and token.
     """
-    found: dict[int, LogProbs] = {}
+    found: dict[int, Float64Array] = {}
     for i, log_probs in scored_sequences(
         model, sequences, prompt_lengths=prompt_lengths, num_slots=num_slots, max_batch_tokens=max_batch_tokens
     ):
@@ -79,9 +82,11 @@ def scored_sequences(
     prompt_lengths: Sequence[int] | None = None,
     num_slots: int | None = None,
     max_batch_tokens: int = 512,
-) -> Iterator[tuple[int, LogProbs | NonFinite]]:
-    """`sequence_logprobs` one by one, with their numbers, as they become known; a sequence of which a log-prob is no
-    number gives an error in its place. The other errors are raised at the call."""
+) -> Iterator[tuple[int, Float64Array | NonFinite]]:
+    """`sequence_logprobs` one by one, with their numbers, as they become known.
+
+    A sequence of which a log-prob is no number gives an error in its place. The other errors are raised at the call.
+    """
     integer("max_batch_tokens", max_batch_tokens, 1)
     if num_slots is not None:
         integer("num_slots", num_slots, 1)
@@ -123,12 +128,12 @@ class _Piece(NamedTuple):
     """What a text does not share with the one before it."""
 
     begin: int  # position of the first of its tokens
-    tokens: Ints  # not empty
+    tokens: Int64Array  # not empty
 
 
 @dataclass(frozen=True)
 class _Walk:
-    """Distinct tokens to compute, row by row, and what is wanted behind each row.
+    """Distinct tokens to compute, row by row, and what is wanted after each row.
 
     Targets are sorted by row. Their places are those in all log-probs wanted, sequence by sequence: sequence i has
     `offset[i] : offset[i + 1]`, from its token `first[i]` on, and all of them are known once the rows below `last[i]`
@@ -137,15 +142,15 @@ class _Walk:
 
     pieces: list[_Piece]
     num_rows: int
-    row: Ints  # [N]
-    target: Ints  # [N]
-    place: Ints  # [N]
-    offset: Ints  # [sequences + 1]
+    row: Int64Array  # [N]
+    target: Int64Array  # [N]
+    place: Int64Array  # [N]
+    offset: Int64Array  # [sequences + 1]
     first: list[int]  # [sequences]
-    last: Ints  # [sequences]
+    last: Int64Array  # [sequences]
 
     @classmethod
-    def through(cls, texts: list[Ints], prompt_lengths: list[int]) -> "_Walk":
+    def through(cls, texts: list[Int64Array], prompt_lengths: list[int]) -> "_Walk":
         paths = [
             text[:-1] if length < len(text) else text[:0] for text, length in zip(texts, prompt_lengths, strict=True)
         ]
@@ -178,7 +183,7 @@ class _Walk:
         )
 
 
-def _tokens(i: int, given: ArrayLike, spec: ModelSpec) -> Ints:
+def _tokens(i: int, given: ArrayLike, spec: ModelSpec) -> Int64Array:
     """Token ids of sequence `i`, which the model can score."""
     try:
         tokens = np.asarray(given)
@@ -199,7 +204,7 @@ def _tokens(i: int, given: ArrayLike, spec: ModelSpec) -> Ints:
     return tokens.astype(np.int64)
 
 
-def _prompt_lengths(given: Sequence[int] | None, texts: list[Ints]) -> list[int]:
+def _prompt_lengths(given: Sequence[int] | None, texts: list[Int64Array]) -> list[int]:
     if given is None:
         return [1] * len(texts)
     if len(given) != len(texts):
@@ -213,7 +218,7 @@ def _prompt_lengths(given: Sequence[int] | None, texts: list[Ints]) -> list[int]
 # ---------------------------------------------------------------- the search
 
 
-def _scored(engine: Engine, scoring: "_Scoring") -> Iterator[tuple[int, LogProbs | NonFinite]]:
+def _scored(engine: Engine, scoring: "_Scoring") -> Iterator[tuple[int, Float64Array | NonFinite]]:
     """Runs the search, as one of the engine's; gives what is complete after each step."""
     walk = scoring.walk
     log_probs = np.zeros(len(walk.row))
@@ -236,7 +241,7 @@ def _scored(engine: Engine, scoring: "_Scoring") -> Iterator[tuple[int, LogProbs
         yield i, _result(i, walk, log_probs)
 
 
-def _result(i: int, walk: _Walk, log_probs: LogProbs) -> LogProbs | NonFinite:
+def _result(i: int, walk: _Walk, log_probs: Float64Array) -> Float64Array | NonFinite:
     own = log_probs[walk.offset[i] : walk.offset[i + 1]]
     wrong = np.flatnonzero(np.isnan(own))
     if not len(wrong):
@@ -248,8 +253,9 @@ def _result(i: int, walk: _Walk, log_probs: LogProbs) -> LogProbs | NonFinite:
 
 
 class _Scoring:
-    """A search that follows the walk: a request for as many new tokens as fit one pass, and between two requests one
-    branch, the path to where the walk has come.
+    """A search that follows the walk, a request for as many new tokens as fit one pass after the other.
+
+    Between two requests it holds one branch, the path to where the walk has come.
 
     `found` takes a slice of the walk's targets, the row before which all targets are known with it, and their
     log-probs: those of a pass once the next one is launched, so that the device is busy while they are read.
@@ -257,7 +263,7 @@ class _Scoring:
 
     def __init__(self, worker: ModelWorker, walk: _Walk, max_batch_tokens: int) -> None:
         self.walk = walk
-        self.found: deque[tuple[slice, int, LogProbs]] = deque()
+        self.found: deque[tuple[slice, int, Float64Array]] = deque()
         self._worker, self._max_batch_tokens = worker, max_batch_tokens
 
     async def search(self, task: Task) -> None:
@@ -285,10 +291,12 @@ class _Scoring:
             self._tell(*before)
 
     async def _ask(
-        self, branches: list[Branch], since: Ints, first: Ints, stop: int
+        self, branches: list[Branch], since: Int64Array, first: Int64Array, stop: int
     ) -> tuple[slice, int, Download]:
-        """Log-probs of the targets of rows `first[0]` to `stop`: each branch has those from position `since` and row
-        `first` on."""
+        """Log-probs of the targets of rows `first[0]` to `stop`.
+
+        Each branch has those from position `since` and row `first` on.
+        """
         walk, device = self.walk, self._worker.runner.device
         part = slice(*np.searchsorted(walk.row, [first[0], stop]).tolist())
         wanted = np.append(walk.row[part], stop)
@@ -323,7 +331,7 @@ def _stretches(pieces: list[_Piece], max_batch_tokens: int, num_slots: int) -> I
         yield stretch
 
 
-def _reach(tree: Tree, branch: Branch | None, begin: int, tokens: Ints, owner: int) -> Branch:
+def _reach(tree: Tree, branch: Branch | None, begin: int, tokens: Int64Array, owner: int) -> Branch:
     """A branch with `tokens` after the first `begin` of `branch`, which grows itself if those are all it has."""
     if branch is None or begin == 0:
         return tree.root(tokens, owner=owner)

@@ -1,4 +1,4 @@
-"""`extend` one step ahead of the host: the same results, and the host does read behind the device."""
+"""`extend` one step ahead of the host: the same results, and the host does read after the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -104,7 +104,7 @@ def test_two_searches_run_ahead_together_and_end_apart(events: list[tuple[str, i
 
 
 def test_overshoot_is_counted_and_states_it_replaced_are_put_back() -> None:
-    """A score behind an EOS costs nothing more; each branch that ends before its last token costs one more."""
+    """A score after an EOS costs nothing more; each branch that ends before its last token costs one more."""
     search, prompts = BestOfN(reward=value_head(), num_samples=12), tiny.prompts(6, seed=5)
     computed, results = [], []
     for ahead in (True, False):

@@ -125,7 +125,7 @@ def test_draws_of_ones_own_equal_those_of_extend() -> None:
 
 
 def test_a_draft_is_verified_by_its_targets() -> None:
-    """Speculative checks: each draft token's log-prob behind the ones before it; the longest run accepted is kept."""
+    """Speculative checks: each draft token's log-prob after the ones before it; the longest run accepted is kept."""
     model, prompt, draft = tiny.model(), [2, 13, 4], [5, 9, 4, 11, 3]
     drafts: dict[str, Any] = {}
 

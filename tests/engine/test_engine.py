@@ -108,7 +108,7 @@ def test_split_prefills_mixed_with_decoding_give_the_same_text(max_batch_tokens:
 def test_logits_after_forks_rewinds_and_forced_tokens_are_those_of_transformers(max_batch_tokens: int) -> None:
     """Random edits of several branches; every row of logits against a plain forward over the branch's tokens.
 
-    Includes forced tokens behind a prompt that is itself not computed yet, and more of both than one pass takes.
+    Includes forced tokens after a prompt that is itself not computed yet, and more of both than one pass takes.
     """
     rng, worst = np.random.default_rng(0), [0.0]
     model = tiny.model()
@@ -173,7 +173,7 @@ def test_a_branch_rewound_and_grown_again_token_by_token_sees_its_newest_token()
 
 @pytest.mark.parametrize("count", [1, 5, 40])
 def test_a_prompt_is_computed_once_whatever_the_number_of_branches(count: int) -> None:
-    """Its last token included: prompt + what was drawn, less each branch's last token, which nobody looks behind."""
+    """Its last token included: prompt + what was drawn, less each branch's last token, after which nobody looks."""
     decoder = Decoder(tiny.model(eos=None), tiny.tokenizer(), num_slots=2048)
     decoder.tokenizer = None  # without one there is no EOS
     prompt = tiny.tokenizer()(tiny.prompts(1)[0]).input_ids

@@ -171,7 +171,7 @@ def test_large_chunk_over_a_long_prompt(monkeypatch):
 
 
 def test_growth_follows_the_tips(backend):
-    """A plan made once serves several steps, while new tokens fill the room behind tips."""
+    """A plan made once serves several steps, while new tokens fill the room after tips."""
     for seed in range(6):
         window = 6 if seed % 2 else None
         case = random_layout(seed, num_contexts=6, room=3, uneven=False)

@@ -66,7 +66,7 @@ def test_the_host_reads_the_device_once_a_step(
 
 
 def chances(tokens: list[int]) -> torch.Tensor:
-    """A table of logits: those behind any text, the same every time."""
+    """A table of logits: those after any text, the same every time."""
     return 3 * torch.from_numpy(np.random.default_rng(tokens).standard_normal(VOCAB)).float()
 
 
@@ -196,5 +196,5 @@ def test_bans_are_kept_and_banned_texts_are_not_returned() -> None:
     search = BeamSearch(num_beams=6, num_return_sequences=6, logits_processor=(only,))
     (result,) = tiny.decoder().search([[2, 5]], search, max_new_tokens=3)
     assert all(np.isfinite(c.score) for c in result.candidates)
-    texts = [tuple(c.token_ids) for c in result.candidates if c.score > -1e6]  # the rest went on behind their EOS
+    texts = [tuple(c.token_ids) for c in result.candidates if c.score > -1e6]  # the rest went on after their EOS
     assert set(texts) <= {(), (7,), (7, 7), (7, 7, 7), (7, 7, 8)} and len(texts) == len(set(texts)) >= 4

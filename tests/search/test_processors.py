@@ -142,7 +142,7 @@ def test_states_of_branches_that_wait_are_there_when_they_go_on() -> None:
         second.append([3, OPEN, CLOSE, 4])
         await grow([second, others[1]], 2)
         first.rewind(context.root.length + 3)
-        await grow([first], 1)  # behind its newest mark: 1
+        await grow([first], 1)  # after its newest mark: 1
         first.rewind(first.length - 1)
         await grow([first], 2)
         return [first, second, *others]

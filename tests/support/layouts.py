@@ -9,7 +9,7 @@ import numpy as np
 from forktree.plan.layout import TreeLayout
 
 KINDS = ("random", "chain", "star", "deep", "joins", "drafts", "chunks")
-GARBAGE = (-7, 2**30)  # what lies in the room behind nodes
+GARBAGE = (-7, 2**30)  # what lies in the room after nodes
 
 
 @dataclass
@@ -56,7 +56,7 @@ def random_layout(
     room: int = 0,
     uneven: bool = True,
 ) -> Case:
-    """room: room behind every node; uneven=False: one row a context, as when decoding."""
+    """room: room after every node; uneven=False: one row a context, as when decoding."""
     rng = np.random.default_rng([seed, KINDS.index(kind)])
     lengths = rng.integers(0, max_len + 1, num_nodes)
     num_slots = int(lengths.sum()) + num_nodes * room + 17

@@ -90,7 +90,7 @@ def pools_of_nan(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
 
 @torch.no_grad()
 def next_log_probs(model: hf.PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
-    """Log-probs of the token behind `tokens`, fp64 `[V]`, by transformers alone."""
+    """Log-probs of the token after `tokens`, fp64 `[V]`, by transformers alone."""
     logits = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0, -1]
     return logits.double().log_softmax(dim=-1)
 

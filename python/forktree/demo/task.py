@@ -4,7 +4,7 @@ A problem names the numbers and the target::
 
     3 15 7 12=13\\n
 
-A solution takes two of the numbers a line, larger first, puts their sum or difference behind those that are left, and
+A solution takes two of the numbers a line, larger first, puts their sum or difference after those that are left, and
 goes on until the target is the only one::
 
     15+7=22:3 12 22\\n12-3=9:22 9\\n22-9=13\\n

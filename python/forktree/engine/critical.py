@@ -13,11 +13,13 @@ T = TypeVar("T")
 
 
 class CriticalSection:
-    """Runs calls one at a time, with interrupts deferred. One by a call that is under way is refused, one by another
-    thread waits.
+    """Runs calls one at a time, with interrupts deferred.
 
-    recover: makes the state new, whatever it was, after an exception passed through a call. It is told which; it may be
-    called again if it was itself cut short.
+    A call made by a call that is under way is refused; a call of another thread waits.
+
+    Args:
+        recover: makes the state new, whatever it was, after an exception passed through a call. It is told which; it
+            may be called again if it was itself cut short.
     """
 
     def __init__(self, recover: Callable[[BaseException | None], None]) -> None:

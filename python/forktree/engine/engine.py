@@ -67,9 +67,9 @@ class Engine:
             DecoderInUse: As for `use`; and what `attach` raises. Nothing has changed then.
         """
         self.users.check_free(run)
-        proved = [(worker, proof) for worker in self.workers.named.values() if (proof := worker.prove()) is not None]
-        if proved:
-            self.users.call(partial(self.loop.renew, proved))
+        changed = [(worker, found) for worker in self.workers.named.values() if (found := worker.verify()) is not None]
+        if changed:
+            self.users.call(partial(self.loop.renew, changed))
 
     def submit(
         self,
@@ -107,8 +107,10 @@ class Engine:
         return self.workers.open(task, integers("tokens", tokens, 0, MAX_TOKEN_ID), text, model)
 
     def has_room(self, num_tokens: int) -> bool:
-        """True if a prompt of `num_tokens` is better started now than later: the next pass has room, no search has
-        been preempted, and slots are at hand."""
+        """True if a prompt of `num_tokens` is better started now than later.
+
+        It is if the next pass has room, no search has been preempted, and slots are at hand.
+        """
         rows = sum(t.state.num_wanted for t in self.loop.tasks if t.state is not None)
         if rows >= self.loop.max_batch_tokens or any(t.preempted for t in self.loop.tasks):
             return False

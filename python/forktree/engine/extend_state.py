@@ -1,7 +1,6 @@
 """`extend` being answered: which branches go on, and what has been sampled for each."""
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from forktree.checks import integer
@@ -11,6 +10,7 @@ from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput, NonFinite
 from forktree.ops.sampling import Sampling
 from forktree.search.request import Extend, Extension
+from forktree.types import BoolArray, Float64Array, Int64Array
 
 NO_TOKEN = np.inf  # the log-prob of a row that logits processors leave no token
 
@@ -73,7 +73,7 @@ class ExtendState(RequestState):
         if self._first is not None:
             self._first.restart()
 
-    def ready(self) -> NDArray[np.int64]:
+    def ready(self) -> Int64Array:
         """Open branches whose next token can be sampled: in a race all of them or none."""
         self.check()
         rows = np.flatnonzero(self.open)
@@ -87,22 +87,22 @@ class ExtendState(RequestState):
         """Whether hidden states of ready rows are here, not in the worker."""
         return self._first is not None
 
-    def hidden(self, rows: NDArray[np.int64]) -> Tensor:
+    def hidden(self, rows: Int64Array) -> Tensor:
         """Hidden states of ready rows, `[len(rows), H]`."""
         return self.worker.hidden(self.ids[rows]) if self._first is None else self._first.answer()
 
-    def count(self, rows: NDArray[np.int64]) -> None:
+    def count(self, rows: Int64Array) -> None:
         """Counts a token sampled for each of `rows`, whatever it is; those that may have no more are closed."""
         self._num_tokens[rows] += 1
         self.open[rows] = self._num_tokens[rows] < self.request.max_tokens[rows]
         self._first = None
 
-    def take(
-        self, rows: NDArray[np.int64], tokens: NDArray[np.int64], log_probs: NDArray[np.float64]
-    ) -> NDArray[np.bool_]:
-        """Records the tokens that were sampled and closes the branches that stop; returns which become part of their
-        branch, bool `[len(rows)]`: all but EOS, and those after the end of a race. Raises if a row had no finite logits
-        or no token left."""
+    def take(self, rows: Int64Array, tokens: Int64Array, log_probs: Float64Array) -> BoolArray:
+        """Records the tokens that were sampled and closes the branches that stop.
+
+        Returns which tokens become part of their branch, bool `[len(rows)]`: all but EOS, and those after the end of a
+        race. Raises if a row had no finite logits or no token left.
+        """
         stays = np.zeros(len(rows), bool)
         for k, (i, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
             if not np.isfinite(log_probs[k]):

@@ -131,9 +131,11 @@ class Loop:
                 self._resume(task, None, failure)
 
     def _end_unanswerable(self) -> bool:
-        """Ends the searches whose request cannot be answered any more, as its branches were dropped meanwhile or were
-        given tokens that the model does not take: by code of a user's own, which may have been another search's.
-        False if nothing has changed."""
+        """Ends the searches whose request cannot be answered any more; False if nothing has changed.
+
+        Its branches were dropped meanwhile, or were given tokens that the model does not take: by code of a user's own,
+        which may have been another search's.
+        """
         changed = self._read_ahead()  # which may have ended some
         unanswerable = [(t, why) for t in self.tasks if t.state is not None and (why := t.state.fault())]
         for task, why in unanswerable:
@@ -180,11 +182,11 @@ class Loop:
         for task in [t for t in reversed(self.tasks) if t.run is run]:
             self.cancel(task)
 
-    def renew(self, proved: Sequence[tuple[ModelWorker, Any]]) -> None:
-        """Goes on with what `ModelWorker.prove` gave for some workers."""
+    def renew(self, changed: Sequence[tuple[ModelWorker, Any]]) -> None:
+        """Goes on with what `ModelWorker.verify` gave for some workers."""
         self._read_ahead()  # hidden states of tokens that are taken back would be old ones
-        for worker, proof in proved:
-            worker.renew(*proof)
+        for worker, found in changed:
+            worker.renew(*found)
             for state in self._waiting(worker).values():
                 state.restart()
 

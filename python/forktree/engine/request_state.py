@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from forktree.checks import integer
@@ -17,8 +16,9 @@ from forktree.ops.token_request import TokenScores
 from forktree.plan.layout import ranges
 from forktree.rewards.base import PendingReward, RewardInput, Rewards
 from forktree.search.request import NextLogits, ScoreSuffixes, ScoreTokens, SuffixScores
+from forktree.types import BoolArray, Int64Array
 
-Places = tuple[NDArray[np.int64], NDArray[np.int64]]  # branches' ids, and a position in the text of each
+Places = tuple[Int64Array, Int64Array]  # branches' ids, and a position in the text of each
 
 
 class RequestState(ABC):
@@ -34,7 +34,7 @@ class RequestState(ABC):
         if [branch.id for branch in self.branches] != self._numbers:
             self.worker.tree.ids(self.branches)
 
-    def alive(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def alive(self, rows: Int64Array) -> BoolArray:
         """Whether some of the branches were not dropped, `[len(rows)]`."""
         return np.array([self.branches[i].id >= 0 for i in rows.tolist()], bool)
 
@@ -82,9 +82,7 @@ class RowsState(RequestState):
     Their rows are those of branch 0 from position `since[0]` to its end, then those of branch 1, …
     """
 
-    def __init__(
-        self, worker: ModelWorker, branches: Sequence[Branch], since: NDArray[np.int64] | None = None
-    ) -> None:
+    def __init__(self, worker: ModelWorker, branches: Sequence[Branch], since: Int64Array | None = None) -> None:
         super().__init__(worker, branches)
         self._length = worker.tree.branch_length[self.ids].astype(np.int64)
         since = self._length - 1 if since is None else since
@@ -94,7 +92,7 @@ class RowsState(RequestState):
 
     def restart(self) -> None:
         self._left = np.arange(self.indptr[-1])  # rows
-        self._taken: list[tuple[NDArray[np.int64], Tensor]] = []  # rows, and their hidden states
+        self._taken: list[tuple[Int64Array, Tensor]] = []  # rows, and their hidden states
 
     def wanted(self) -> Places:
         self.check()
@@ -114,12 +112,12 @@ class RowsState(RequestState):
         if len(self._left):
             self._take(*self.worker.computed(self._id[self._left], self.position[self._left]))
 
-    def _take(self, found: NDArray[np.bool_], hidden: Tensor) -> None:
+    def _take(self, found: BoolArray, hidden: Tensor) -> None:
         if found.any():
             self._taken.append((self._left[found], hidden))
             self._left = self._left[~found]
 
-    def collected(self) -> list[tuple[NDArray[np.int64], Tensor]]:
+    def collected(self) -> list[tuple[Int64Array, Tensor]]:
         """What was taken since the last call: rows, and their hidden states."""
         self.take_kept()
         taken, self._taken = self._taken, []
@@ -142,7 +140,7 @@ class RewardState(RowsState):
 
     def restart(self) -> None:
         super().restart()
-        self._parts: list[tuple[NDArray[np.int64], Tensor]] = []
+        self._parts: list[tuple[Int64Array, Tensor]] = []
 
     def close(self) -> None:
         self.pending_reward.close()
@@ -172,8 +170,10 @@ class RewardState(RowsState):
 
 
 class TokensState(RowsState):
-    """Scores or logits of the tokens that follow rows, of each pass's rows as they come: never all hidden states of a
-    long text at once."""
+    """Scores or logits of the tokens that follow rows.
+
+    Each pass's rows are scored as they come, so that the hidden states of a long text are never all held at once.
+    """
 
     def __init__(self, request: ScoreTokens | ScoreSuffixes | NextLogits, worker: ModelWorker) -> None:
         since = None
@@ -188,8 +188,8 @@ class TokensState(RowsState):
 
     def restart(self) -> None:
         super().restart()
-        self._scores: list[tuple[NDArray[np.int64], TokenScores]] = []
-        self._logits: list[tuple[NDArray[np.int64], Tensor]] = []
+        self._scores: list[tuple[Int64Array, TokenScores]] = []
+        self._logits: list[tuple[Int64Array, Tensor]] = []
 
     def answer(self) -> Tensor | TokenScores | SuffixScores | None:
         """None while rows are missing. Raises if rows are not finite, or left no token, and are to be checked."""
@@ -215,7 +215,7 @@ class TokensState(RowsState):
                 raise
         return SuffixScores(scores, self.indptr) if isinstance(request, ScoreSuffixes) else scores
 
-    def _ask(self, rows: NDArray[np.int64], hidden: Tensor) -> None:
+    def _ask(self, rows: Int64Array, hidden: Tensor) -> None:
         request, runner = self.request, self.worker.runner
         if isinstance(request, NextLogits):
             self._logits.append((rows, runner.logits(hidden)))

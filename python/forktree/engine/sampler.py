@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from forktree.device.transfer import Download, upload
@@ -19,9 +18,8 @@ from forktree.errors import InvalidInput
 from forktree.ops import score_logits
 from forktree.ops.token_request import Draw, TokenRequest
 from forktree.search.processors import left_padded, process
-from forktree.types import Int32Array
+from forktree.types import BoolArray, Int32Array, Int64Array
 
-Rows = NDArray[np.int64]
 Failures = dict[ExtendState, Exception]
 
 
@@ -31,8 +29,8 @@ class SampledTokens:
 
     worker: ModelWorker
     states: list[ExtendState]
-    rows: list[Rows]  # of each state, in the order of the tokens
-    ids: NDArray[np.int64]  # branches whose tokens they are, [n]
+    rows: list[Int64Array]  # of each state, in the order of the tokens
+    ids: Int64Array  # branches whose tokens they are, [n]
     length: Int32Array  # of these before, [n]
     hidden: Tensor  # [n, H], what they were sampled from
     tokens: Tensor  # int64 [n]
@@ -45,8 +43,7 @@ class SampledTokens:
         self.appended = True
 
     def read(self) -> Failures:
-        """Waits for the tokens, and decides by them how their branches go on, and which of them become part of their
-        branch."""
+        """Waits for the tokens; decides which become part of their branch, and how each branch goes on."""
         ids, log_probs = self.outcome.read()
         tokens = np.where(np.isfinite(log_probs), ids, 0).astype(np.int64)
         tree = self.worker.tree
@@ -74,14 +71,14 @@ class SampledTokens:
                 )
         return failed
 
-    def _parts(self) -> Iterator[tuple[ExtendState, Rows, slice]]:
+    def _parts(self) -> Iterator[tuple[ExtendState, Int64Array, slice]]:
         """Each state, its rows, and where these are among all."""
         first = 0
         for state, rows in zip(self.states, self.rows, strict=True):
             yield state, rows, slice(first, first := first + len(rows))
 
-    def _unchanged(self) -> NDArray[np.bool_]:
-        """Whether each branch is alive and as long as sampling left it. `[n]`"""
+    def _unchanged(self) -> BoolArray:
+        """Whether each branch is alive and as long as sampling left it, `[n]`."""
         alive = np.concatenate([state.alive(rows) for state, rows in zip(self.states, self.rows, strict=True)])
         return alive & (self.worker.tree.branch_length[self.ids] == self.length + self.appended)
 
@@ -124,8 +121,10 @@ class Sampler:
 
 
 def _sample(worker: ModelWorker, states: Sequence[ExtendState]) -> tuple[SampledTokens | None, Failures]:
-    """A token for each ready row of each state, counted: one product with the head for all without processors. None if
-    that fails for all there is."""
+    """Samples a token for each ready row of each state, and counts it; None if that fails for all there is.
+
+    All states without processors share one product with the head.
+    """
     groups = [[state] for state in states if state.request.processors]
     if fused := [state for state in states if not state.request.processors]:
         groups.append(fused)
@@ -157,7 +156,7 @@ def _sample(worker: ModelWorker, states: Sequence[ExtendState]) -> tuple[Sampled
 
 
 def _sample_fused(
-    worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Rows]
+    worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Int64Array]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of rows of states without processors: hidden states, tokens, log-probs (NaN for bad logits)."""
     ids = _ids(states, rows)
@@ -170,9 +169,9 @@ def _sample_fused(
 
 
 def _sample_processed(
-    worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Rows]
+    worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Int64Array]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Like `_sample_fused`, of one state with processors. Rows left without a token have the log-prob `NO_TOKEN`."""
+    """Like `_sample_fused`, of one state with processors. Rows left without a token have log-prob `NO_TOKEN`."""
     (state,), (at,) = states, rows
     branches, request = [state.branches[i] for i in at], state.request
     hidden = state.hidden(at)
@@ -185,13 +184,13 @@ def _sample_processed(
     return hidden, sampled.token, log_prob.masked_fill(none_left, NO_TOKEN)
 
 
-def _keyed(worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Rows]) -> Draw:
+def _keyed(worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Int64Array]) -> Draw:
     """How the tokens that follow rows are sampled."""
     tree, ids = worker.tree, _ids(states, rows)
     sampling = [state.sampling[i] for state, at in zip(states, rows, strict=True) for i in at.tolist()]
     return Draw(sampling, seed=tree.branch_key[ids], position=tree.branch_length[ids])
 
 
-def _ids(states: Sequence[ExtendState], rows: Sequence[Rows]) -> NDArray[np.int64]:
+def _ids(states: Sequence[ExtendState], rows: Sequence[Int64Array]) -> Int64Array:
     """Branches of rows of each state."""
     return np.concatenate([state.ids[at] for state, at in zip(states, rows, strict=True)])

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from forktree.engine.request_state import RequestState
 from forktree.engine.worker import ModelWorker
 from forktree.errors import OutOfMemory
 from forktree.kv import Chunk, OutOfSlots, Tree
+from forktree.types import Int64Array
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def schedule(
             )
 
 
-def _wanted(states: Sequence[RequestState]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _wanted(states: Sequence[RequestState]) -> tuple[Int64Array, Int64Array]:
     """Tokens whose hidden states are wanted, once those that are kept were taken: branches and positions."""
     wanted = []
     for state in states:

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from forktree.checks import integers
@@ -13,11 +12,10 @@ from forktree.device.transfer import upload
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import Draw, LogitEdits, RaggedIds, TokenRequest, TokenScores
 from forktree.plan.layout import ranges
+from forktree.types import Int64Array
 
-Rows = NDArray[np.int64]
 
-
-def rows_of(request: TokenRequest, rows: Rows) -> TokenRequest:
+def rows_of(request: TokenRequest, rows: Int64Array) -> TokenRequest:
     """What `request` asks of some of its rows, `[n]`. Waits for a GPU that has ragged ids."""
     targets, select, draw = request.targets, request.select, request.draw
     if targets is not None:
@@ -29,7 +27,7 @@ def rows_of(request: TokenRequest, rows: Rows) -> TokenRequest:
     return replace(request, targets=targets, select=select, draw=None if draw is None else _rows_of_draw(draw, rows))
 
 
-def _rows_of_draw(draw: Draw, rows: Rows) -> Draw:
+def _rows_of_draw(draw: Draw, rows: Int64Array) -> Draw:
     sampling, edits, allowed = draw.sampling, draw.edits, draw.allowed
     seed, position = (
         integers(name, values, -(2**63), 2**64 - 1, kind=np.uint64)[rows]
@@ -46,14 +44,14 @@ def _rows_of_draw(draw: Draw, rows: Rows) -> Draw:
     return Draw(sampling, seed, position, edits, allowed)
 
 
-def _ragged(select: RaggedIds, rows: Rows) -> tuple[Rows, Rows]:
+def _ragged(select: RaggedIds, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Where the ids of some rows are among all, row by row, and how many each of these rows has, `[n]`."""
     indptr = select.indptr.cpu().numpy().astype(np.int64)
     count = np.diff(indptr)[rows]
     return ranges(indptr[rows], count), count
 
 
-def joined(parts: Sequence[tuple[Rows, TokenScores]], request: TokenRequest) -> TokenScores:
+def joined(parts: Sequence[tuple[Int64Array, TokenScores]], request: TokenRequest) -> TokenScores:
     """The scores of all rows of `request`. parts: which rows, in any order, and their scores; at least one."""
     if len(parts) == 1 and (np.diff(parts[0][0]) > 0).all():
         return parts[0][1]
@@ -70,7 +68,7 @@ def joined(parts: Sequence[tuple[Rows, TokenScores]], request: TokenRequest) -> 
     return TokenScores(**found)
 
 
-def in_order(parts: Sequence[tuple[Rows, Tensor]]) -> Tensor:
+def in_order(parts: Sequence[tuple[Int64Array, Tensor]]) -> Tensor:
     """All rows of a tensor from some at a time, in any order; at least one part."""
     if len(parts) == 1 and (np.diff(parts[0][0]) > 0).all():
         return parts[0][1]

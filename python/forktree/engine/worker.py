@@ -1,5 +1,7 @@
-"""`ModelWorker`: one model with its tree, its KV pools and the hidden states it kept. The policy has one; so has each
-reward model."""
+"""`ModelWorker`: one model with its tree, its KV pools and the hidden states it kept.
+
+The policy has one; so has each reward model, and each further model of a `Decoder`.
+"""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,10 +21,10 @@ from forktree.kv.tree import NO_OWNER, PENDING_TOKEN
 from forktree.model import Fingerprint, ModelSpec, Runner, attach
 from forktree.ops.checks import check_token_request
 from forktree.ops.token_request import TokenRequest
-from forktree.types import Int32Array
+from forktree.types import BoolArray, Int32Array, Int64Array
 
 DEFAULT_SLOTS = 65536
-Branches = Sequence[Branch] | NDArray[np.int64]  # or what `Tree.ids` gave for them
+Branches = Sequence[Branch] | Int64Array  # or what `Tree.ids` gave for them
 
 
 def _default_slots(spec: ModelSpec) -> int:
@@ -54,7 +56,7 @@ class ModelWorker:
         """spec: what `attach(model)` returned, if it has been called already."""
         self._model = model
         spec = spec or attach(model)
-        self._proved: Fingerprint | None = Fingerprint(model)  # None: nobody knows
+        self._verified: Fingerprint | None = Fingerprint(model)  # None: nobody knows
         self.runner = Runner(spec, num_slots=num_slots or _default_slots(spec))
         self.tree = Tree(self.runner.num_slots, name=spec.name)
         self.prefixes = PrefixIndex(self.tree)
@@ -72,8 +74,11 @@ class ModelWorker:
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Within, a reward opens branches here for a search of this thread. Raises `DecoderInUse` while branches of a
-        search of another thread are alive: calls of two engines would change the tree at the same time."""
+        """Within, a reward opens branches here for a search of this thread.
+
+        Raises `DecoderInUse` while branches of a search of another thread are alive: calls of two engines would change
+        the tree at the same time.
+        """
         with self._claiming:
             thread = threading.get_ident()
             if self._thread != thread and self.tree.has_owners():
@@ -91,16 +96,18 @@ class ModelWorker:
         self._hidden, self._sampled = self._hidden[:0], self._sampled[:0]
         self._planned_for = None
 
-    def prove(self) -> tuple[Fingerprint, ModelSpec] | None:
-        """The model as it is now, proved; None if it is as it was, as far as that can be seen. Raises what `attach`
-        raises."""
+    def verify(self) -> tuple[Fingerprint, ModelSpec] | None:
+        """The model as it is now, verified; None if it is as it was, as far as that can be seen.
+
+        Raises what `attach` raises.
+        """
         now = Fingerprint(self._model)
-        return None if now == self._proved else (now, attach(self._model))
+        return None if now == self._verified else (now, attach(self._model))
 
     def renew(self, now: Fingerprint, spec: ModelSpec) -> None:
-        """Goes on with what `prove` gave, and drops what was computed before: all tokens are pending, none is lost."""
-        self.runner.renew(spec, in_place=self._proved is not None and now.built_like(self._proved))
-        self._proved = now
+        """Goes on with what `verify` gave, and drops what was computed before: all tokens are pending, none is lost."""
+        self.runner.renew(spec, in_place=self._verified is not None and now.built_like(self._verified))
+        self._verified = now
         self.prefixes.clear()
         self.tree.forget()
         runner, rows = self.runner, len(self._hidden)
@@ -110,7 +117,7 @@ class ModelWorker:
 
     def weights_changed(self) -> None:
         """Says that the model has changed where it cannot be seen."""
-        self._proved = None
+        self._verified = None
 
     def open(self, tokens: ArrayLike, *, key: int = 0, owner: int = NO_OWNER) -> Branch:
         """A branch that sees `tokens`, on the longest prefix the tree already has."""
@@ -122,8 +129,10 @@ class ModelWorker:
         return branch
 
     def check(self, branches: Branches, positions: NDArray[np.integer] | None = None) -> None:
-        """Raises if a branch was dropped, or if what is pending before the token at a position of each, by default its
-        last, has ids or positions that the model does not take."""
+        """Raises if a branch was dropped, or has pending ids or positions that the model does not take.
+
+        Looks at what is pending up to the token at a position of each branch, by default its last.
+        """
         tokens, at = self.tree.tokens_of(self.tree.pending(branches, positions))
         runner = self.runner
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < runner.vocab_size:
@@ -144,7 +153,7 @@ class ModelWorker:
         if self._prefix_cache:
             self.prefixes.keep(branch)
 
-    def is_ready(self, branches: Branches) -> NDArray[np.bool_]:
+    def is_ready(self, branches: Branches) -> BoolArray:
         """Whether the hidden state of each branch's last token is kept, `[n]`."""
         node, length = self.tree.tips(branches)
         return self.tree.hidden_position[node] == length - 1
@@ -154,16 +163,20 @@ class ModelWorker:
         node, _ = self.tree.tips(branches)
         return self._hidden[upload(node.astype(np.int64), self._hidden.device)]
 
-    def kept(self, ids: NDArray[np.int64], positions: NDArray[np.integer]) -> tuple[NDArray[np.bool_], Tensor]:
-        """Which of the tokens, one at a position of each of the branches `ids`, have a hidden state that is kept,
-        `[n]`, and these states, `[k, H]`."""
+    def kept(self, ids: Int64Array, positions: NDArray[np.integer]) -> tuple[BoolArray, Tensor]:
+        """Looks for kept hidden states of tokens: one at a position of each of the branches `ids`.
+
+        Returns which tokens have one, `[n]`, and these states, `[k, H]`.
+        """
         node = self.tree.nodes_at(ids, positions)
         found = self.tree.hidden_position[node] == positions
         return found, self._hidden[upload(node[found].astype(np.int64), self._hidden.device)]
 
-    def computed(self, ids: NDArray[np.int64], positions: NDArray[np.integer]) -> tuple[NDArray[np.bool_], Tensor]:
-        """As `kept`, of all the tokens that the last forward pass has computed. To be asked before anything else is
-        done with the tree."""
+    def computed(self, ids: Int64Array, positions: NDArray[np.integer]) -> tuple[BoolArray, Tensor]:
+        """As `kept`, among all the tokens that the last forward pass has computed.
+
+        It is asked before anything else is done with the tree.
+        """
         node = self.tree.nodes_at(ids, positions)
         token = node.astype(np.int64) << 32 | (positions - self.tree.start[node])
         at = np.searchsorted(self._passed.token, token, side="right") - 1  # the chunk that it may lie in
@@ -172,16 +185,20 @@ class ModelWorker:
         return found, self._passed.hidden[upload(row, self._hidden.device)]
 
     def append_sampled(self, branches: Branches, tokens: Tensor) -> None:
-        """One more token for each branch, int64 `[n]`, which the device knows and the host does not: it can be
-        computed, and is `PENDING_TOKEN` to the tree until it is resolved or undone."""
+        """Appends one token to each branch, int64 `[n]`, which the device knows and the host does not.
+
+        It can be computed, and is `PENDING_TOKEN` to the tree until it is resolved or undone.
+        """
         self.tree.append_pending(branches)
         node, _ = self.tree.tips(branches)
         self._make_room()
         self._sampled[upload(node.astype(np.int64), self._sampled.device)] = tokens
 
     def undo_append(self, branches: Branches, hidden: Tensor) -> None:
-        """Takes back the newest token of each branch. hidden `[n, H]`: states of the tokens before, which computing
-        the newest may have replaced."""
+        """Takes back the newest token of each branch.
+
+        hidden `[n, H]`: states of the tokens before, which computing the newest may have replaced.
+        """
         tree = self.tree
         tree.undo_append(branches)
         node, length = tree.tips(branches)
@@ -194,7 +211,9 @@ class ModelWorker:
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """One forward pass over `chunks`, whose slots are reserved and whose ancestors are computed or among them.
-        Returns the hidden states of all their tokens, `[T, H]`."""
+
+        Returns the hidden states of all their tokens, `[T, H]`.
+        """
         tree, device = self.tree, self._hidden.device
         self._make_room()
         ids, positions = tree.tokens_of(chunks)
@@ -221,8 +240,11 @@ class ModelWorker:
             self._sampled = torch.cat([self._sampled, self._sampled.new_empty(missing)])
 
     def _plans_for(self, chunks: Sequence[Chunk]) -> Any:
-        """Plans for the step; those of the last step, grown, if since then its tips have only grown, and not by more
-        than a quarter of all: beyond, work would no longer be spread as it should."""
+        """Plans for the step.
+
+        They are those of the last step, grown, if since then its tips have only grown, and not by more than a quarter
+        of all: beyond that, work would no longer be spread as it should.
+        """
         nodes = [c.node for c in chunks]
         tree = self.tree
         # a token computed again, for its hidden state alone, is planned as a fixed range: that plan cannot grow

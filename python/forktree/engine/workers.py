@@ -17,6 +17,7 @@ from forktree.errors import InvalidInput
 from forktree.kv import Branch, Chunk
 from forktree.rewards.base import RewardInput, check_reward
 from forktree.search.request import Extend, NextLogits, Request, RewardBranches, ScoreSuffixes, ScoreTokens
+from forktree.types import Int64Array
 
 MAIN = "main"  # the policy's name
 
@@ -37,7 +38,7 @@ class Workers:
     def __iter__(self) -> Iterator[ModelWorker]:
         return iter(list(self._all))
 
-    def open(self, task: Task, tokens: NDArray[np.int64], text: str, model: str) -> Branch:
+    def open(self, task: Task, tokens: Int64Array, text: str, model: str) -> Branch:
         """A further root of a search, on the longest prefix that the model's tree has."""
         if model not in self.named:
             raise InvalidInput(f"model must be one of {', '.join(map(repr, self.named))}, got {shown(model)}")
@@ -60,8 +61,7 @@ class Workers:
         """A request of a search, to be answered by the worker of its branches."""
         if not isinstance(request, Request):
             raise TypeError(
-                "a search awaits extend, reward_branches, score_tokens or next_logits, got "
-                f"{type(request).__name__}"
+                f"a search awaits extend, reward_branches, score_tokens or next_logits, got {type(request).__name__}"
             )
         worker = self._worker_of(request.branches)
         if isinstance(request, RewardBranches):
@@ -106,8 +106,10 @@ class Workers:
 
 
 def _key(seed: int, tokens: NDArray[np.integer], nth: int) -> int:
-    """A key for what the nth root of a search samples: prompts of one run sample independently, each the same in any
-    batch."""
+    """A key for what the nth root of a search samples.
+
+    Prompts of one run sample independently, each the same in any batch.
+    """
     text = tokens.astype(np.int32).tobytes() + seed.to_bytes(16, "little", signed=True)
     text += nth.to_bytes(4, "little") if nth else b""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -367,9 +367,7 @@ class Tree(Nodes):
         """How many tokens of each node the branches see together, int32 `[num_nodes]`."""
         return self.visible_lengths(*self.tips(branches))
 
-    def pending(
-        self, branches: Sequence[Branch] | Int64Array, positions: IntArray | None = None
-    ) -> list[Chunk]:
+    def pending(self, branches: Sequence[Branch] | Int64Array, positions: IntArray | None = None) -> list[Chunk]:
         """What must be computed before tokens of the branches have hidden states: ancestors first.
 
         A node has at most one chunk of tokens without KV. Where only hidden states are missing (after a rewind, or in a
@@ -397,9 +395,7 @@ class Tree(Nodes):
         chunks = list(map(Chunk, late.tolist(), self.num_computed[late].tolist(), needs[late].tolist()))
         return self._computed_again(node[again], offset[again], chunks) if again.any() else chunks
 
-    def _computed_again(
-        self, node: IntArray, offset: IntArray, late: list[Chunk]
-    ) -> list[Chunk]:
+    def _computed_again(self, node: IntArray, offset: IntArray, late: list[Chunk]) -> list[Chunk]:
         """Chunks of tokens that have KV, at an offset in a node each, then `late`, those of tokens that have none.
 
         A chunk of `late` that begins where one of the others ends becomes one with it.

@@ -276,9 +276,7 @@ def rotate_rows(
     return out
 
 
-def merge_states(
-    core: Core, how: int, o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor
-) -> tuple[Tensor, Tensor]:
+def merge_states(core: Core, how: int, o: Tensor, lse: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """out [T, Hq, Dv] and total [T, Hq]."""
     dtype = dtype_number("o", o)
     o, lse, indptr, index = o.contiguous(), lse.contiguous(), indptr.contiguous(), index.contiguous()

@@ -1,11 +1,12 @@
 """SplitMix64: counter-based random numbers that key the draws of branches, on the host and on a device."""
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from forktree.types import UInt64Array
 
-def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+
+def splitmix64(values: UInt64Array) -> UInt64Array:
     """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection on 64-bit integers that looks random."""
     z = np.atleast_1d(values) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

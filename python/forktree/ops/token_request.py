@@ -17,7 +17,7 @@ from forktree.checks import integer, integers, number, shown
 from forktree.errors import InvalidInput, NonFinite
 from forktree.ops.sampling import Sampling
 from forktree.ops.splitmix import splitmix64
-from forktree.types import MAX_TOKEN_ID
+from forktree.types import MAX_TOKEN_ID, Float64Array, Int32Array, UInt64Array
 
 ADD, REPETITION = 0, 1  # operations of `LogitEdits`
 
@@ -31,9 +31,9 @@ class LogitEdits:
     values: float `[E]`. Several for one token are applied in their order. All on the host.
     """
 
-    indptr: NDArray[np.int32]
-    ids: NDArray[np.int32]
-    ops: NDArray[np.int32]
+    indptr: Int32Array
+    ids: Int32Array
+    ops: Int32Array
     values: NDArray[np.float32]
 
     def __init__(self, indptr: ArrayLike, ids: ArrayLike, ops: ArrayLike, values: ArrayLike) -> None:
@@ -144,13 +144,13 @@ class Draw:
             raise InvalidInput(f"allowed must be an int32 tensor, got {type(self.allowed).__name__}")
 
     @cached_property
-    def keys(self) -> NDArray[np.uint64]:
+    def keys(self) -> UInt64Array:
         """What keys the noise of a row: `splitmix64(splitmix64(seed) ^ position)`, `[T]`."""
         seed = integers("seed", self.seed, -(2**63), 2**64 - 1, kind=np.uint64)
         return splitmix64(splitmix64(seed) ^ integers("position", self.position, -(2**63), 2**64 - 1, kind=np.uint64))
 
     @cached_property
-    def settings(self) -> NDArray[np.float64]:
+    def settings(self) -> Float64Array:
         """Temperature (0 where greedy), top_k, top_p and min_p of each row, fp64 `[4, T]`; top_k 0 keeps all."""
         rows = len(self.keys)
         each = [self.sampling] * rows if isinstance(self.sampling, Sampling) else self.sampling
@@ -166,7 +166,7 @@ class Draw:
         return bool(((temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))).any())
 
 
-def _numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
+def _numbers(name: str, values: ArrayLike) -> Float64Array:
     """`[n]`. Raises `InvalidInput` unless all are numbers, infinite or NaN perhaps."""
     try:
         given = np.asarray(values)

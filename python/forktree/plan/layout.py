@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from forktree.types import AnyArray, IntArray
+from forktree.types import AnyArray, BoolArray, IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,17 +107,17 @@ class TreeLayout:
         return np.minimum(self.path_stop[self.path_indptr[1:] - 1], self.node_len[self.tip])
 
     @cached_property
-    def masked(self) -> npt.NDArray[np.bool_]:
+    def masked(self) -> BoolArray:
         """[C] whether the context has mask words."""
         if self.mask_indptr is None:
             return np.zeros(self.num_contexts, bool)
-        masked: npt.NDArray[np.bool_] = np.diff(self.mask_indptr) > 0
+        masked: BoolArray = np.diff(self.mask_indptr) > 0
         return masked
 
     @cached_property
-    def partially_visible(self) -> npt.NDArray[np.bool_]:
+    def partially_visible(self) -> BoolArray:
         """[C] whether rows of the context see different parts of the tip: those of chunks and drafts."""
-        chunks: npt.NDArray[np.bool_] = (self.causal == 1) & (self.context_rows > 1)
+        chunks: BoolArray = (self.causal == 1) & (self.context_rows > 1)
         return chunks | self.masked
 
     @cached_property

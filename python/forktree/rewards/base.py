@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from forktree.detokenise import response_text
 from forktree.errors import InvalidInput, RewardError
 from forktree.kv import Branch
+from forktree.types import Float64Array
 
 if TYPE_CHECKING:
     from forktree.engine.worker import ModelWorker
@@ -27,7 +27,7 @@ class Rewards:
         errors: of each branch why it has no reward, None if it has one. `[n]`
     """
 
-    values: NDArray[np.float64]
+    values: Float64Array
     errors: list[RewardError | None]
 
 

@@ -116,9 +116,9 @@ class RewardModel(Reward):
 
     def check(self, worker: "ModelWorker") -> None:
         """See `Reward`."""
-        if (proof := self._worker.prove()) is not None:
+        if (found := self._worker.verify()) is not None:
             with self._worker.claim():
-                self._worker.renew(*proof)
+                self._worker.renew(*found)
         self._head.check(self._worker)
 
     def start(self, given: RewardInput) -> PendingReward:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from forktree.errors import RewardError
+from forktree.types import Float64Array, Int64Array
 
 NO_ANSWER = -1
 
@@ -22,7 +22,7 @@ class Answers:
     """
 
     values: list[Hashable]
-    group: NDArray[np.int64]
+    group: Int64Array
     errors: list[RewardError | None]
 
     @classmethod
@@ -48,7 +48,7 @@ class Answers:
         return found
 
 
-def vote(answers: Answers) -> NDArray[np.float64]:
+def vote(answers: Answers) -> Float64Array:
     """The share of all texts that agree with each one; 0 where there is no answer, NaN where reading it failed. `[n]`.
 
     With every answer counted once this is self-consistency (Wang et al. 2022).

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from forktree.checks import integer, integers, shown
@@ -24,7 +23,7 @@ from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import TokenRequest, TokenScores
 from forktree.rewards.base import Reward, Rewards
 from forktree.search.processors import Processor, check_processors
-from forktree.types import MAX_TOKEN_ID
+from forktree.types import MAX_TOKEN_ID, Float64Array, Int64Array
 
 T = TypeVar("T")
 
@@ -62,8 +61,8 @@ class Extension:
     """
 
     reason: list[str]
-    log_prob: NDArray[np.float64]
-    num_tokens: NDArray[np.int64]
+    log_prob: Float64Array
+    num_tokens: Int64Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +71,7 @@ class Extend(Request[Extension]):
 
     branches: Sequence[Branch]
     sampling: Sampling | Sequence[Sampling]
-    max_tokens: NDArray[np.int64]
+    max_tokens: Int64Array
     eos_token_ids: frozenset[int]
     stop: Stop | None
     processors: Sequence[Processor]
@@ -127,7 +126,7 @@ class SuffixScores:
     """
 
     scores: TokenScores
-    indptr: NDArray[np.int64]
+    indptr: Int64Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +135,7 @@ class ScoreSuffixes(Request[SuffixScores]):
 
     branches: Sequence[Branch]
     request: TokenRequest
-    since: NDArray[np.int64]
+    since: Int64Array
     checked: bool
 
     def __post_init__(self) -> None:
@@ -155,7 +154,7 @@ def extend(
     branches: Sequence[Branch],
     sampling: Sampling | Sequence[Sampling],
     *,
-    max_tokens: int | Sequence[int] | NDArray[np.int64],
+    max_tokens: int | Sequence[int] | Int64Array,
     eos_token_ids: frozenset[int] = frozenset(),
     stop: Stop | None = None,
     processors: Sequence[Processor] = (),
@@ -205,7 +204,7 @@ def score_tokens(
     branches: Sequence[Branch],
     request: TokenRequest,
     *,
-    since: int | Sequence[int] | NDArray[np.int64],
+    since: int | Sequence[int] | Int64Array,
     checked: bool = True,
 ) -> ScoreSuffixes: ...
 
@@ -214,7 +213,7 @@ def score_tokens(
     branches: Sequence[Branch],
     request: TokenRequest,
     *,
-    since: int | Sequence[int] | NDArray[np.int64] | None = None,
+    since: int | Sequence[int] | Int64Array | None = None,
     checked: bool = True,
 ) -> ScoreTokens | ScoreSuffixes:
     """What `request` asks of the token that follows each branch, a row each, without a row of logits.
@@ -252,7 +251,7 @@ def _check_token_request(request: object) -> None:
 
 
 def next_logits(branches: Sequence[Branch], *, checked: bool = True) -> NextLogits:
-    """Logits of the token behind each branch, fp32 `[n, V]`; raises `NonFinite` if they hold NaN or infinity.
+    """Logits of the token after each branch, fp32 `[n, V]`; raises `NonFinite` if they hold NaN or infinity.
 
     The slow way, for what needs them all, such as logits processors: `score_tokens` does the rest without them.
     checked=False: such rows are given as they are, and a GPU is not waited for; the caller looks at them.

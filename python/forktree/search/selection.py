@@ -3,27 +3,27 @@
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from forktree.errors import InvalidInput
+from forktree.types import Float64Array, Int64Array
 
-Resampler = Callable[[NDArray[np.float64], int, np.random.Generator], NDArray[np.int64]]
+Resampler = Callable[[Float64Array, int, np.random.Generator], Int64Array]
 
 ROUNDING = 1e-5  # rewards this far outside [0, 1] were rounded, and count as 0 or 1
 CLIP = 1e-7  # rewards are clipped to [CLIP, 1 - CLIP] before their logit is taken
 
 
-def multinomial(weights: NDArray[np.float64], n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+def multinomial(weights: Float64Array, n: int, rng: np.random.Generator) -> Int64Array:
     """`n` independent samples from the normalised `weights [N]`; ancestors `[n]`, sorted."""
     return _invert(weights, np.sort(rng.random(n)))
 
 
-def systematic(weights: NDArray[np.float64], n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+def systematic(weights: Float64Array, n: int, rng: np.random.Generator) -> Int64Array:
     """One uniform u, positions (j + u) / n (Kitagawa 1996): i is copied floor(n w) or ceil(n w) times."""
     return _invert(weights, (np.arange(n) + rng.random()) / n)
 
 
-def _invert(weights: NDArray[np.float64], positions: NDArray[np.float64]) -> NDArray[np.int64]:
+def _invert(weights: Float64Array, positions: Float64Array) -> Int64Array:
     cumulative = np.cumsum(weights)
     # scaling by the total keeps a rounded sum below one from pointing past the last particle with weight
     return np.searchsorted(cumulative, positions * cumulative[-1], side="right").clip(max=np.flatnonzero(weights)[-1])
@@ -34,7 +34,7 @@ RESAMPLERS: dict[str, Resampler] = {"systematic": systematic, "multinomial": mul
 `n * weights[i]` times."""
 
 
-def unit_interval(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+def unit_interval(rewards: Float64Array) -> Float64Array:
     """Rewards `[N]` that must lie in [0, 1], without what rounding put outside; NaN stays.
 
     Raises:
@@ -46,23 +46,23 @@ def unit_interval(rewards: NDArray[np.float64]) -> NDArray[np.float64]:
     return rewards.clip(0, 1)
 
 
-def log_weights(rewards: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
+def log_weights(rewards: Float64Array, temperature: float) -> Float64Array:
     """`logit(r) / temperature` of rewards in [0, 1]; -inf where the reward is NaN (it failed). `[N]`."""
     clipped = np.clip(rewards, CLIP, 1 - CLIP)
     return np.where(np.isnan(rewards), -np.inf, (np.log(clipped) - np.log1p(-clipped)) / temperature)
 
 
-def softmax(log_weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def softmax(log_weights: Float64Array) -> Float64Array:
     """Normalised weights; -inf is weight 0. At least one must be finite."""
     weights = np.exp(log_weights - log_weights.max())
     return weights / weights.sum()
 
 
-def effective_sample_size(weights: NDArray[np.float64]) -> float:
+def effective_sample_size(weights: Float64Array) -> float:
     """`1 / sum(w^2)` of normalised weights (Kong 1992): N if all are equal, 1 if one has everything."""
     return float(1 / np.square(weights).sum())
 
 
-def best_first(values: NDArray[np.float64]) -> NDArray[np.int64]:
+def best_first(values: Float64Array) -> Int64Array:
     """Indices from the highest value to the lowest, NaN last; equal ones keep their order. `[N]`."""
     return np.argsort(-np.where(np.isnan(values), -np.inf, values), kind="stable")

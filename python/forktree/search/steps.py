@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from forktree.checks import integer
 from forktree.errors import InvalidInput, RewardError
@@ -24,9 +23,10 @@ from forktree.search.base import ExtendingSearch, Hypothesis, SamplingSearch
 from forktree.search.context import SearchContext
 from forktree.search.request import Stop, extend, reward_branches
 from forktree.search.trace import PROMPT, SearchTrace
+from forktree.types import BoolArray, Float64Array, Int64Array
 
-Floats = NDArray[np.float64]
-Indices = NDArray[np.int64]
+Floats = Float64Array
+Indices = Int64Array
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "last": lambda rewards: rewards[-1],
@@ -90,7 +90,7 @@ class Walkers:
     trace: SearchTrace
     branches: list[Branch]
     node: Indices
-    alive: NDArray[np.bool_]
+    alive: BoolArray
     reason: list[str]
     steps: Indices
     num_tokens: Indices
@@ -197,7 +197,7 @@ async def _extend(
     search: ExtendingSearch,
     max_tokens: Indices,
     stop: Stop | None,
-    last: NDArray[np.bool_],
+    last: BoolArray,
 ) -> None:
     """One `extend` of `which`, at `last` of them the text's last; all that is known of the walkers afterwards."""
     branches = [walkers.branches[i] for i in which]

@@ -21,7 +21,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from forktree.types import Int64Array
 
 PROMPT = -1  # the parent of every first step
 
@@ -42,7 +44,7 @@ class SearchTrace:
         """Appends an event. Arrays become lists; NaN and infinity, which JSON does not have, become None."""
         self.events.append({"event": event, **{name: _plain(value) for name, value in facts.items()}})
 
-    def grow(self, parents: ArrayLike, tokens: Sequence[ArrayLike], **facts: Any) -> NDArray[np.int64]:
+    def grow(self, parents: ArrayLike, tokens: Sequence[ArrayLike], **facts: Any) -> Int64Array:
         """Records a step for each of `parents [n]`, with its new `tokens`.
 
         Returns:
@@ -53,7 +55,7 @@ class SearchTrace:
         self.record("grow", nodes=nodes, parents=parents, tokens=tokens, **facts)
         return nodes
 
-    def select(self, nodes: NDArray[np.int64], ancestors: NDArray[np.int64], *, why: str, **facts: Any) -> None:
+    def select(self, nodes: Int64Array, ancestors: Int64Array, *, why: str, **facts: Any) -> None:
         """Records that the texts at `nodes [n]` were replaced by copies of those at `nodes[ancestors]`."""
         dropped = np.setdiff1d(nodes, nodes[ancestors])
         self.record("select", why=why, nodes=nodes, ancestors=ancestors, dropped=dropped, **facts)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +24,7 @@ from forktree.search.processors import Processor, check_processors, process
 from forktree.search.registry import register
 from forktree.search.request import next_logits, score_tokens
 from forktree.search.trace import PROMPT, SearchTrace
+from forktree.types import Int32Array
 
 NEVER = -1.0e9  # the score of what must not be chosen; finite, as in transformers, so that sums stay ordered
 
@@ -350,9 +350,7 @@ class BeamSearch(Search):
             finish_reason="eos" if ended else "length",
         )
 
-    def _record(
-        self, hypotheses: Sequence[Hypothesis], beams: NDArray[np.int32], first: int, context: SearchContext
-    ) -> None:
+    def _record(self, hypotheses: Sequence[Hypothesis], beams: Int32Array, first: int, context: SearchContext) -> None:
         """Records the last token of each hypothesis, which is no running beam's, and what is returned.
 
         Args:
