@@ -15,7 +15,7 @@ from forktree.cli.searches import SEARCH_HELP, choose, show_search
 from forktree.errors import InvalidInput
 from forktree.terminal import one_line
 
-GENERATE_HELP = """Search an answer for every prompt of a JSON Lines file.
+GENERATE_HELP = """Searches for an answer to every prompt of a JSON Lines file.
 
 Each input line is {"prompt": "..."}; more keys are allowed and ignored. Each output line holds one prompt's \
 candidates, best first, with their scores and token counts; it is written and synced as soon as it is known, so a \
