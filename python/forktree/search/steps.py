@@ -25,8 +25,6 @@ from forktree.search.request import Stop, extend, reward_branches
 from forktree.search.trace import PROMPT, SearchTrace
 from forktree.types import BoolArray, Float64Array, Int64Array
 
-Floats = Float64Array
-Indices = Int64Array
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "last": lambda rewards: rewards[-1],
@@ -89,14 +87,14 @@ class Walkers:
 
     trace: SearchTrace
     branches: list[Branch]
-    node: Indices
+    node: Int64Array
     alive: BoolArray
     reason: list[str]
-    steps: Indices
-    num_tokens: Indices
-    log_prob: Floats
-    unfinished: Indices
-    rewards: Floats
+    steps: Int64Array
+    num_tokens: Int64Array
+    log_prob: Float64Array
+    unfinished: Int64Array
+    rewards: Float64Array
     history: list[list[float]]
     errors: list[RewardError | None]
 
@@ -121,7 +119,7 @@ class Walkers:
     def __len__(self) -> int:
         return len(self.branches)
 
-    def taken(self, ancestors: Indices, *, why: str, **facts: Any) -> Self:
+    def taken(self, ancestors: Int64Array, *, why: str, **facts: Any) -> Self:
         """Walkers of which number i continues `ancestors[i]` of these; those that none continues are dropped.
 
         Args:
@@ -134,12 +132,17 @@ class Walkers:
         moved = {f.name: _at(getattr(self, f.name), ancestors) for f in fields(self) if f.name != "branches"}
         return replace(self, branches=branches, **moved)
 
-    def split(self, counts: Indices, *, why: str, **facts: Any) -> Self:
+    def split(self, counts: Int64Array, *, why: str, **facts: Any) -> Self:
         """Walkers that continue number i of these `counts[i]` times; 0 drops it. See `taken`."""
         return self.taken(np.repeat(np.arange(len(self)), counts), why=why, **facts)
 
     def hypotheses(
-        self, order: Indices, context: SearchContext, *, scores: Floats | None = None, weights: Floats | None = None
+        self,
+        order: Int64Array,
+        context: SearchContext,
+        *,
+        scores: Float64Array | None = None,
+        weights: Float64Array | None = None,
     ) -> list[Hypothesis]:
         """What the search returns.
 
@@ -165,7 +168,7 @@ class Walkers:
         ]
 
 
-async def grow(walkers: Walkers, which: Indices, context: SearchContext, search: StepSearch) -> None:
+async def grow(walkers: Walkers, which: Int64Array, context: SearchContext, search: StepSearch) -> None:
     """Extends walkers by one step each, all in one request.
 
     A step ends with the search's delimiter, or as a text does: with EOS, one of the search's stop texts, or because no
@@ -192,10 +195,10 @@ async def complete(walkers: Walkers, context: SearchContext, search: ExtendingSe
 
 async def _extend(
     walkers: Walkers,
-    which: Indices,
+    which: Int64Array,
     context: SearchContext,
     search: ExtendingSearch,
-    max_tokens: Indices,
+    max_tokens: Int64Array,
     stop: Stop | None,
     last: BoolArray,
 ) -> None:
@@ -236,7 +239,7 @@ async def _extend(
 
 
 async def judged(
-    walkers: Walkers, which: Indices, reward: Reward, *, valid: Callable[[Floats], Floats] | None = None
+    walkers: Walkers, which: Int64Array, reward: Reward, *, valid: Callable[[Float64Array], Float64Array] | None = None
 ) -> None:
     """Asks for the rewards of walkers. A failure is a value of its walker: reward NaN, and an error.
 
@@ -259,13 +262,13 @@ async def judged(
     check_any(found.errors, walkers.rewards)
 
 
-def check_any(errors: Sequence[RewardError | None], rewards: Floats) -> None:
+def check_any(errors: Sequence[RewardError | None], rewards: Float64Array) -> None:
     """Raises RewardError, with the first of `errors`, if all `rewards` are NaN."""
     if np.isnan(rewards).all():
         raise RewardError(f"no branch has a reward left; the first failure: {next(filter(None, errors))}")
 
 
-def _at(values: Any, indices: Indices) -> Any:
+def _at(values: Any, indices: Int64Array) -> Any:
     """Entries of an array or list; anything else is shared by all walkers."""
     if isinstance(values, np.ndarray):
         return values[indices]
