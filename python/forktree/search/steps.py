@@ -25,7 +25,6 @@ from forktree.search.request import Stop, extend, reward_branches
 from forktree.search.trace import PROMPT, SearchTrace
 from forktree.types import BoolArray, Float64Array, Int64Array
 
-
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "last": lambda rewards: rewards[-1],
     "min": min,
