@@ -48,7 +48,7 @@ private:
 
     template <class T>
     void put(int64_t offset, const T* from, size_t n) {
-        std::memcpy(at(offset), from, n * sizeof(T));
+        if (n) std::memcpy(at(offset), from, n * sizeof(T));  // of nothing, `from` may be null
     }
 
     int32_t token_of(int32_t row) const { return work.shared.row[row].token; }
