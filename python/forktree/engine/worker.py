@@ -90,7 +90,7 @@ class ModelWorker:
             yield
 
     def clear(self) -> None:
-        """Begins anew, with an empty tree, whatever state a call that was cut short left behind."""
+        """Begins anew, with an empty tree, in whatever state a call that was cut short left it."""
         self.tree.clear()
         self.prefixes = PrefixIndex(self.tree)
         self._hidden, self._sampled = self._hidden[:0], self._sampled[:0]
