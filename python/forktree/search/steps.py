@@ -20,8 +20,9 @@ from forktree.errors import InvalidInput, RewardError
 from forktree.kv import Branch, reassign
 from forktree.rewards.base import Reward, check_reward
 from forktree.search.base import ExtendingSearch, Hypothesis, SamplingSearch
+from forktree.search.budget import Budget
 from forktree.search.context import SearchContext
-from forktree.search.request import Stop, extend, reward_branches
+from forktree.search.request import Extension, Stop, extend, reward_branches
 from forktree.search.trace import PROMPT, SearchTrace
 from forktree.types import BoolArray, Float64Array, Int64Array
 
@@ -71,10 +72,11 @@ class Walkers:
 
     Args:
         trace: where everything that is done to them is recorded.
+        budget: what the search may still cost.
         branches: their branches.
         node: the newest step of each in the trace. int64.
         alive: False once the text has ended. bool.
-        reason: why the newest step ended: "eos", "stop" or "length".
+        reason: why the newest step ended: "eos", "stop", "length", or "budget" where the search's budget was spent.
         steps: steps grown so far. int64.
         num_tokens: tokens generated so far, EOS included. int64.
         log_prob: sum of their log-probs under the model. fp64.
@@ -85,6 +87,7 @@ class Walkers:
     """
 
     trace: SearchTrace
+    budget: Budget
     branches: list[Branch]
     node: Int64Array
     alive: BoolArray
@@ -102,6 +105,7 @@ class Walkers:
         """`n` forks of the prompt."""
         return cls(
             trace=context.trace,
+            budget=context.budget,
             branches=context.root.fork(n),
             node=np.full(n, PROMPT, np.int64),
             alive=np.ones(n, bool),
@@ -134,6 +138,13 @@ class Walkers:
     def split(self, counts: Int64Array, *, why: str, **facts: Any) -> Self:
         """Walkers that continue number i of these `counts[i]` times; 0 drops it. See `taken`."""
         return self.taken(np.repeat(np.arange(len(self)), counts), why=why, **facts)
+
+    def end(self, *, why: str) -> None:
+        """Ends the texts of all that are alive, where they stand, for a reason such as "budget"."""
+        alive = np.flatnonzero(self.alive)
+        self.trace.record("end", why=why, nodes=self.node[alive])
+        for i in alive:
+            self.alive[i], self.reason[i] = False, why
 
     def hypotheses(
         self,
@@ -171,7 +182,8 @@ async def grow(walkers: Walkers, which: Int64Array, context: SearchContext, sear
     """Extends walkers by one step each, all in one request.
 
     A step ends with the search's delimiter, or as a text does: with EOS, one of the search's stop texts, or because no
-    more tokens or steps are allowed. Walkers whose text has ended are not alive afterwards.
+    more tokens or steps are allowed. Walkers whose text has ended are not alive afterwards. When the budget of tokens
+    is spent, no walker is.
 
     Args:
         walkers: changed in place.
@@ -201,7 +213,35 @@ async def _extend(
     stop: Stop | None,
     last: BoolArray,
 ) -> None:
-    """One `extend` of `which`, at `last` of them the text's last; all that is known of the walkers afterwards."""
+    """Extends `which`, at `last` of them to the end of their text, within the budget: see `grow`.
+
+    Where tokens are short, each has an equal share at first, and then of what others have left.
+    """
+    while len(which):
+        share = context.budget.limit_tokens(max_tokens)
+        some = np.flatnonzero(share)
+        cut = share < max_tokens
+        if len(some):
+            done = await _extend_once(walkers, which[some], context, search, share[some], stop, last[some], cut[some])
+            max_tokens[some] -= done.num_tokens
+            cut[some] &= np.array(done.reason) == "length"
+        if context.budget.tokens_left == 0:
+            walkers.end(why="budget")
+            break
+        which, max_tokens, last = which[cut], max_tokens[cut], last[cut]
+
+
+async def _extend_once(
+    walkers: Walkers,
+    which: Int64Array,
+    context: SearchContext,
+    search: ExtendingSearch,
+    max_tokens: Int64Array,
+    stop: Stop | None,
+    last: BoolArray,
+    cut: BoolArray,
+) -> Extension:
+    """One `extend`, and all that is known of the walkers afterwards. cut: whose `max_tokens` do not end a text."""
     branches = [walkers.branches[i] for i in which]
     before = [branch.length for branch in branches]
     unfinished = walkers.unfinished[which]
@@ -221,7 +261,7 @@ async def _extend(
     full = last | (walkers.num_tokens[which] >= context.max_new_tokens)
     text_end = context.stop_at(*search.stop)
     steps, ends = [], []
-    for i, branch, begin, reason, ended in zip(which, branches, before, done.reason, full, strict=True):
+    for i, branch, begin, reason, ended, more in zip(which, branches, before, done.reason, full, cut, strict=True):
         tokens = branch.tokens
         steps.append(tokens[begin:])
         if reason == "stop":
@@ -231,16 +271,22 @@ async def _extend(
                 ended = True
             elif ended:
                 reason = "length"
+        elif reason == "length" and more:
+            ended = False
         over = bool(ended) or reason == "eos"
         walkers.alive[i], walkers.reason[i] = not over, reason
         ends.append(reason if over else None)
     walkers.node[which] = walkers.trace.grow(walkers.node[which], steps, log_probs=done.log_prob, ends=ends)
+    return done
 
 
 async def judged(
     walkers: Walkers, which: Int64Array, reward: Reward, *, valid: Callable[[Float64Array], Float64Array] | None = None
 ) -> None:
     """Asks for the rewards of walkers. A failure is a value of its walker: reward NaN, and an error.
+
+    Where the budget of rewards is short, the first of them are judged; the others keep the reward that they had, or
+    have none. Once it is spent, no walker is alive.
 
     Args:
         walkers: changed in place.
@@ -251,14 +297,22 @@ async def judged(
     Raises:
         RewardError: no walker has a reward left.
     """
-    found = await reward_branches([walkers.branches[i] for i in which], reward)
-    rewards = np.where([error is None for error in found.errors], found.values, np.nan)
-    rewards = rewards if valid is None else valid(rewards)
-    walkers.rewards[which] = rewards
-    for i, value, error in zip(which, rewards.tolist(), found.errors, strict=True):
-        walkers.history[i], walkers.errors[i] = [*walkers.history[i], value], error
-    walkers.trace.record("reward", nodes=walkers.node[which], rewards=rewards, errors=found.errors)
-    check_any(found.errors, walkers.rewards)
+    left = walkers.budget.calls_left
+    asked, rest = (which, which[:0]) if len(which) <= left else np.split(which, [int(left)])
+    for i in rest:
+        if np.isnan(walkers.rewards[i]):
+            walkers.errors[i] = RewardError(f"the budget of {walkers.budget.max_reward_calls} rewards is spent")
+    if len(asked):
+        found = await reward_branches([walkers.branches[i] for i in asked], reward)
+        rewards = np.where([error is None for error in found.errors], found.values, np.nan)
+        rewards = rewards if valid is None else valid(rewards)
+        walkers.rewards[asked] = rewards
+        for i, value, error in zip(asked, rewards.tolist(), found.errors, strict=True):
+            walkers.history[i], walkers.errors[i] = [*walkers.history[i], value], error
+        walkers.trace.record("reward", nodes=walkers.node[asked], rewards=rewards, errors=found.errors)
+    if walkers.budget.calls_left == 0:
+        walkers.end(why="budget")
+    check_any(walkers.errors, walkers.rewards)
 
 
 def check_any(errors: Sequence[RewardError | None], rewards: Float64Array) -> None:
