@@ -97,13 +97,16 @@ def charge(
     return list(charged.values())
 
 
-def update_peaks(tree: Tree, by_owner: Mapping[int, Counters]) -> None:
-    """Raises `peak_slots` and `peak_tokens` to what the nodes of each search hold now."""
+def update_peaks(tree: Tree, chunks: Sequence[Chunk], by_owner: Mapping[int, Counters]) -> None:
+    """Raises `peak_slots` and `peak_tokens` to what the nodes of each search hold once `chunks` are computed."""
     least = min(by_owner)
     node = np.flatnonzero((tree.num_slots > 0) & (tree.owner >= least))
     owner = tree.owner[node] - least
     slots = np.bincount(owner, weights=tree.num_slots[node], minlength=1)
-    tokens = np.bincount(owner, weights=np.minimum(tree.length[node], tree.num_slots[node]), minlength=1)
+    nodes, _, stops = np.array(chunks, np.int64).T
+    computed = tree.num_computed.copy()
+    computed[nodes] = np.maximum(computed[nodes], stops)
+    tokens = np.bincount(owner, weights=computed[node], minlength=1)
     now: dict[int, Any] = {}
     for of, counters in by_owner.items():
         if of - least < len(slots):

@@ -112,7 +112,7 @@ class Workers:
 
         charged = charge(worker.tree, chunks, by_owner, count)
         if worker is self.main:
-            update_peaks(worker.tree, by_owner)
+            update_peaks(worker.tree, chunks, by_owner)
             for counters in charged:
                 counters.passes += 1
 
