@@ -147,6 +147,16 @@ def test_results_are_those_of_the_decoder(
         assert record["counters"]["model_tokens"] > 0
 
 
+def test_a_budget_ends_every_search(run: Run, tmp_path: Path) -> None:
+    options = ["--search", "best-of-n", "--set", "num_samples=4", "--reward", "own_rewards:length"]
+    code, error = run(*options, "--max-model-tokens", "13", "--max-reward-calls", "3")
+    assert code == 0, error
+    for record in records(tmp_path):
+        assert record["counters"]["sampled_tokens"] <= 13 and record["counters"]["reward_calls"] == 3
+        assert [c["score"] is None for c in record["candidates"]] == [False, False, False, True]
+        assert record["candidates"][3]["error"] == "the budget of 3 rewards is spent"
+
+
 def test_an_existing_output_is_not_touched(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").write_text("precious\n")
     code, error = run()
@@ -202,6 +212,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--search", "best-of-n", "--reward", "no.safetensors"], "no.safetensors"),
     (["--search", "best-of-n", "--reward", "own_rewards:length", "--set", "num_samples=0"], "num_samples must be"),
     (["--max-new-tokens", "0"], "max_new_tokens must be an integer of at least 1, got 0"),
+    (["--max-model-tokens", "0"], "max_model_tokens must be an integer of at least 1, got 0"),
     (["--max-new-tokens", "255"], "limit of 256 positions"),
     (["--num-slots", "2"], "num_slots"),
     (["--dtype", "int4"], "--dtype must be one of"),

@@ -103,7 +103,7 @@ def update_peaks(tree: Tree, chunks: Sequence[Chunk], by_owner: Mapping[int, Cou
     node = np.flatnonzero((tree.num_slots > 0) & (tree.owner >= least))
     owner = tree.owner[node] - least
     slots = np.bincount(owner, weights=tree.num_slots[node], minlength=1)
-    nodes, _, stops = np.array(chunks, np.int64).T
+    nodes, _, stops = np.array(chunks, np.int64).reshape(-1, 3).T
     computed = tree.num_computed.copy()
     computed[nodes] = np.maximum(computed[nodes], stops)
     tokens = np.bincount(owner, weights=computed[node], minlength=1)

@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from forktree.checks import integer
-from forktree.errors import InvalidInput, RewardError
+from forktree.errors import BudgetSpent, InvalidInput, RewardError
 from forktree.kv import Branch, reassign
 from forktree.rewards.base import Reward, check_reward
 from forktree.search.base import ExtendingSearch, Hypothesis, SamplingSearch
@@ -301,7 +301,7 @@ async def judged(
     asked, rest = (which, which[:0]) if len(which) <= left else np.split(which, [int(left)])
     for i in rest:
         if np.isnan(walkers.rewards[i]):
-            walkers.errors[i] = RewardError(f"the budget of {walkers.budget.max_reward_calls} rewards is spent")
+            walkers.errors[i] = BudgetSpent(f"the budget of {walkers.budget.max_reward_calls} rewards is spent")
     if len(asked):
         found = await reward_branches([walkers.branches[i] for i in asked], reward)
         rewards = np.where([error is None for error in found.errors], found.values, np.nan)
