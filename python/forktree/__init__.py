@@ -17,7 +17,7 @@ from forktree.errors import (
     UnsupportedModel,
 )
 from forktree.ops.sampling import Sampling
-from forktree.ops.token_request import Draw, LogitEdits, RaggedIds, TokenRequest, TokenScores
+from forktree.ops.token_request import KeyedSampling, LogitEdits, RaggedIds, TokenRequest, TokenScores
 from forktree.plan.check import check_plan
 from forktree.plan.layout import TreeLayout
 from forktree.plan.plan import AttentionPlan, plan
@@ -45,12 +45,12 @@ __all__ = [
     "Cancelled",
     "Candidate",
     "Decoder",
-    "Draw",
     "ForktreeError",
     "FunctionReward",
     "Greedy",
     "Hypothesis",
     "InvalidInput",
+    "KeyedSampling",
     "LogitEdits",
     "MajorityVote",
     "NonFinite",

@@ -103,7 +103,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.tree.undo_append(gone)
         for branch in gone:
             self.naive[branch].pop()
-        assert [b.key for b in some] == keys, "draws are what they would have been"
+        assert [b.key for b in some] == keys, "tokens are sampled as they would have been"
 
     @rule(branch=branches, data=st.data())
     def rewind(self, branch: Branch, data: st.DataObject) -> None:
