@@ -20,7 +20,7 @@ from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import KeyedSampling, LogitEdits, RaggedIds, TokenRequest, TokenScores
 from forktree.plan.check import check_plan
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import AttentionPlan, plan
+from forktree.plan.plan import AttentionPlan, plan_attention
 
 if TYPE_CHECKING:
     from forktree import rewards, search
@@ -74,7 +74,7 @@ __all__ = [
     "generate",
     "load_reward",
     "ops",
-    "plan",
+    "plan_attention",
     "rewards",
     "search",
     "sequence_logprobs",

@@ -13,7 +13,7 @@ from torch import Tensor
 from forktree import KeyedSampling, Sampling, TokenRequest, ops
 from forktree.ops import KVPool
 from forktree.plan.cost_model import CPU
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import shared_prompt
 
 
@@ -42,7 +42,7 @@ def merged() -> Tensor:
 def attended() -> Tensor:
     """Several items, and partials to be merged."""
     layout = shared_prompt(1, 2, 6000, 70)
-    made = plan(layout, num_qo_heads=8, num_kv_heads=4, head_dim=64, cost_model=replace(CPU, grain=10**7))
+    made = plan_attention(layout, num_qo_heads=8, num_kv_heads=4, head_dim=64, cost_model=replace(CPU, grain=10**7))
     assert len(made.item) > 4 and made.num_partials
     k, v = torch.randn(2, layout.slot_index.size, 4, 64).bfloat16()
     out = ops.tree_attention(torch.randn(2, 8, 64).bfloat16(), KVPool(k, v), made)
