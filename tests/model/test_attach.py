@@ -21,7 +21,9 @@ from forktree import (
     sequence_logprobs,
 )
 from forktree.errors import InvalidInput, UnsupportedModel
-from forktree.model import LinearHead, OwnHead, Runner, attach
+from forktree.model.attach import attach
+from forktree.model.head import LinearHead, OwnHead
+from forktree.model.runner import Runner
 from tiny import new_model
 
 SIZES = dict(

@@ -158,7 +158,7 @@ def _sample(worker: ModelWorker, states: Sequence[ExtendState]) -> tuple[Sampled
 
 
 def _sample_fused(worker: ModelWorker, rows: Rows, ids: Int64Array) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows of states without processors, `ids` their branches: hidden states, tokens, log-probs (NaN: bad logits)."""
+    """Of rows of states without processors, ids their branches: hidden states, tokens, log-probs (NaN: bad logits)."""
     if any(state.has_own_hidden for state in rows):
         hidden = torch.cat([state.hidden(at) for state, at in rows.items()])
     else:
