@@ -14,7 +14,7 @@ from forktree.ops import AttentionOptions, KVPool
 from forktree.ops.dispatch import missing, select_backend
 from forktree.plan.cost_model import compute_bound_gpu, memory_bound_gpu
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import KINDS, naive_attention, random_layout, shared_prompt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -59,7 +59,7 @@ def on_device(*values):
 def attend(layout, q, k, v, *, window=None, cost_model=None, **options):
     """out and lse on the CPU."""
     heads = dict(num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2])
-    made = plan(layout, **heads, device=DEVICE, window=window, cost_model=cost_model)
+    made = plan_attention(layout, **heads, device=DEVICE, window=window, cost_model=cost_model)
     chosen = AttentionOptions(**dict(zip(options, on_device(*options.values()), strict=True)))
     with sentinels():
         out, lse = ops.tree_attention(q.to(DEVICE), KVPool(*on_device(k, v)), made, chosen, return_lse=True)
@@ -161,7 +161,7 @@ def test_room_beyond_the_plan_is_cleared(backend):
     """As when a captured graph serves fewer tokens than it was captured for."""
     case = random_layout(5, "joins", num_nodes=20)
     q, k, v = tensors(case, 4, 2, 64, dtype=torch.bfloat16)
-    made = plan(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=64, device=DEVICE, cost_model=CUTS)
+    made = plan_attention(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=64, device=DEVICE, cost_model=CUTS)
     tokens, extra = case.layout.num_tokens, 9
     q, k, v = on_device(torch.cat([q, torch.full_like(q[:1].repeat(extra, 1, 1), torch.nan)]), k, v)
     for sinks in (None, torch.tensor([0.5, -1.0, 2.0, 0.0])):
@@ -178,7 +178,7 @@ def test_room_beyond_the_plan_is_cleared(backend):
 def test_the_same_bits_under_load(backend):
     """An error that moves is a race."""
     layout = shared_prompt(1, 48, 3001, 19)
-    made = plan(layout, num_qo_heads=16, num_kv_heads=4, head_dim=128, device=DEVICE, cost_model=CUTS)
+    made = plan_attention(layout, num_qo_heads=16, num_kv_heads=4, head_dim=128, device=DEVICE, cost_model=CUTS)
     assert made.num_partials > 100
     q = torch.randn(layout.num_rows, 16, 128, device=DEVICE, dtype=torch.bfloat16)
     k, v = torch.randn(2, layout.slot_index.size, 4, 128, device=DEVICE, dtype=torch.bfloat16)
@@ -196,7 +196,7 @@ def test_the_same_bits_under_load(backend):
 def test_two_streams_at_once(backend):
     """Each has counters of its own."""
     layout = shared_prompt(1, 48, 3001, 19)
-    made = plan(layout, num_qo_heads=16, num_kv_heads=4, head_dim=128, device=DEVICE, cost_model=CUTS)
+    made = plan_attention(layout, num_qo_heads=16, num_kv_heads=4, head_dim=128, device=DEVICE, cost_model=CUTS)
     q = torch.randn(2, layout.num_rows, 16, 128, device=DEVICE, dtype=torch.bfloat16)
     k, v = torch.randn(2, layout.slot_index.size, 4, 128, device=DEVICE, dtype=torch.bfloat16)
     expected = [ops.tree_attention(one, KVPool(k, v), made).clone() for one in q]
@@ -223,7 +223,7 @@ def test_a_captured_graph_serves_other_plans(backend):
         kind = ("random", "star", "deep")[seed % 3]
         case = random_layout(seed, kind, num_nodes=8 + 5 * seed, num_contexts=4 + seed, uneven=False)
         heads = dict(num_qo_heads=4, num_kv_heads=2, head_dim=64)
-        made = plan(case.layout, **heads, device=DEVICE, cost_model=CUTS, max_partials=partials)
+        made = plan_attention(case.layout, **heads, device=DEVICE, cost_model=CUTS, max_partials=partials)
         buffer, index = made.on(q.device)
         plan_room[: len(buffer)] = buffer
         slot_room[: len(index)] = index
@@ -269,9 +269,10 @@ def test_pools_past_two_billion_elements(backend):
     k, v = torch.randn(2, len(used), kv_heads, dim, generator=g).bfloat16()
     ops.append_kv(*on_device(k, v, used), KVPool(*pools))
     assert all(torch.equal(pool[-len(used) :].cpu(), x) for pool, x in zip(pools, (k, v), strict=True))
-    made = plan(layout, num_qo_heads=16, num_kv_heads=kv_heads, head_dim=dim, device=DEVICE)
+    made = plan_attention(layout, num_qo_heads=16, num_kv_heads=kv_heads, head_dim=dim, device=DEVICE)
     out = ops.tree_attention(q.to(DEVICE), KVPool(*pools), made)
-    small = plan(replace(layout, slot_index=np.arange(len(used))), num_qo_heads=16, num_kv_heads=kv_heads, head_dim=dim)
+    low = replace(layout, slot_index=np.arange(len(used)))
+    small = plan_attention(low, num_qo_heads=16, num_kv_heads=kv_heads, head_dim=dim)
     expected, _ = specified(q.double(), k.double(), v.double(), small)
     torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=2e-2)
 
@@ -352,7 +353,7 @@ def test_kernels_are_chosen_by_themselves(monkeypatch):
 def test_what_lies_elsewhere_is_refused(backend):
     case = random_layout(1)
     q, k, v = tensors(case, 4, 2, 64, dtype=torch.bfloat16)
-    made = plan(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=64, device=DEVICE)
+    made = plan_attention(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=64, device=DEVICE)
     with pytest.raises(ValueError, match=r"device|expected tensors on"):
         ops.tree_attention(q.to(DEVICE), KVPool(k, v), made)
     with pytest.raises(ValueError, match=r"device|expected tensors on"):

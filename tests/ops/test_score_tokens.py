@@ -19,8 +19,18 @@ from torch.utils._pytree import tree_leaves
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from backends import off_alignment
-from distributions import chi_square, draws, shaped, spread
-from forktree import Draw, InvalidInput, LogitEdits, NonFinite, RaggedIds, Sampling, TokenRequest, TokenScores, ops
+from distributions import chi_square, sampled, shaped, spread
+from forktree import (
+    InvalidInput,
+    KeyedSampling,
+    LogitEdits,
+    NonFinite,
+    RaggedIds,
+    Sampling,
+    TokenRequest,
+    TokenScores,
+    ops,
+)
 from forktree.ops.assemble import VocabPass
 
 BACKENDS = ["reference", "torch", "cpu"]
@@ -94,7 +104,7 @@ def close(found: Tensor | None, expected: Tensor, off: float) -> None:
 
 
 def agree(found: TokenScores, request: TokenRequest, z: Tensor, off: float) -> None:
-    """Everything but draws and heads, with exact logits z."""
+    """Everything but sampling and heads, with exact logits z."""
     lse = z.logsumexp(dim=1)
     log_probs = z - lse[:, None]
     close(found.lse, lse, off)
@@ -121,38 +131,38 @@ def agree(found: TokenScores, request: TokenRequest, z: Tensor, off: float) -> N
         close(found.selected_log_probs, log_probs[:, request.select.long()], off)
 
 
-def is_clear(z: Tensor, draw: Draw, off: float) -> Tensor:
-    """Rows [T] of which rounding by `off` takes or gives no token to draw."""
+def is_clear(z: Tensor, sample: KeyedSampling, off: float) -> Tensor:
+    """Rows [T] of which rounding by `off` takes or gives no token to sample."""
     rows = len(z)
-    each = [draw.sampling] * rows if isinstance(draw.sampling, Sampling) else draw.sampling
+    each = [sample.sampling] * rows if isinstance(sample.sampling, Sampling) else sample.sampling
     clear = torch.ones(rows, dtype=torch.bool)
-    left = shaped(z, draw) > 0
+    left = shaped(z, sample) > 0
     for near in (1 - off, 1 + off):
         around = [
             Sampling(s.temperature, s.top_k, s.top_p if s.top_p == 1 else min(s.top_p * near, 1.0), s.min_p * near)
             for s in each
         ]
-        other = Draw(around, draw.seed, draw.position, draw.edits, draw.allowed)
+        other = KeyedSampling(around, sample.seed, sample.position, sample.edits, sample.allowed)
         clear &= ((shaped(z, other) > 0) == left).all(dim=1)
-    everything = Draw(Sampling(), draw.seed, draw.position, draw.edits, draw.allowed)
+    everything = KeyedSampling(Sampling(), sample.seed, sample.position, sample.edits, sample.allowed)
     s = shaped(z, everything).log()
     lowest = s.where(left, torch.inf).amin(dim=1)
     highest_lost = s.where(~left, -torch.inf).amax(dim=1)
     return clear & (lowest - highest_lost > 2 * off)
 
 
-def draws_agree(found: TokenScores, draw: Draw, z: Tensor, off: float) -> Tensor:
-    """The draws of exact logits z, except where a number is within rounding of where they change. Returns which were
+def samples_agree(found: TokenScores, sample: KeyedSampling, z: Tensor, off: float) -> Tensor:
+    """The samples of exact logits z, except where a number is within rounding of where they change. Returns which were
     compared, [T]."""
-    p = shaped(z, draw)
-    tokens, distance = draws(p.numpy(), draw.keys)
+    p = shaped(z, sample)
+    tokens, distance = sampled(p.numpy(), sample.keys)
     assert found.token.dtype == torch.long
-    sure = is_clear(z, draw, off) & (torch.from_numpy(distance) > 10 * off)
+    sure = is_clear(z, sample, off) & (torch.from_numpy(distance) > 10 * off)
     assert torch.equal(found.token[sure], torch.from_numpy(tokens)[sure])
     at = found.token[:, None]
     close(found.log_prob, z.log_softmax(dim=1).gather(1, at)[:, 0], off)
     # 2e-7 is the resolution of fp32 near 1; temperatures below 1 enlarge what logits are off
-    coldest = min(t for t in [1.0, *draw.settings[0].tolist()] if t > 0)
+    coldest = min(t for t in [1.0, *sample.settings[0].tolist()] if t > 0)
     close(found.shaped_log_prob[sure], p.log().gather(1, at)[:, 0][sure], 2 * off / coldest + 2e-7)
     return sure
 
@@ -192,13 +202,13 @@ def test_equals_fp64(backend: str, dtype: torch.dtype, head: dict[str, Any]) -> 
 def test_nothing_is_answered_that_was_not_asked_for(backend: str) -> None:
     hidden, lm_head = problem(3, 100, 8)
     z, off = exact_logits(hidden, lm_head)
-    draw = Draw(Sampling(), [0, 1, 2], [0, 0, 0])
+    sample = KeyedSampling(Sampling(), [0, 1, 2], [0, 0, 0])
     cases: list[tuple[TokenRequest, set[str]]] = [
         (TokenRequest(), set()),
         (TokenRequest(lse=True), {"lse"}),
         (TokenRequest(entropy=True), {"lse", "entropy"}),
         (TokenRequest(top_k=3), {"lse", "top_ids", "top_log_probs"}),
-        (TokenRequest(draw=draw), {"lse", "token", "log_prob", "shaped_log_prob"}),
+        (TokenRequest(sample=sample), {"lse", "token", "log_prob", "shaped_log_prob"}),
         (TokenRequest(targets=torch.tensor([1, 2, 3])), {"lse", "target_log_probs"}),
         (TokenRequest(select=torch.tensor([7, 3])), {"selected_logits"}),
     ]
@@ -230,8 +240,8 @@ def test_select_alone_reads_no_other_row(backend: str) -> None:
 def test_rewards_are_gathered_at_what_was_found(backend: str, dtype: torch.dtype) -> None:
     hidden, lm_head = problem(6, 300, 20, dtype)
     rewards = torch.randn(300, 20).to(dtype)
-    draw = Draw(Sampling(), np.arange(6), np.zeros(6, int))
-    found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=70, draw=draw, rewards=rewards))
+    sample = KeyedSampling(Sampling(), np.arange(6), np.zeros(6, int))
+    found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=70, sample=sample, rewards=rewards))
     exact = hidden.double() @ rewards.double().T
     close(found.top_rewards, exact.gather(1, found.top_ids), 1e-4)
     close(found.token_reward, exact.gather(1, found.token[:, None])[:, 0], 1e-4)
@@ -240,8 +250,8 @@ def test_rewards_are_gathered_at_what_was_found(backend: str, dtype: torch.dtype
 def test_rows_of_any_stride_and_address(backend: str) -> None:
     hidden, lm_head = problem(20, 333, 37)
     z, off = exact_logits(hidden, lm_head)
-    draw = Draw([KINDS[i % len(KINDS)] for i in range(20)], np.arange(20), np.arange(20))
-    request = TokenRequest(top_k=7, draw=draw, entropy=True)
+    sample = KeyedSampling([KINDS[i % len(KINDS)] for i in range(20)], np.arange(20), np.arange(20))
+    request = TokenRequest(top_k=7, sample=sample, entropy=True)
     wide = torch.full((20, 50), torch.nan)
     wide[:, 3:40] = hidden
     for states, head in (
@@ -251,12 +261,12 @@ def test_rows_of_any_stride_and_address(backend: str) -> None:
     ):
         found = ops.score_tokens(states, head, request)
         agree(found, request, z, off)
-        assert draws_agree(found, draw, z, off).sum() > 15
+        assert samples_agree(found, sample, z, off).sum() > 15
 
 
 def test_no_rows(backend: str) -> None:
     hidden, lm_head = problem(0, 70, 8)
-    request = TokenRequest(top_k=3, draw=Draw(Sampling(), [], []), entropy=True, select=torch.tensor([1]))
+    request = TokenRequest(top_k=3, sample=KeyedSampling(Sampling(), [], []), entropy=True, select=torch.tensor([1]))
     found = ops.score_tokens(hidden, lm_head, request)
     assert found.top_ids.shape == (0, 3)
     assert found.token.shape == (0,)
@@ -315,10 +325,10 @@ def test_any_shape(name: str, case: dict[str, Any]) -> None:
             bits[torch.arange(rows), torch.from_numpy(rng.integers(0, vocab, rows))] = True
         allowed = words(bits)
     kinds = [KINDS[i] for i in rng.integers(0, len(KINDS), rows)]
-    draw = Draw(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 10**6, rows), edits, allowed)
+    sample = KeyedSampling(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 10**6, rows), edits, allowed)
     request = TokenRequest(
         top_k=max(case["top_k"], 0),
-        draw=draw,
+        sample=sample,
         targets=torch.from_numpy(rng.integers(0, vocab, rows)),
         entropy=True,
     )
@@ -327,7 +337,7 @@ def test_any_shape(name: str, case: dict[str, Any]) -> None:
         found = ops.score_tokens(hidden, lm_head, request, **head)
     z, off = exact_logits(hidden, lm_head, **head)
     agree(found, request, z, off)
-    sure = draws_agree(found, draw, z, off)
+    sure = samples_agree(found, sample, z, off)
     assert (~sure).sum() <= 1 + 0.05 * rows
 
 
@@ -338,8 +348,8 @@ def test_rows_that_are_not_finite_are_named(backend: str) -> None:
     """NaN, and an overflow to infinity; the other rows are not touched."""
     rows = 12
     hidden, lm_head = problem(rows, 200, 16)
-    draw = Draw([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
-    request = TokenRequest(top_k=70, draw=draw, entropy=True)
+    sample = KeyedSampling([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
+    request = TokenRequest(top_k=70, sample=sample, entropy=True)
     before = ops.score_tokens(hidden, lm_head, request)
     for bad in (torch.nan, torch.inf):
         for row in (0, 4, 10):
@@ -372,11 +382,12 @@ def test_a_row_without_a_token_is_named(backend: str, kind: Sampling) -> None:
     bits = torch.ones(rows, vocab, dtype=torch.bool)
     bits[3] = False
     banned = LogitEdits([0, 0, 0, 0, vocab, vocab], np.arange(vocab), np.zeros(vocab, int), np.full(vocab, -np.inf))
-    free = ops.score_tokens(hidden, lm_head, TokenRequest(draw=Draw(kind, seed, position))).token
-    for draw in (Draw(kind, seed, position, allowed=words(bits)), Draw(kind, seed, position, banned)):
+    free = ops.score_tokens(hidden, lm_head, TokenRequest(sample=KeyedSampling(kind, seed, position))).token
+    for changes in ({"allowed": words(bits)}, {"edits": banned}):
+        sample = KeyedSampling(kind, seed, position, **changes)
         with pytest.raises(InvalidInput, match="row 3: no token is allowed, mask and edits leave none"):
-            ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
-        found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw), check=False)
+            ops.score_tokens(hidden, lm_head, TokenRequest(sample=sample))
+        found = ops.score_tokens(hidden, lm_head, TokenRequest(sample=sample), check=False)
         assert found.lse is not None and free is not None
         assert found.lse.isfinite().all() and found.token[3] == 0
         others = torch.arange(rows) != 3
@@ -384,11 +395,12 @@ def test_a_row_without_a_token_is_named(backend: str, kind: Sampling) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_one_token_allowed_is_the_one_drawn(backend: str, kind: Sampling) -> None:
+def test_one_token_allowed_is_the_one_sampled(backend: str, kind: Sampling) -> None:
     vocab = 200
     hidden, lm_head = problem(vocab, vocab, 8)
-    draw = Draw(kind, np.arange(vocab), np.zeros(vocab, int), allowed=words(torch.eye(vocab, dtype=torch.bool)))
-    found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
+    allowed = words(torch.eye(vocab, dtype=torch.bool))
+    sample = KeyedSampling(kind, np.arange(vocab), np.zeros(vocab, int), allowed=allowed)
+    found = ops.score_tokens(hidden, lm_head, TokenRequest(sample=sample))
     assert torch.equal(found.token, torch.arange(vocab))
     assert torch.equal(found.shaped_log_prob, torch.zeros(vocab))
     z, off = exact_logits(hidden, lm_head)
@@ -404,8 +416,8 @@ def test_huge_and_infinite_logits(backend: str) -> None:
     bias[[0, 5, 64, 149]] = -torch.inf
     hidden, lm_head = given_logits(z)
     for kind in (Sampling(), Sampling(0.5, top_k=3), Sampling(1.0, top_p=0.9), Sampling(2.0, min_p=0.5), Sampling(0.0)):
-        draw = Draw(kind, [1, 2, 3], [0, 0, 0])
-        request = TokenRequest(top_k=150, draw=draw, entropy=True)
+        sample = KeyedSampling(kind, [1, 2, 3], [0, 0, 0])
+        request = TokenRequest(top_k=150, sample=sample, entropy=True)
         found = ops.score_tokens(hidden, lm_head, request, bias=bias)
         exact = z.double() + bias
         assert found.top_ids[0, 0] == 17 and found.top_ids[1, 0] == exact[1].argmax()
@@ -416,7 +428,7 @@ def test_huge_and_infinite_logits(backend: str) -> None:
         close(found.entropy, torch.special.entr(exact.softmax(dim=1)).sum(dim=1), 1e-6)
 
 
-# ---------------------------------------------------------------------- draws
+# ---------------------------------------------------------------------- sampling
 
 
 def flat(vocab: int, temperature: float = 1.0) -> Tensor:
@@ -425,7 +437,7 @@ def flat(vocab: int, temperature: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.temperature], ids=str)
 @pytest.mark.parametrize("changes", [False, True], ids=["as they are", "edited and masked"])
-def test_draws_follow_the_distribution_of_transformers(backend: str, kind: Sampling, changes: bool) -> None:
+def test_samples_follow_the_distribution_of_transformers(backend: str, kind: Sampling, changes: bool) -> None:
     rows, vocab = 1500, 70
     z = 2 * flat(vocab)
     edits = allowed = None
@@ -433,9 +445,9 @@ def test_draws_follow_the_distribution_of_transformers(backend: str, kind: Sampl
         texts = [[3, 3, 50, 69, 0]] * rows
         edits = LogitEdits.penalties(texts, repetition=1.5, presence=0.5, frequency=0.3, bias={7: 3.0})
         allowed = words((torch.arange(vocab) % 3 > 0).expand(rows, -1))
-    draw = Draw(kind, np.arange(rows), np.full(rows, 5), edits, allowed)
-    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(draw=draw))
-    alone = Draw(
+    sample = KeyedSampling(kind, np.arange(rows), np.full(rows, 5), edits, allowed)
+    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(sample=sample))
+    alone = KeyedSampling(
         kind,
         [0],
         [0],
@@ -461,19 +473,19 @@ def columns(edits: LogitEdits) -> tuple[np.ndarray, ...]:
     ],
     ids=str,
 )
-def test_draws_from_flat_distributions(backend: str, kind: Sampling) -> None:
+def test_samples_from_flat_distributions(backend: str, kind: Sampling) -> None:
     """Hundreds of tokens are left: more than any list of candidates holds."""
     rows, vocab = 1500, 3000
     z = flat(vocab)
-    draw = Draw(kind, np.full(rows, 11), np.arange(rows))
-    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(draw=draw))
-    p = shaped(z.double()[None], Draw(kind, [0], [0]))[0]
+    sample = KeyedSampling(kind, np.full(rows, 11), np.arange(rows))
+    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(sample=sample))
+    p = shaped(z.double()[None], KeyedSampling(kind, [0], [0]))[0]
     close(found.shaped_log_prob, p.log()[found.token], 1e-5)
     assert spread(np.bincount(found.token.numpy(), minlength=vocab).astype(float), rows * p.numpy()) > 1e-4
 
 
-def test_rows_drawn_in_all_ways_at_once(backend: str) -> None:
-    """Each row as an independent computation in fp64 draws it; so all backends draw the same."""
+def test_rows_sampled_in_all_ways_at_once(backend: str) -> None:
+    """Each row as an independent computation in fp64 samples it; so all backends sample the same."""
     for vocab, seed in ((50, 0), (777, 1), (2500, 2)):
         rows = 4 * len(KINDS)
         hidden, lm_head = problem(rows, vocab, 24, seed=seed)
@@ -489,38 +501,39 @@ def test_rows_drawn_in_all_ways_at_once(backend: str) -> None:
         kinds = [KINDS[i % len(KINDS)] for i in range(rows)]
         z, off = exact_logits(hidden, lm_head)
         for changes in ((None, None), (edits, None), (None, allowed), (edits, allowed)):
-            draw = Draw(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 100, rows), *changes)
-            found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
-            sure = draws_agree(found, draw, z, off)
+            sample = KeyedSampling(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 100, rows), *changes)
+            found = ops.score_tokens(hidden, lm_head, TokenRequest(sample=sample))
+            sure = samples_agree(found, sample, z, off)
             assert sure.double().mean() > 0.9
 
 
-def test_a_row_draws_the_same_alone_and_among_256_others(backend: str) -> None:
+def test_a_row_samples_the_same_alone_and_among_256_others(backend: str) -> None:
     rows, vocab = 257, 500
     hidden, lm_head = problem(rows, vocab, 16)
     kinds = [KINDS[i % len(KINDS)] for i in range(rows)]
     seed, position = np.arange(rows) * 7, np.arange(rows) % 13
-    among = ops.score_tokens(hidden, lm_head, TokenRequest(draw=Draw(kinds, seed, position)))
+    among = ops.score_tokens(hidden, lm_head, TokenRequest(sample=KeyedSampling(kinds, seed, position)))
     z, off = exact_logits(hidden, lm_head)
-    clear = draws_agree(among, Draw(kinds, seed, position), z, off)
+    clear = samples_agree(among, KeyedSampling(kinds, seed, position), z, off)
     checked = [*range(0, rows, 16), *range(len(KINDS))]
     for row in checked:
         at = slice(row, row + 1)
-        draw = Draw(kinds[row], seed[at], position[at])
-        alone = ops.score_tokens(hidden[at], lm_head, TokenRequest(draw=draw))
+        sample = KeyedSampling(kinds[row], seed[at], position[at])
+        alone = ops.score_tokens(hidden[at], lm_head, TokenRequest(sample=sample))
         assert among.token is not None and alone.token is not None
         assert alone.token[0] == among.token[row] or not clear[row]
     assert clear[checked].double().mean() > 0.9
 
 
-def test_draws_are_independent_over_seeds_and_positions(backend: str) -> None:
+def test_samples_are_independent_over_seeds_and_positions(backend: str) -> None:
     """Two tokens of two tiles, equally likely; and two of one tile."""
     n = 100
     seeds, positions = (x.reshape(-1) for x in np.meshgrid(np.arange(n), np.arange(n), indexing="ij"))
     for pair in ((0, 64), (3, 40)):
         z = torch.full((65,), -1e30)
         z[list(pair)] = 0
-        found = ops.score_tokens(*same_logits(z, n * n), TokenRequest(draw=Draw(Sampling(), seeds, positions)))
+        request = TokenRequest(sample=KeyedSampling(Sampling(), seeds, positions))
+        found = ops.score_tokens(*same_logits(z, n * n), request)
         assert set(found.token.tolist()) == set(pair)
         first = (found.token.numpy() == pair[0]).reshape(n, n)
         assert stats.binomtest(int(first.sum()), n * n).pvalue > 1e-4
@@ -528,7 +541,7 @@ def test_draws_are_independent_over_seeds_and_positions(backend: str) -> None:
             assert stats.chisquare(np.bincount((2 * a + b).reshape(-1), minlength=4)).pvalue > 1e-4
         for table in (first, first.T):  # whole rows: the largest of 4,950 correlations
             assert np.abs(np.corrcoef(table)[np.triu_indices(n, 1)]).max() < 6 / math.sqrt(n)
-        again = ops.score_tokens(*same_logits(z, n * n), TokenRequest(draw=Draw(Sampling(), seeds, positions)))
+        again = ops.score_tokens(*same_logits(z, n * n), request)
         assert torch.equal(found.token, again.token)
 
 
@@ -538,7 +551,7 @@ def test_ties_with_a_threshold_stay(backend: str) -> None:
     rows = 1000
     for kind in (Sampling(1.0, top_k=2), Sampling(1.0, top_k=80), Sampling(1.0, min_p=0.36), Sampling(1.0, top_p=0.5)):
         found = ops.score_tokens(
-            *same_logits(z, rows), TokenRequest(draw=Draw(kind, np.arange(rows), np.zeros(rows, int)))
+            *same_logits(z, rows), TokenRequest(sample=KeyedSampling(kind, np.arange(rows), np.zeros(rows, int)))
         )
         expected = z[:101].double().softmax(dim=0)
         close(found.shaped_log_prob, expected.log()[found.token], 1e-5)
@@ -560,8 +573,8 @@ def test_low_temperatures_come_to_the_most_likely_token(backend: str, temperatur
     z = torch.tensor([[5.0, 90.0, 70.0, 0.0], [-3e4, -2e4, -4e4, -3e38]])
     for kind in (Sampling(temperature), Sampling(temperature, top_p=0.9), Sampling(temperature, top_k=2)):
         for seed in range(20):
-            draw = Draw(kind, [seed, seed], [0, 1])
-            found = ops.score_tokens(*given_logits(z), TokenRequest(draw=draw))
+            sample = KeyedSampling(kind, [seed, seed], [0, 1])
+            found = ops.score_tokens(*given_logits(z), TokenRequest(sample=sample))
             assert found.token.tolist() == [1, 1]
             close(found.shaped_log_prob, torch.zeros(2).double(), 0)
 
@@ -575,8 +588,8 @@ def test_temperature_zero_is_the_first_of_the_most_likely_after_edits_and_mask(b
     bits[0, 100] = False
     greedy, mixed = Sampling(0.0, top_k=3, top_p=0.5, min_p=0.3), [Sampling(0.0), Sampling(0.0), Sampling(1.0, top_k=1)]
     for kind in (greedy, mixed):
-        draw = Draw(kind, [1, 2, 3], [0, 0, 0], edits, words(bits))
-        found = ops.score_tokens(*given_logits(z), TokenRequest(draw=draw))
+        sample = KeyedSampling(kind, [1, 2, 3], [0, 0, 0], edits, words(bits))
+        found = ops.score_tokens(*given_logits(z), TokenRequest(sample=sample))
         assert found.token.tolist() == [190, 150, 7]
         close(found.log_prob, z.double().log_softmax(dim=1)[[0, 1, 2], found.token], 1e-5)
         close(found.shaped_log_prob, torch.zeros(3).double(), 0)
@@ -623,12 +636,12 @@ def test_penalties_change_the_logits_of_every_token_as_a_loop_does(
     bits = torch.zeros(len(row), vocab, dtype=torch.bool)
     bits[torch.arange(len(row)), other] = True
     bits[:, anchor] = True
-    draw = Draw(Sampling(), np.arange(len(row)), np.zeros(len(row), int), repeated, words(bits))
-    found = ops.score_tokens(*given_logits(z[row]), TokenRequest(draw=draw))
+    sample = KeyedSampling(Sampling(), np.arange(len(row)), np.zeros(len(row), int), repeated, words(bits))
+    found = ops.score_tokens(*given_logits(z[row]), TokenRequest(sample=sample))
     pair = torch.stack([expected[row, other], expected[row, anchor]], dim=1).log_softmax(dim=1)
     close(found.shaped_log_prob, pair[torch.arange(len(row)), (found.token == anchor).long()], 1e-5)
-    greedy = Draw(Sampling(0.0), np.arange(rows), np.zeros(rows, int), edits)
-    best = ops.score_tokens(*given_logits(z), TokenRequest(draw=greedy)).token
+    greedy = KeyedSampling(Sampling(0.0), np.arange(rows), np.zeros(rows, int), edits)
+    best = ops.score_tokens(*given_logits(z), TokenRequest(sample=greedy)).token
     assert best is not None and torch.equal(best, expected.argmax(dim=1))
 
 
@@ -694,8 +707,8 @@ def asked(**parts: Any) -> dict[str, Any]:
     return {"request": TokenRequest(**parts)}
 
 
-def drawing(**parts: Any) -> dict[str, Any]:
-    return asked(draw=Draw(**{"sampling": Sampling(), "seed": [1, 2], "position": [0, 0], **parts}))
+def sampling(**parts: Any) -> dict[str, Any]:
+    return asked(sample=KeyedSampling(**{"sampling": Sampling(), "seed": [1, 2], "position": [0, 0], **parts}))
 
 
 @pytest.mark.parametrize(
@@ -733,16 +746,16 @@ def drawing(**parts: Any) -> dict[str, Any]:
             r"ids of select must be in \[0, 40\), got 40 to 40",
         ),
         (asked(top_k=1, rewards=torch.zeros(40, 5)), r"rewards must be .*\[40, 4\].* got .*\[40, 5\]"),
-        (asked(rewards=torch.zeros(40, 4)), "rewards are gathered at tokens: expected top_k or draw with them"),
-        (drawing(seed=[1, 2, 3], position=[0, 0, 0]), "seed and position must be one a row, 2, got 3"),
-        (drawing(sampling=[Sampling()]), "sampling must be one, or one for each of 2 rows, got 1"),
-        (drawing(edits=LogitEdits([0, 0], [], [], [])), r"indptr of edits must be \[3\], got \[2\]"),
-        (drawing(edits=LogitEdits([0, 1, 1], [40], [0], [1])), r"ids of edits must be in \[0, 40\), got 40 to 40"),
+        (asked(rewards=torch.zeros(40, 4)), "rewards are gathered at tokens: expected top_k or sample with them"),
+        (sampling(seed=[1, 2, 3], position=[0, 0, 0]), "seed and position must be one a row, 2, got 3"),
+        (sampling(sampling=[Sampling()]), "sampling must be one, or one for each of 2 rows, got 1"),
+        (sampling(edits=LogitEdits([0, 0], [], [], [])), r"indptr of edits must be \[3\], got \[2\]"),
+        (sampling(edits=LogitEdits([0, 1, 1], [40], [0], [1])), r"ids of edits must be in \[0, 40\), got 40 to 40"),
         (
-            drawing(allowed=torch.zeros(2, 1, dtype=torch.int32)),
+            sampling(allowed=torch.zeros(2, 1, dtype=torch.int32)),
             r"allowed must be int32 \[2, 2\], got torch.int32 \[2, 1\]",
         ),
-        (drawing(allowed=torch.zeros(2, 2).long()), r"allowed must be int32 \[2, 2\], got torch.int64 \[2, 2\]"),
+        (sampling(allowed=torch.zeros(2, 2).long()), r"allowed must be int32 \[2, 2\], got torch.int64 \[2, 2\]"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(change: dict[str, Any], message: str) -> None:
@@ -770,12 +783,12 @@ def registered(hidden: Tensor, lm_head: Tensor, request: TokenRequest) -> tuple[
 def requests(rows: int, vocab: int) -> list[TokenRequest]:
     edits = LogitEdits.penalties([[1, 2]] * rows, repetition=1.2, presence=0.1)
     allowed = words(torch.ones(rows, vocab, dtype=torch.bool))
-    every = Draw(Sampling(1.0, top_k=5), np.arange(rows), np.zeros(rows, int), edits, allowed)
+    every = KeyedSampling(Sampling(1.0, top_k=5), np.arange(rows), np.zeros(rows, int), edits, allowed)
     return [
         TokenRequest(lse=True),
         TokenRequest(top_k=5, entropy=True),
-        TokenRequest(top_k=5, draw=Draw(Sampling(), np.arange(rows), np.zeros(rows, int))),
-        TokenRequest(top_k=0, draw=every, entropy=True),
+        TokenRequest(top_k=5, sample=KeyedSampling(Sampling(), np.arange(rows), np.zeros(rows, int))),
+        TokenRequest(top_k=0, sample=every, entropy=True),
     ]
 
 
@@ -800,7 +813,8 @@ def test_shapes_are_known_without_values() -> None:
 @pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
 def test_compiles_into_one_graph(backend: str) -> None:
     hidden, lm_head = problem(4, 300, 16)
-    request = TokenRequest(top_k=5, draw=Draw(Sampling(1.0, top_p=0.9), np.arange(4), np.zeros(4, int)), entropy=True)
+    sample = KeyedSampling(Sampling(1.0, top_p=0.9), np.arange(4), np.zeros(4, int))
+    request = TokenRequest(top_k=5, sample=sample, entropy=True)
     wanted = VocabPass.of(request, hidden, 300)
 
     def step(states: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -857,7 +871,7 @@ def test_scratch_is_a_twentieth_of_the_logits(
     monkeypatch.setenv("FORKTREE_BACKEND", "torch")
     vocab = 151_936
     hidden, lm_head = problem(rows, vocab, 4, dtype)
-    request = TokenRequest(top_k=64, draw=Draw(kind, np.arange(rows), np.arange(rows)), entropy=True)
+    request = TokenRequest(top_k=64, sample=KeyedSampling(kind, np.arange(rows), np.arange(rows)), entropy=True)
     with Live() as live:
         ops.score_tokens(hidden, lm_head, request)
     assert live.most < 0.05 * rows * vocab * 4
@@ -880,9 +894,9 @@ def test_scratch_stays_below_16_mb(
     monkeypatch.setenv("FORKTREE_BACKEND", "torch")
     hidden, lm_head = problem(rows, vocab, size, dtype)
     kinds = [Sampling(3.0, top_p=0.9), Sampling(1.0, top_k=30), Sampling()]
-    draw = Draw([kinds[i % 3] for i in range(rows)], np.arange(rows), np.arange(rows))
+    sample = KeyedSampling([kinds[i % 3] for i in range(rows)], np.arange(rows), np.arange(rows))
     with Live() as live:
-        found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=top_k, draw=draw))
+        found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=top_k, sample=sample))
     answer = found.top_ids.nbytes + 2 * found.top_log_probs.nbytes  # the logits before the log-probs
     assert live.most - answer < 16e6
 
@@ -891,8 +905,8 @@ def test_nothing_is_read_back() -> None:
     """Tensors without values are answered as well: the host never looks at them."""
     hidden, lm_head = torch.empty(5, 8, device="meta"), torch.empty(300, 8, device="meta")
     allowed = torch.empty(5, 10, dtype=torch.int32, device="meta")
-    draw = Draw([Sampling(0.0), *[Sampling(0.7)] * 4], np.arange(5), np.arange(5), allowed=allowed)
-    request = TokenRequest(top_k=70, draw=draw, entropy=True, targets=torch.empty(5, device="meta").long())
+    sample = KeyedSampling([Sampling(0.0), *[Sampling(0.7)] * 4], np.arange(5), np.arange(5), allowed=allowed)
+    request = TokenRequest(top_k=70, sample=sample, entropy=True, targets=torch.empty(5, device="meta").long())
     found = ops.score_tokens(hidden, lm_head, request, check=False)
     assert (found.token.shape, found.token.dtype) == ((5,), torch.long)
     assert found.top_ids.shape == (5, 70)
@@ -904,13 +918,13 @@ def test_logits_that_are_there_already(dtype: torch.dtype) -> None:
     hidden, lm_head = problem(rows, vocab, 16, dtype)
     own = F.linear(hidden, lm_head)
     rewards = torch.randn(vocab, 16).to(dtype)
-    draw = Draw([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
+    sample = KeyedSampling([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
     ragged = RaggedIds(torch.arange(rows + 1), torch.arange(rows) * 3)
     before = own.clone()
     for select in (torch.tensor([5, 1, 600]), ragged):
         request = TokenRequest(
             top_k=70,
-            draw=draw,
+            sample=sample,
             select=select,
             targets=torch.arange(rows),
             entropy=True,
@@ -919,7 +933,7 @@ def test_logits_that_are_there_already(dtype: torch.dtype) -> None:
         found = ops.score_logits(own, request, hidden)
         off = 1e-13 if dtype == torch.float64 else 1e-5
         agree(found, request, own.double(), off)
-        draws_agree(found, draw, own.double(), off)
+        samples_agree(found, sample, own.double(), off)
         every = hidden.double() @ rewards.double().T
         close(found.token_reward, every.gather(1, found.token[:, None])[:, 0], 1e-4)
     assert torch.equal(own, before)

@@ -11,7 +11,7 @@ from forktree import ops
 from forktree.errors import InvalidInput, NonFinite
 from forktree.ops.assemble import LmHead, VocabPass
 from forktree.ops.sampling import Sampling
-from forktree.ops.token_request import ADD, REPETITION, Draw, LogitEdits, TokenRequest
+from forktree.ops.token_request import ADD, REPETITION, KeyedSampling, LogitEdits, TokenRequest
 
 pytest.importorskip("forktree.triton_kernels", reason="needs Triton")
 NATIVE = torch.cuda.is_available()
@@ -75,8 +75,8 @@ def model_of(logits):
     return torch.eye(len(logits), device=DEVICE), logits.T.contiguous().to(DEVICE)
 
 
-def draw(rows, sampling, seed=0, **options):
-    return Draw(sampling, seed=np.arange(rows) + 1000 * seed, position=np.arange(rows) * 7, **options)
+def keyed(rows, sampling, seed=0, **options):
+    return KeyedSampling(sampling, seed=np.arange(rows) + 1000 * seed, position=np.arange(rows) * 7, **options)
 
 
 def mask(allowed):
@@ -94,7 +94,7 @@ def specification(hidden, lm_head, request, **head):
 
 
 def compare(hidden, lm_head, request, *, bias=None, scale=1.0, softcap=None, tolerance=2e-5):
-    """With the specification in fp64: same ids, same draws."""
+    """With the specification in fp64: same ids, same samples."""
     got = ops.score_tokens(hidden, lm_head, request, bias=bias, scale=scale, softcap=softcap, check=False)
     wide = [None if x is None else x.double() for x in (hidden, lm_head, bias)]
     expected = specification(wide[0], wide[1], request, bias=wide[2], scale=scale, softcap=softcap)
@@ -117,7 +117,7 @@ def test_everything_at_once(shape, dtype):
     kinds = [*SETTLED, *OPEN, *FREE]
     request = TokenRequest(
         top_k=7,
-        draw=draw(rows, [kinds[i % len(kinds)] for i in range(rows)]),
+        sample=keyed(rows, [kinds[i % len(kinds)] for i in range(rows)]),
         targets=torch.arange(rows, device=DEVICE) * 3,
         select=torch.tensor([1, vocab - 1], device=DEVICE),
         lse=True,
@@ -147,7 +147,7 @@ def test_best_tokens_of_equals_and_of_minus_infinity():
     bias = torch.zeros(300, device=DEVICE)
     bias[7:] = -torch.inf
     got = compare(
-        hidden[:2], lm_head, TokenRequest(top_k=9, entropy=True, draw=draw(2, Sampling(top_p=0.9))), bias=bias
+        hidden[:2], lm_head, TokenRequest(top_k=9, entropy=True, sample=keyed(2, Sampling(top_p=0.9))), bias=bias
     )
     assert got.top_log_probs[:, 7:].eq(-torch.inf).all()
 
@@ -158,26 +158,26 @@ def test_zeros_of_both_signs_are_equals():
     assert got.top_ids.tolist() == [list(range(9))]
 
 
-# ---------------------------------------------------------------------- draws
+# ---------------------------------------------------------------------- sampling
 
 
 @pytest.mark.parametrize("kinds", [SETTLED, OPEN, FREE], ids=["settled", "open", "free"])
-def test_draws(kinds):
+def test_samples(kinds):
     rows = 2 * len(kinds)
     hidden, lm_head = model(rows, 400, 32)
-    compare(hidden, lm_head, TokenRequest(draw=draw(rows, kinds * 2)))
+    compare(hidden, lm_head, TokenRequest(sample=keyed(rows, kinds * 2)))
 
 
 @pytest.mark.parametrize("kinds", [SETTLED, OPEN, FREE], ids=["settled", "open", "free"])
-def test_draws_among_equals(kinds):
+def test_samples_among_equals(kinds):
     """Tokens that tie with a threshold stay, be they within the best 64 or beyond."""
     g = torch.Generator().manual_seed(1)
     logits = torch.randint(0, 4, (len(kinds), 400), generator=g).float() * 2
-    compare(*model_of(logits), TokenRequest(draw=draw(len(kinds), kinds)))
+    compare(*model_of(logits), TokenRequest(sample=keyed(len(kinds), kinds)))
 
 
 @pytest.mark.parametrize("kinds", [SETTLED, OPEN, FREE], ids=["settled", "open", "free"])
-def test_draws_of_edited_and_masked_logits(kinds):
+def test_samples_of_edited_and_masked_logits(kinds):
     rows, vocab, g = len(kinds), 400, np.random.default_rng(0)
     hidden, lm_head = model(rows, vocab, 32, seed=3)
     texts = [g.integers(0, vocab, n) for n in g.integers(0, 9, rows)]
@@ -185,16 +185,16 @@ def test_draws_of_edited_and_masked_logits(kinds):
     bias = {0: 1.5, 64: -np.inf, 256: 2.0, 399: 1.0}  # first of splits, last of all
     edits = LogitEdits.penalties(texts, repetition=1.3, frequency=0.2, presence=0.5, bias=bias)
     allowed = g.random((rows, vocab)) < 0.7
-    compare(hidden, lm_head, TokenRequest(draw=draw(rows, kinds, edits=edits, allowed=mask(allowed)), top_k=3))
+    compare(hidden, lm_head, TokenRequest(sample=keyed(rows, kinds, edits=edits, allowed=mask(allowed)), top_k=3))
     if kinds is FREE:
-        compare(hidden, lm_head, TokenRequest(draw=draw(rows, kinds, edits=edits)))
+        compare(hidden, lm_head, TokenRequest(sample=keyed(rows, kinds, edits=edits)))
 
 
 def test_edits_of_one_token_are_applied_in_their_order():
     hidden, lm_head = model(2, 100, 8)
     kinds = [ADD, REPETITION, ADD, REPETITION, ADD]
     edits = LogitEdits([0, 4, 5], [9, 9, 9, 70, 9], kinds, [5.0, 2.0, 30.0, 3.0, 40.0])
-    got = compare(hidden, lm_head, TokenRequest(draw=draw(2, Sampling(), edits=edits)))
+    got = compare(hidden, lm_head, TokenRequest(sample=keyed(2, Sampling(), edits=edits)))
     assert got.token.tolist() == [9, 9]
 
 
@@ -204,7 +204,7 @@ def test_one_token_allowed_or_none():
     allowed = np.zeros((rows, vocab), bool)
     allowed[0, 150] = allowed[3, 199] = allowed[2, 64] = True
     kinds = [Sampling(top_p=0.5), Sampling(top_k=3), Sampling(), GREEDY]
-    request = TokenRequest(draw=draw(rows, kinds, allowed=mask(allowed)))
+    request = TokenRequest(sample=keyed(rows, kinds, allowed=mask(allowed)))
     got = compare(hidden, lm_head, request)
     assert got.token.tolist() == [150, 0, 64, 199]
     with pytest.raises(InvalidInput, match="row 1: no token is allowed"):
@@ -214,7 +214,7 @@ def test_one_token_allowed_or_none():
 @pytest.mark.parametrize("sampling", [Sampling(), GREEDY, Sampling(top_k=100)], ids=str)
 def test_bad_rows_leave_others_alone(sampling):
     hidden, lm_head = model(6, 300, 16)
-    request = TokenRequest(draw=draw(6, sampling), top_k=4, entropy=True)
+    request = TokenRequest(sample=keyed(6, sampling), top_k=4, entropy=True)
     clean = compare(hidden, lm_head, request)
     hidden[2], hidden[4, 3] = torch.nan, torch.inf
     got = ops.score_tokens(hidden, lm_head, request, check=False)
@@ -235,18 +235,19 @@ def test_a_row_does_not_depend_on_its_neighbours():
     kinds = [*SETTLED, *OPEN, *FREE][::2]
     rows = len(kinds)
     hidden, lm_head = model(rows, 400, 32)
-    together = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw(rows, kinds), entropy=True))
-    again = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw(rows, kinds), entropy=True))
+    together = ops.score_tokens(hidden, lm_head, TokenRequest(sample=keyed(rows, kinds), entropy=True))
+    again = ops.score_tokens(hidden, lm_head, TokenRequest(sample=keyed(rows, kinds), entropy=True))
     for name, value in vars(together).items():
         assert value is None or torch.equal(value, getattr(again, name)), name
     for t in (1, 6):
-        alone = Draw(kinds[t], seed=[t], position=[7 * t])
-        assert ops.score_tokens(hidden[t : t + 1], lm_head, TokenRequest(draw=alone)).token[0] == together.token[t]
+        alone = KeyedSampling(kinds[t], seed=[t], position=[7 * t])
+        assert ops.score_tokens(hidden[t : t + 1], lm_head, TokenRequest(sample=alone)).token[0] == together.token[t]
 
 
 def test_huge_logits():
     logits = torch.linspace(-1, 1, 200).expand(3, 200) * torch.tensor([1e4, 1e8, 1e30])[:, None]
-    compare(*model_of(logits), TokenRequest(draw=draw(3, Sampling(top_p=0.9)), top_k=5, entropy=True), tolerance=1e-4)
+    request = TokenRequest(sample=keyed(3, Sampling(top_p=0.9)), top_k=5, entropy=True)
+    compare(*model_of(logits), request, tolerance=1e-4)
 
 
 def test_more_rows_than_a_launch_takes(monkeypatch):
@@ -256,19 +257,20 @@ def test_more_rows_than_a_launch_takes(monkeypatch):
     edits = LogitEdits.penalties([g.integers(0, vocab, 5) for _ in range(rows)], repetition=1.5)
     allowed = mask(g.random((rows, vocab)) < 0.8)
     kinds = [FREE[0], *SETTLED, *FREE, SETTLED[2], GREEDY, FREE[1], OPEN[0], GREEDY]
-    compare(hidden, lm_head, TokenRequest(draw=draw(rows, kinds, edits=edits, allowed=allowed), top_k=3, entropy=True))
+    sample = keyed(rows, kinds, edits=edits, allowed=allowed)
+    compare(hidden, lm_head, TokenRequest(sample=sample, top_k=3, entropy=True))
 
 
 def test_more_splits_than_a_list_holds(monkeypatch):
     kernels = importlib.import_module("forktree.triton_kernels.score_tokens.launch")
     monkeypatch.setattr(kernels, "INTERPRETED_PROGRAMS", 70)
     hidden, lm_head = model(2, 128 * 70 - 50, 8, peak=1.0)
-    compare(hidden, lm_head, TokenRequest(top_k=64, draw=draw(2, [Sampling(top_k=64), Sampling(top_p=0.001)])))
+    compare(hidden, lm_head, TokenRequest(top_k=64, sample=keyed(2, [Sampling(top_k=64), Sampling(top_p=0.001)])))
 
 
 def test_what_the_kernel_does_not_take_goes_to_the_torch_backend():
     hidden, lm_head = model(2, 150, 16)
-    compare(hidden, lm_head, TokenRequest(top_k=65, draw=draw(2, [Sampling(top_p=0.9), GREEDY])))
+    compare(hidden, lm_head, TokenRequest(top_k=65, sample=keyed(2, [Sampling(top_p=0.9), GREEDY])))
 
 
 def test_hidden_states_of_any_strides():
@@ -318,7 +320,7 @@ def test_large_vocabularies(rows, dtype):
     vocab, kinds = 50_257, [*SETTLED, *OPEN, *FREE]
     hidden, lm_head = model(rows, vocab, 1024, dtype)
     hidden, lm_head = hidden.double(), lm_head.double()
-    request = TokenRequest(draw=draw(rows, [kinds[t % len(kinds)] for t in range(rows)]), top_k=64, entropy=True)
+    request = TokenRequest(sample=keyed(rows, [kinds[t % len(kinds)] for t in range(rows)]), top_k=64, entropy=True)
     expected = specification(hidden, lm_head, request)
     got = ops.score_tokens(hidden.to(dtype), lm_head.to(dtype), request)
     torch.testing.assert_close(got.lse.double(), expected.lse, rtol=1e-5, atol=1e-5)
@@ -333,5 +335,5 @@ def test_heads_beyond_31_bits():
     lm_head = torch.zeros(vocab, size, dtype=torch.bfloat16, device=DEVICE)
     lm_head[-1] = 1
     hidden = torch.full((2, size), 1 / 256, dtype=torch.bfloat16, device=DEVICE)
-    got = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=2, draw=draw(2, GREEDY)))
+    got = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=2, sample=keyed(2, GREEDY)))
     assert got.top_ids.tolist() == [[vocab - 1, 0]] * 2 and got.token.tolist() == [vocab - 1] * 2

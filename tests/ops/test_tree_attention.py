@@ -16,7 +16,7 @@ from forktree import _core, ops
 from forktree.ops import AttentionOptions, KVPool, dispatch
 from forktree.plan.cost_model import CPU
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import KINDS, Case, chunk, naive_attention, random_layout, shared_prompt
 
 executor = importlib.import_module("forktree.ops.pytorch.tree_attention")
@@ -49,7 +49,7 @@ def tensors(case, heads=4, kv_heads=2, dim=8, value_dim=None, dtype=torch.float3
 
 
 def attend(case, q, k, v, window=None, cost_model=None, **options):
-    made = plan(
+    made = plan_attention(
         case.layout,
         num_qo_heads=q.shape[1],
         num_kv_heads=k.shape[1],
@@ -156,7 +156,7 @@ def test_large_chunk_over_a_long_prompt(monkeypatch):
     )
     q, k, v = torch.randn(rows + 1, 2, 8), torch.randn(1500, 1, 8), torch.randn(1500, 1, 8)
     for window in (None, 700):
-        made = plan(layout, num_qo_heads=2, num_kv_heads=1, head_dim=8, window=window)
+        made = plan_attention(layout, num_qo_heads=2, num_kv_heads=1, head_dim=8, window=window)
         out = ops.tree_attention(q, KVPool(k, v), made)
         order = [*range(550), *range(600, 1500)]
         pos = torch.arange(1450)
@@ -178,7 +178,7 @@ def test_growth_follows_the_tips(backend):
         layout = case.layout
         free = [s for s in range(case.num_slots) if s not in case.used]
         slot_index = layout.slot_index.copy()
-        made = plan(layout, num_qo_heads=4, num_kv_heads=2, head_dim=8, window=window)
+        made = plan_attention(layout, num_qo_heads=4, num_kv_heads=2, head_dim=8, window=window)
         path_row = np.repeat(np.arange(layout.num_rows), np.diff(layout.path_indptr))
         live = np.flatnonzero(layout.path_stop == TreeLayout.ALL)
         for _ in range(3):
@@ -202,7 +202,7 @@ def test_sees_nothing(backend):
     layout = TreeLayout(
         [3], [0], [1], [-1], [0], [0], [0, 1, 2], [0, 1, 2], [0, 0], [0, 1], [-1] * 2, [0] * 2, [0, 2], [0, 0]
     )
-    made = plan(layout, num_qo_heads=2, num_kv_heads=1, head_dim=4)
+    made = plan_attention(layout, num_qo_heads=2, num_kv_heads=1, head_dim=4)
     k = torch.full((5, 1, 4), torch.nan)
     k[3] = 1.0
     pool = KVPool(k, k)
@@ -218,7 +218,7 @@ def test_sees_nothing(backend):
     assert out[2, 0].eq(1).all() and lse[2, 0] == 2
     empty = TreeLayout([], [], [], [], [], [], [0], [0], [], [], [], [], [], [])
     for layout in (empty, TreeLayout.from_pages(np.zeros((0, 3), int), [], 16)):
-        made = plan(layout, num_qo_heads=2, num_kv_heads=1, head_dim=4)
+        made = plan_attention(layout, num_qo_heads=2, num_kv_heads=1, head_dim=4)
         assert ops.tree_attention(torch.ones(0, 2, 4), pool, made).shape == (0, 2, 4)
 
 
@@ -230,7 +230,7 @@ def test_error_is_that_of_torch_at_this_dtype(heads, kv_heads, dim, dtype, backe
     of sums decides, and PyTorch's is that of the BLAS: there sums in order are a second yardstick."""
     branches, shared, own = 16, 600, 40
     layout = shared_prompt(1, branches, shared, own, spread=True)
-    made = plan(layout, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
+    made = plan_attention(layout, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
     slots = torch.stack([torch.from_numpy(layout.slot_index[layout.visible(r)[0]]) for r in range(branches)]).long()
 
     def sdpa(q, k, v):
@@ -324,7 +324,7 @@ def test_bad_input_is_refused_by_name(change, message):
         "q": q,
         "k_slots": k,
         "v_slots": v,
-        "plan": plan(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=8),
+        "plan": plan_attention(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=8),
     }
     change(arguments)
     with pytest.raises(ValueError, match=message):
@@ -353,7 +353,7 @@ def test_bad_input_is_refused_by_name(change, message):
 def test_bad_options_are_refused_by_name(options, message, backend):
     q, k, v = torch.randn(3, 2, 2, 4)
     with pytest.raises(ValueError, match=message):
-        made = plan(chunk(2), num_qo_heads=2, num_kv_heads=2, head_dim=4)
+        made = plan_attention(chunk(2), num_qo_heads=2, num_kv_heads=2, head_dim=4)
         ops.tree_attention(q, KVPool(k, v), made, AttentionOptions(**options))
 
 
@@ -416,7 +416,7 @@ def test_any_layout_option_and_split(data):
             out, lse = attend(case, q, k, v, window, cost_model, **options)
     finally:
         _core.use_isa(before)
-    made = plan(case.layout, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim, window=window)
+    made = plan_attention(case.layout, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim, window=window)
     expected, expected_lse = specified(q.double(), k.double(), v.double(), made, AttentionOptions(**options))
     np.testing.assert_allclose(out.double(), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
     np.testing.assert_allclose(lse, expected_lse, rtol=5e-5, atol=5e-5)
@@ -447,8 +447,8 @@ def test_a_row_keeps_its_bits_among_strangers(dtype, backend):
     case = Case(crowd, [], int(crowd.slot_index.max()) + 1, set(crowd.slot_index.tolist()))
     q, k, v = tensors(case, 8, 4, 32, dtype=dtype)
     heads = dict(num_qo_heads=8, num_kv_heads=4, head_dim=32, invariant=True)
-    out, lse = ops.tree_attention(q, KVPool(k, v), plan(crowd, **heads), return_lse=True)
-    again, lse_again = ops.tree_attention(q[:5], KVPool(k, v), plan(alone, **heads), return_lse=True)
+    out, lse = ops.tree_attention(q, KVPool(k, v), plan_attention(crowd, **heads), return_lse=True)
+    again, lse_again = ops.tree_attention(q[:5], KVPool(k, v), plan_attention(alone, **heads), return_lse=True)
     assert torch.equal(out[:5], again) and torch.equal(lse[:5], lse_again)
 
 
@@ -471,7 +471,7 @@ def test_damage_stays_with_the_rows_that_see_it(kind, backend):
 
 def test_a_chunk_whose_last_token_is_damaged(backend):
     """The smallest case: of two rows the first does not see the second's token."""
-    made = plan(chunk(2), num_qo_heads=1, num_kv_heads=1, head_dim=4)
+    made = plan_attention(chunk(2), num_qo_heads=1, num_kv_heads=1, head_dim=4)
     q, k, v = torch.randn(3, 2, 1, 4)
     v[1] = torch.nan
     out = ops.tree_attention(q, KVPool(k, v), made)
@@ -491,10 +491,10 @@ def test_offsets_beyond_31_bits(heads, slots, view, backend):
     q = torch.randn(2, heads, dim).bfloat16()
     new = torch.randn(2, 7, heads, dim).bfloat16()
     ops.append_kv(new[0], new[1], torch.from_numpy(layout.slot_index), KVPool(k, v))
-    made = plan(layout, num_qo_heads=heads, num_kv_heads=heads, head_dim=dim)
+    made = plan_attention(layout, num_qo_heads=heads, num_kv_heads=heads, head_dim=dim)
     out = ops.tree_attention(q, KVPool(k, v), made)
     low = replace(layout, slot_index=np.arange(7))
-    made = plan(low, num_qo_heads=heads, num_kv_heads=heads, head_dim=dim)
+    made = plan_attention(low, num_qo_heads=heads, num_kv_heads=heads, head_dim=dim)
     expected = ops.tree_attention(q, KVPool(new[0], new[1]), made)
     torch.testing.assert_close(out, expected)
 
@@ -532,6 +532,6 @@ def test_how_nodes_are_cut_leaves_no_trace_in_fp32(backend):
     q, (k, v) = torch.randn(rows, 6, 24), torch.randn(2, tokens, 2, 24)
     for options in ({}, {"softcap": 3.0}, {"window": 60}):
         window = options.pop("window", None)
-        plans = [plan(x, window=window, **heads) for x in (whole, cut)]
+        plans = [plan_attention(x, window=window, **heads) for x in (whole, cut)]
         results = [ops.tree_attention(q, KVPool(k, v), made, AttentionOptions(**options)) for made in plans]
         assert torch.equal(*results)

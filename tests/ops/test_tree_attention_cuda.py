@@ -18,7 +18,7 @@ from forktree.ops.params import KvPool, TreeAttentionParams
 from forktree.ops.plan_tensors import PlanTensors
 from forktree.plan.cost_model import CPU
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import KINDS, Case, chunk, naive_attention, random_layout, shared_prompt
 
 pytestmark = pytest.mark.skipif(
@@ -59,7 +59,7 @@ def tensors(case, heads, kv_heads, dim, dtype, seed=0):
 
 def attend(case, q, k, v, *, window=None, cost_model=None, **options):
     heads = dict(num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2])
-    made = plan(case.layout, window=window, cost_model=cost_model, **heads)
+    made = plan_attention(case.layout, window=window, cost_model=cost_model, **heads)
     with patch.object(torch.Tensor, "new_empty", new_nan):
         return ops.tree_attention(q, KVPool(k, v), made, AttentionOptions(**options), return_lse=True)
 
@@ -67,7 +67,7 @@ def attend(case, q, k, v, *, window=None, cost_model=None, **options):
 def by_fp64(case, q, k, v, *, window=None, **options):
     """The reference in fp64: faster than `naive_attention`, which a few tests hold it and the kernel against."""
     heads = dict(num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2])
-    made = plan(case.layout, window=window, **heads)
+    made = plan_attention(case.layout, window=window, **heads)
     return specified(q.double(), k.double(), v.double(), made, AttentionOptions(**options))
 
 
@@ -198,7 +198,7 @@ def test_room_for_a_larger_plan(sinks):
     """Buckets of captured graphs: more rows of q, tokens, partials, plan and slots than the plan has."""
     case = random_layout(3, "random", max_len=60)
     q, k, v = tensors(case, 2, 1, 64, torch.float16)
-    made = plan(case.layout, num_qo_heads=2, num_kv_heads=1, head_dim=64, cost_model=FINE)
+    made = plan_attention(case.layout, num_qo_heads=2, num_kv_heads=1, head_dim=64, cost_model=FINE)
     assert made.num_partials and made.empty_tokens.size
     expected, expected_lse = attend(case, q, k, v, cost_model=FINE, sinks=sinks)
     buffer, slots = made.on(q.device)
@@ -223,7 +223,7 @@ def test_sees_nothing():
     for sinks in (None, torch.tensor([1.0, 2.0]), torch.tensor([-torch.inf, 2.0])):
         compare(case, *tensors(case, 2, 1, 64, torch.float16), sinks=sinks, expected=naive_attention)
     nothing = TreeLayout.from_pages(np.zeros((0, 3), int), [], 16)
-    made = plan(nothing, num_qo_heads=2, num_kv_heads=1, head_dim=64)
+    made = plan_attention(nothing, num_qo_heads=2, num_kv_heads=1, head_dim=64)
     pool = torch.zeros(5, 1, 64, dtype=torch.float16)
     assert ops.tree_attention(pool.new_empty(0, 2, 64), KVPool(pool, pool), made).shape == (0, 2, 64)
 

@@ -16,7 +16,7 @@ from forktree import ops
 from forktree.ops import AttentionOptions, KVPool
 from forktree.plan.cost_model import CPU
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import AttentionPlan, plan
+from forktree.plan.plan import AttentionPlan, plan_attention
 from layouts import KINDS, Case, chunk, naive_attention, random_layout, shared_prompt
 
 triton_kernels = pytest.importorskip("forktree.triton_kernels", reason="needs Triton")
@@ -64,7 +64,7 @@ def case_of(layout):
 
 def make(case, q, k, window=None, cost_model=None):
     heads = dict(num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2])
-    return plan(case.layout, window=window, cost_model=cost_model, **heads)
+    return plan_attention(case.layout, window=window, cost_model=cost_model, **heads)
 
 
 def attend(case, q, k, v, window=None, cost_model=None, **options):
@@ -235,7 +235,7 @@ def test_a_bucket_larger_than_the_plan():
 
 def test_tokens_nobody_writes_are_cleared():
     empty = TreeLayout([], [], [], [], [], [], [0], [0], [], [], [], [], [], [])
-    made = plan(empty, num_qo_heads=2, num_kv_heads=1, head_dim=4)
+    made = plan_attention(empty, num_qo_heads=2, num_kv_heads=1, head_dim=4)
     pool = torch.full((5, 1, 4), torch.nan)
     assert ops.tree_attention(torch.ones(0, 2, 4), KVPool(pool, pool), made).shape == (0, 2, 4)
     case = random_layout(0, "random")
@@ -294,9 +294,9 @@ def test_offsets_beyond_31_bits(heads):
     q = torch.randn(2, heads, dim).bfloat16()
     new = torch.randn(2, 7, heads, dim).bfloat16()
     ops.append_kv(new[0], new[1], torch.from_numpy(layout.slot_index), KVPool(k, v))
-    made = plan(layout, num_qo_heads=heads, num_kv_heads=heads, head_dim=dim)
+    made = plan_attention(layout, num_qo_heads=heads, num_kv_heads=heads, head_dim=dim)
     out = ops.tree_attention(q, KVPool(k, v), made)
-    low = plan(replace(layout, slot_index=np.arange(7)), num_qo_heads=heads, num_kv_heads=heads, head_dim=dim)
+    low = plan_attention(replace(layout, slot_index=np.arange(7)), num_qo_heads=heads, num_kv_heads=heads, head_dim=dim)
     assert torch.equal(out, ops.tree_attention(q, KVPool(new[0], new[1]), low))
 
 

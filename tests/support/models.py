@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import transformers as hf
 
-from forktree.model import Runner
+from forktree.model.runner import Runner
 from forktree.plan.layout import TreeLayout
 
 VOCAB = 99

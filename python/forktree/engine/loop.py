@@ -96,18 +96,19 @@ class Loop:
     def _answer_extends(self) -> bool:
         """Samples one token for every ready row of every `extend`; those that are done are answered."""
         extends = {t: t.state for t in self.tasks if isinstance(t.state, ExtendState)}
-        ready = [state for task, state in extends.items() if not task.preempted and len(state.ready())]
+        sampled = False
         for worker in self.workers:
-            here = [s for s in ready if s.worker is worker]
-            with timed("model", [task.counters for task, state in extends.items() if state in here]):
-                failed = self._sampler.sample(worker, here, ahead=self.ahead)
+            own = {t: s for t, s in extends.items() if s.worker is worker and not t.preempted}
+            with timed("model", [task.counters for task in own]):
+                any_ready, failed = self._sampler.sample(worker, [*own.values()], ahead=self.ahead)
             self._fail(failed)
+            sampled |= any_ready or bool(failed)
         finished = [t for t, s in extends.items() if t.state is s and not (s.open.any() or self._sampler.owes(s))]
         for task in finished:
             extension = extends[task].answer()
             task.counters.sampled_tokens += int(extension.num_tokens.sum())
             self._resume(task, extension)
-        return bool(ready or finished)
+        return sampled or bool(finished)
 
     def _answer_rest(self) -> bool:
         """Answers what needs all its rows at once: rewards, scores of tokens, rows of logits."""
