@@ -147,8 +147,8 @@ def everything(dtype: torch.dtype, rows: int) -> tuple[Any, ...]:
     integers, floats = meta(rows + 1, dtype=torch.int32), meta(rows + 1, dtype=torch.float32)
     keys, settings = meta(rows, dtype=torch.int64), meta(4, rows, dtype=torch.float64)
     head = LmHead(meta(vocab, size, dtype=dtype), meta(vocab, dtype=dtype), 1.0, 30.0)
-    draw = keys, settings, True, integers, integers, integers, floats, meta(rows, vocab // 32, dtype=torch.int32)
-    return meta(rows, size, dtype=dtype), head, VocabPass(64, True, *draw)
+    sample = keys, settings, True, integers, integers, integers, floats, meta(rows, vocab // 32, dtype=torch.int32)
+    return meta(rows, size, dtype=dtype), head, VocabPass(64, True, *sample)
 
 
 def attention_cases() -> Iterator[tuple[str, int, str, bool]]:

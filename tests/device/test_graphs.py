@@ -20,7 +20,7 @@ from forktree.engine import worker
 from forktree.errors import InvalidInput
 from forktree.model import Runner, attach, captured
 from forktree.plan.cost_model import CPU
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from graph_fake import FakeGraphs
 from models import CONFIGS, NUM_SLOTS, Forest, tiny
 
@@ -152,7 +152,7 @@ def test_more_partials_than_there_is_room_for(monkeypatch):
     tokens, positions, slots, layout = forest.step(dict.fromkeys(branches, 1))
     keen = replace(CPU, grain=0, item=0, partial=0, segment=0)  # to cut
     heads = dict(num_qo_heads=layer.num_qo_heads, num_kv_heads=layer.format.num_kv_heads, head_dim=layer.format.k_dim)
-    cut = plan(layout, **heads, cost_model=keen)
+    cut = plan_attention(layout, **heads, cost_model=keen)
     assert cut.num_partials > 3
     replays = pair.graphs.replays
     want, got = (r.forward(tokens, positions, slots, {layer: cut}) for r in (pair.eager, pair.captured))
@@ -197,7 +197,7 @@ def test_plans_of_another_step_are_refused():
     with pytest.raises(InvalidInput, match=r"plans must be of a layout of 2 tokens, got \[3\]"):
         pair.captured.forward(tokens[:2], positions[:2], slots[:2], plans)
     (layer,) = plans
-    wide = plan(layout, num_qo_heads=8, num_kv_heads=2, head_dim=8)
+    wide = plan_attention(layout, num_qo_heads=8, num_kv_heads=2, head_dim=8)
     with pytest.raises(ValueError, match=r"q must be \[3, 8, 8\]"):
         pair.captured.forward(tokens, positions, slots, {layer: wide})
     beyond = pair.captured.plans(layout.grown(layout.node_len, layout.row_pos, [*slots[:2], NUM_SLOTS]))

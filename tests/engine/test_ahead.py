@@ -67,7 +67,7 @@ def both(prompts: list[str], searches: list[Search], *, seed: int = 0, **options
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """What happens in order: ("pass", tokens in it that the host does not know), ("read", drawn tokens read)."""
+    """What happens in order: ("pass", tokens in it that the host does not know), ("read", sampled tokens read)."""
     seen: list[tuple[str, int]] = []
     read = Download.read
     monkeypatch.setattr(Download, "read", lambda self: (seen.append(("read", self._host.shape[1])), read(self))[1])
@@ -165,7 +165,7 @@ def test_a_pool_that_fits_exactly_fits_when_running_ahead_too() -> None:
 
 
 def test_a_branch_goes_on_as_it_would_have_after_eos_and_stops() -> None:
-    """Keys, texts, rows of logits and further draws of branches that ended while their next token was computed."""
+    """Keys, texts, rows of logits and further tokens of branches that ended while their next token was computed."""
 
     def ends(token: int, tokens: Any) -> bool:
         return token % 3 == 0
@@ -196,7 +196,7 @@ def test_a_branch_goes_on_as_it_would_have_after_eos_and_stops() -> None:
 
 
 def test_prompts_that_come_while_tokens_are_unknown() -> None:
-    """A prompt that is the beginning of what another search is about to have drawn."""
+    """A prompt that is the beginning of what another search is about to sample."""
     first = decoder(False).search(tiny.prompts(1), Greedy(), max_new_tokens=12)[0]
     text = tiny.prompts(1)[0] + str(first.text)
     prompts = [text[:n] for n in range(len(text) - 11, len(text))]

@@ -232,10 +232,10 @@ def test_samples_follow_the_shaped_distribution(llama: Any) -> None:
         eos_token_id=None,
         **settings,
     )
-    drawn = [tuple(row) for row in rows[:, -2:].tolist()]
+    sampled = [tuple(row) for row in rows[:, -2:].tolist()]
     keys = list(exact)
-    assert set(drawn) <= set(keys)
-    observed = [drawn.count(key) for key in keys]
+    assert set(sampled) <= set(keys)
+    observed = [sampled.count(key) for key in keys]
     expected = [exact[key] * n / sum(exact.values()) for key in keys]
     assert min(expected) > 1 and stats.chisquare(observed, expected).pvalue > 1e-3
 
@@ -257,7 +257,7 @@ def test_candidates_are_those_of_topk_in_the_same_order(spread: float) -> None:
 
 
 def test_beam_sampling_is_transformers_own(llama: Any) -> None:
-    """Same global generator, same draws: the candidates are drawn by the same call."""
+    """Same global generator, same samples: the candidates are sampled by the same call."""
     outputs = []
     for custom in (None, forktree.generate):
         torch.manual_seed(5)
@@ -306,7 +306,7 @@ def test_the_prompt_is_computed_once(llama: Any, workers: list[ModelWorker]) -> 
     llama.generate(
         IDS[2:], custom_generate=forktree.generate, num_beams=8, do_sample=False, max_new_tokens=4, eos_token_id=None
     )
-    assert workers[0].tokens_computed == 5 + 3 * 8  # the last drawn tokens are never run
+    assert workers[0].tokens_computed == 5 + 3 * 8  # the last sampled tokens are never run
     assert workers[0].tree.slots.in_use == 0
 
 

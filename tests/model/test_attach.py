@@ -12,8 +12,8 @@ import models
 from forktree import (
     BeamSearch,
     Decoder,
-    Draw,
     Greedy,
+    KeyedSampling,
     Sample,
     Sampling,
     TokenRequest,
@@ -334,7 +334,7 @@ def test_scores_are_of_the_models_own_logits(head, dtype):
     nobody = np.zeros(rows, np.int64)
     request = TokenRequest(
         top_k=10,
-        draw=Draw(Sampling(temperature=0), seed=nobody, position=nobody),
+        sample=KeyedSampling(Sampling(temperature=0), seed=nobody, position=nobody),
         select=some,
         targets=last,
         entropy=True,
@@ -362,16 +362,16 @@ def test_a_head_that_score_tokens_does_not_reproduce_goes_unfused(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 7, 40])
 @torch.no_grad()
-def test_draws_through_an_odd_head_do_not_depend_on_the_company(rows):
+def test_samples_through_an_odd_head_do_not_depend_on_the_company(rows):
     runner = Runner(attach(with_head(Squared)), num_slots=4)
     hidden, keys = torch.randn(40, 32), np.arange(40)
 
-    def drawn(at):
-        draw = Draw(Sampling(top_p=0.9), seed=keys[at], position=keys[at] + 3)
-        return runner.score(hidden[at], TokenRequest(draw=draw))
+    def sampled(at):
+        sample = KeyedSampling(Sampling(top_p=0.9), seed=keys[at], position=keys[at] + 3)
+        return runner.score(hidden[at], TokenRequest(sample=sample))
 
-    all_of_them = drawn(slice(None))
-    some = drawn(slice(0, rows))
+    all_of_them = sampled(slice(None))
+    some = sampled(slice(0, rows))
     assert torch.equal(some.token, all_of_them.token[:rows])
     assert torch.equal(some.log_prob, all_of_them.log_prob[:rows])
 

@@ -11,7 +11,7 @@ from torch.library import opcheck
 from compiled_layer import DIM, HEADS, SLOTS, Layer, inputs, layout
 from forktree import ops
 from forktree.ops import KVPool
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 
 POOL = SLOTS * HEADS * DIM
 
@@ -62,7 +62,7 @@ def test_registrations_are_sound(dtype):
     opcheck(registered.rotate_rows.default, (q, torch.arange(3), torch.rand(3), True, 6))
     o, lse = torch.randn(5, HEADS, DIM).to(dtype), torch.randn(5, HEADS)
     opcheck(registered.merge_states.default, (o, lse, torch.tensor([0, 2, 2]), torch.tensor([4, 1])))
-    made = plan(layout(), num_qo_heads=2 * HEADS, num_kv_heads=HEADS, head_dim=DIM)
+    made = plan_attention(layout(), num_qo_heads=2 * HEADS, num_kv_heads=HEADS, head_dim=DIM)
     q, pool = torch.randn(4, 2 * HEADS, DIM).to(dtype), torch.randn(SLOTS, HEADS, DIM).to(dtype)
     for per_head in (None, torch.rand(2 * HEADS)):
         arguments = (q, pool, pool, *made.on(q.device), 4, made.num_partials, 0.3, None, per_head, per_head)

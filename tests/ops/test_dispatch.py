@@ -8,7 +8,7 @@ from backends import ON_GPU, each
 from forktree import _core, ops
 from forktree.ops import KVPool, dispatch
 from forktree.ops.dispatch import missing, select_backend
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import random_layout
 
 DEVICE = "cuda"
@@ -65,7 +65,7 @@ def test_kernels_are_chosen_by_themselves(monkeypatch):
 def test_what_lies_elsewhere_is_refused(backend):
     case = random_layout(1)
     q, k, v = tensors(case, 4, 2, 64, dtype=torch.bfloat16)
-    made = plan(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=64, device=DEVICE)
+    made = plan_attention(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=64, device=DEVICE)
     with pytest.raises(ValueError, match=r"device|expected tensors on"):
         ops.tree_attention(q.to(DEVICE), KVPool(k, v), made)
     with pytest.raises(ValueError, match=r"device|expected tensors on"):

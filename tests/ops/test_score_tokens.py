@@ -20,7 +20,17 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from backends import FLOATS, HOST, ON_GPU, REFERENCE, TORCH, Backend, each, each_dtype, each_of, off_alignment
 from distributions import chi_square, shaped, spread
-from forktree import Draw, InvalidInput, LogitEdits, NonFinite, RaggedIds, Sampling, TokenRequest, TokenScores, ops
+from forktree import (
+    InvalidInput,
+    KeyedSampling,
+    LogitEdits,
+    NonFinite,
+    RaggedIds,
+    Sampling,
+    TokenRequest,
+    TokenScores,
+    ops,
+)
 from forktree.ops.assemble import VocabPass
 from forktree.ops.token_request import ADD, REPETITION
 from scores import (
@@ -32,12 +42,12 @@ from scores import (
     agree,
     close,
     compare,
-    draws_agree,
     exact_logits,
     given_logits,
     keyed,
     problem,
     same_logits,
+    samples_agree,
     scored,
     words,
 )
@@ -58,7 +68,7 @@ def test_everything_at_once(backend, dtype, shape):
     kinds = [*SETTLED, *OPEN, *FREE]
     request = TokenRequest(
         top_k=7,
-        draw=keyed(rows, [kinds[i % len(kinds)] for i in range(rows)]),
+        sample=keyed(rows, [kinds[i % len(kinds)] for i in range(rows)]),
         targets=torch.arange(rows) * 3,
         select=torch.tensor([1, vocab - 1]),
         lse=True,
@@ -90,7 +100,7 @@ def test_best_tokens_of_equals_and_of_minus_infinity(backend):
     compare(backend, hidden, lm_head, TokenRequest(top_k=64))
     bias = torch.zeros(300)
     bias[7:] = -torch.inf
-    request = TokenRequest(top_k=9, entropy=True, draw=keyed(2, Sampling(top_p=0.9)))
+    request = TokenRequest(top_k=9, entropy=True, sample=keyed(2, Sampling(top_p=0.9)))
     got = compare(backend, hidden[:2], lm_head, request, bias=bias)
     assert got.top_log_probs[:, 7:].eq(-torch.inf).all()
 
@@ -104,24 +114,24 @@ def test_zeros_of_both_signs_are_equals(backend):
 
 @pytest.mark.parametrize("kinds", [SETTLED, OPEN, FREE], ids=["settled", "open", "free"])
 @each(*ALL)
-def test_draws(backend, kinds):
+def test_samples(backend, kinds):
     rows = 2 * len(kinds)
     hidden, lm_head = problem(rows, 400, 32, spread=3.0)
-    compare(backend, hidden, lm_head, TokenRequest(draw=keyed(rows, kinds * 2)))
+    compare(backend, hidden, lm_head, TokenRequest(sample=keyed(rows, kinds * 2)))
 
 
 @pytest.mark.parametrize("kinds", [SETTLED, OPEN, FREE], ids=["settled", "open", "free"])
 @each(*ALL)
-def test_draws_among_equals(backend, kinds):
+def test_samples_among_equals(backend, kinds):
     """Tokens that tie with a threshold stay, be they within the best 64 or beyond."""
     g = torch.Generator().manual_seed(1)
     logits = torch.randint(0, 4, (len(kinds), 400), generator=g).float() * 2
-    compare(backend, *given_logits(logits), TokenRequest(draw=keyed(len(kinds), kinds)))
+    compare(backend, *given_logits(logits), TokenRequest(sample=keyed(len(kinds), kinds)))
 
 
 @pytest.mark.parametrize("kinds", [SETTLED, OPEN, FREE], ids=["settled", "open", "free"])
 @each(*ALL)
-def test_draws_of_edited_and_masked_logits(backend, kinds):
+def test_samples_of_edited_and_masked_logits(backend, kinds):
     rows, vocab, g = len(kinds), 400, np.random.default_rng(0)
     hidden, lm_head = problem(rows, vocab, 32, seed=3, spread=3.0)
     texts = [g.integers(0, vocab, n) for n in g.integers(0, 9, rows)]
@@ -129,9 +139,9 @@ def test_draws_of_edited_and_masked_logits(backend, kinds):
     bias = {0: 1.5, 64: -np.inf, 256: 2.0, 399: 1.0}  # first of splits, last of all
     edits = LogitEdits.penalties(texts, repetition=1.3, frequency=0.2, presence=0.5, bias=bias)
     allowed = words(torch.from_numpy(g.random((rows, vocab)) < 0.7))
-    compare(backend, hidden, lm_head, TokenRequest(draw=keyed(rows, kinds, edits=edits, allowed=allowed), top_k=3))
+    compare(backend, hidden, lm_head, TokenRequest(sample=keyed(rows, kinds, edits=edits, allowed=allowed), top_k=3))
     if kinds is FREE:
-        compare(backend, hidden, lm_head, TokenRequest(draw=keyed(rows, kinds, edits=edits)))
+        compare(backend, hidden, lm_head, TokenRequest(sample=keyed(rows, kinds, edits=edits)))
 
 
 @each(*ALL)
@@ -139,7 +149,7 @@ def test_edits_of_one_token_are_applied_in_their_order(backend):
     hidden, lm_head = problem(2, 100, 8, spread=3.0)
     kinds = [ADD, REPETITION, ADD, REPETITION, ADD]
     edits = LogitEdits([0, 4, 5], [9, 9, 9, 70, 9], kinds, [5.0, 2.0, 30.0, 3.0, 40.0])
-    got = compare(backend, hidden, lm_head, TokenRequest(draw=keyed(2, Sampling(), edits=edits)))
+    got = compare(backend, hidden, lm_head, TokenRequest(sample=keyed(2, Sampling(), edits=edits)))
     assert got.token.tolist() == [9, 9]
 
 
@@ -150,7 +160,7 @@ def test_one_token_allowed_or_none(backend):
     allowed = torch.zeros(rows, vocab, dtype=torch.bool)
     allowed[0, 150] = allowed[3, 199] = allowed[2, 64] = True
     kinds = [Sampling(top_p=0.5), Sampling(top_k=3), Sampling(), GREEDY]
-    request = TokenRequest(draw=keyed(rows, kinds, allowed=words(allowed)))
+    request = TokenRequest(sample=keyed(rows, kinds, allowed=words(allowed)))
     got = compare(backend, hidden, lm_head, request)
     assert got.token.tolist() == [150, 0, 64, 199]
     with pytest.raises(InvalidInput, match="row 1: no token is allowed"):
@@ -161,7 +171,7 @@ def test_one_token_allowed_or_none(backend):
 @each(*ALL)
 def test_bad_rows_leave_others_alone(backend, sampling):
     hidden, lm_head = problem(6, 150, 16, spread=3.0)
-    request = TokenRequest(draw=keyed(6, sampling), top_k=4, entropy=True)
+    request = TokenRequest(sample=keyed(6, sampling), top_k=4, entropy=True)
     clean = compare(backend, hidden, lm_head, request)
     hidden[2], hidden[4, 3] = torch.nan, torch.inf
     got = scored(backend, hidden, lm_head, request)
@@ -183,20 +193,20 @@ def test_a_row_does_not_depend_on_its_neighbours(backend):
     kinds = [*SETTLED, *OPEN, *FREE][:: 4 if backend.interpreted else 2]
     rows = len(kinds)
     hidden, lm_head = problem(rows, 400, 32, spread=3.0)
-    together = scored(backend, hidden, lm_head, TokenRequest(draw=keyed(rows, kinds), entropy=True))
-    again = scored(backend, hidden, lm_head, TokenRequest(draw=keyed(rows, kinds), entropy=True))
+    together = scored(backend, hidden, lm_head, TokenRequest(sample=keyed(rows, kinds), entropy=True))
+    again = scored(backend, hidden, lm_head, TokenRequest(sample=keyed(rows, kinds), entropy=True))
     for name, value in vars(together).items():
         assert value is None or torch.equal(value, getattr(again, name)), name
     for t in (1, rows - 2):
-        alone = Draw(kinds[t], seed=[t], position=[7 * t])
-        found = scored(backend, hidden[t : t + 1], lm_head, TokenRequest(draw=alone))
+        alone = KeyedSampling(kinds[t], seed=[t], position=[7 * t])
+        found = scored(backend, hidden[t : t + 1], lm_head, TokenRequest(sample=alone))
         assert found.token[0] == together.token[t]
 
 
 @each(*ALL)
 def test_huge_logits(backend):
     logits = torch.linspace(-1, 1, 200).expand(3, 200) * torch.tensor([1e4, 1e8, 1e30])[:, None]
-    request = TokenRequest(draw=keyed(3, Sampling(top_p=0.9)), top_k=5, entropy=True)
+    request = TokenRequest(sample=keyed(3, Sampling(top_p=0.9)), top_k=5, entropy=True)
     compare(backend, *given_logits(logits), request, tolerance=1e-4)
 
 
@@ -243,13 +253,13 @@ def test_equals_fp64(backend: Backend, dtype: torch.dtype, head: dict[str, Any])
 def test_nothing_is_answered_that_was_not_asked_for(backend: Backend) -> None:
     hidden, lm_head = problem(3, 100, 8)
     z, off = exact_logits(hidden, lm_head)
-    draw = Draw(Sampling(), [0, 1, 2], [0, 0, 0])
+    sample = KeyedSampling(Sampling(), [0, 1, 2], [0, 0, 0])
     cases: list[tuple[TokenRequest, set[str]]] = [
         (TokenRequest(), set()),
         (TokenRequest(lse=True), {"lse"}),
         (TokenRequest(entropy=True), {"lse", "entropy"}),
         (TokenRequest(top_k=3), {"lse", "top_ids", "top_log_probs"}),
-        (TokenRequest(draw=draw), {"lse", "token", "log_prob", "shaped_log_prob"}),
+        (TokenRequest(sample=sample), {"lse", "token", "log_prob", "shaped_log_prob"}),
         (TokenRequest(targets=torch.tensor([1, 2, 3])), {"lse", "target_log_probs"}),
         (TokenRequest(select=torch.tensor([7, 3])), {"selected_logits"}),
     ]
@@ -283,8 +293,8 @@ def test_select_alone_reads_no_other_row(backend: Backend) -> None:
 def test_rewards_are_gathered_at_what_was_found(backend: Backend, dtype: torch.dtype) -> None:
     hidden, lm_head = problem(6, 300, 20, dtype)
     rewards = torch.randn(300, 20).to(dtype)
-    draw = Draw(Sampling(), np.arange(6), np.zeros(6, int))
-    found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=70, draw=draw, rewards=rewards))
+    sample = KeyedSampling(Sampling(), np.arange(6), np.zeros(6, int))
+    found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=70, sample=sample, rewards=rewards))
     exact = hidden.double() @ rewards.double().T
     close(found.top_rewards, exact.gather(1, found.top_ids), 1e-4)
     close(found.token_reward, exact.gather(1, found.token[:, None])[:, 0], 1e-4)
@@ -294,8 +304,8 @@ def test_rewards_are_gathered_at_what_was_found(backend: Backend, dtype: torch.d
 def test_rows_of_any_stride_and_address(backend: Backend) -> None:
     hidden, lm_head = problem(20, 333, 37)
     z, off = exact_logits(hidden, lm_head)
-    draw = Draw([KINDS[i % len(KINDS)] for i in range(20)], np.arange(20), np.arange(20))
-    request = TokenRequest(top_k=7, draw=draw, entropy=True)
+    sample = KeyedSampling([KINDS[i % len(KINDS)] for i in range(20)], np.arange(20), np.arange(20))
+    request = TokenRequest(top_k=7, sample=sample, entropy=True)
     wide = torch.full((20, 50), torch.nan)
     wide[:, 3:40] = hidden
     for states, head in (
@@ -305,13 +315,13 @@ def test_rows_of_any_stride_and_address(backend: Backend) -> None:
     ):
         found = ops.score_tokens(states, head, request)
         agree(found, request, z, off)
-        assert draws_agree(found, draw, z, off).sum() > 15
+        assert samples_agree(found, sample, z, off).sum() > 15
 
 
 @each(*FAST)
 def test_no_rows(backend: Backend) -> None:
     hidden, lm_head = problem(0, 70, 8)
-    request = TokenRequest(top_k=3, draw=Draw(Sampling(), [], []), entropy=True, select=torch.tensor([1]))
+    request = TokenRequest(top_k=3, sample=KeyedSampling(Sampling(), [], []), entropy=True, select=torch.tensor([1]))
     found = ops.score_tokens(hidden, lm_head, request)
     assert found.top_ids.shape == (0, 3)
     assert found.token.shape == (0,)
@@ -370,17 +380,17 @@ def test_any_shape(backend: Backend, case: dict[str, Any]) -> None:
             bits[torch.arange(rows), torch.from_numpy(rng.integers(0, vocab, rows))] = True
         allowed = words(bits)
     kinds = [KINDS[i] for i in rng.integers(0, len(KINDS), rows)]
-    draw = Draw(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 10**6, rows), edits, allowed)
+    sample = KeyedSampling(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 10**6, rows), edits, allowed)
     request = TokenRequest(
         top_k=max(case["top_k"], 0),
-        draw=draw,
+        sample=sample,
         targets=torch.from_numpy(rng.integers(0, vocab, rows)),
         entropy=True,
     )
     found = ops.score_tokens(hidden, lm_head, request, **head)
     z, off = exact_logits(hidden, lm_head, **head)
     agree(found, request, z, off)
-    sure = draws_agree(found, draw, z, off)
+    sure = samples_agree(found, sample, z, off)
     assert (~sure).sum() <= 1 + 0.05 * rows
 
 
@@ -392,8 +402,8 @@ def test_rows_that_are_not_finite_are_named(backend: Backend) -> None:
     """NaN, and an overflow to infinity; the other rows are not touched."""
     rows = 12
     hidden, lm_head = problem(rows, 200, 16)
-    draw = Draw([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
-    request = TokenRequest(top_k=70, draw=draw, entropy=True)
+    sample = KeyedSampling([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
+    request = TokenRequest(top_k=70, sample=sample, entropy=True)
     before = ops.score_tokens(hidden, lm_head, request)
     for bad in (torch.nan, torch.inf):
         for row in (0, 4, 10):
@@ -427,11 +437,12 @@ def test_a_row_without_a_token_is_named(backend: Backend, kind: Sampling) -> Non
     bits = torch.ones(rows, vocab, dtype=torch.bool)
     bits[3] = False
     banned = LogitEdits([0, 0, 0, 0, vocab, vocab], np.arange(vocab), np.zeros(vocab, int), np.full(vocab, -np.inf))
-    free = ops.score_tokens(hidden, lm_head, TokenRequest(draw=Draw(kind, seed, position))).token
-    for draw in (Draw(kind, seed, position, allowed=words(bits)), Draw(kind, seed, position, banned)):
+    free = ops.score_tokens(hidden, lm_head, TokenRequest(sample=KeyedSampling(kind, seed, position))).token
+    for changes in ({"allowed": words(bits)}, {"edits": banned}):
+        sample = KeyedSampling(kind, seed, position, **changes)
         with pytest.raises(InvalidInput, match="row 3: no token is allowed, mask and edits leave none"):
-            ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
-        found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw), check=False)
+            ops.score_tokens(hidden, lm_head, TokenRequest(sample=sample))
+        found = ops.score_tokens(hidden, lm_head, TokenRequest(sample=sample), check=False)
         assert found.lse is not None and free is not None
         assert found.lse.isfinite().all() and found.token[3] == 0
         others = torch.arange(rows) != 3
@@ -440,11 +451,12 @@ def test_a_row_without_a_token_is_named(backend: Backend, kind: Sampling) -> Non
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @each(*FAST)
-def test_one_token_allowed_is_the_one_drawn(backend: Backend, kind: Sampling) -> None:
+def test_one_token_allowed_is_the_one_sampled(backend: Backend, kind: Sampling) -> None:
     vocab = 200
     hidden, lm_head = problem(vocab, vocab, 8)
-    draw = Draw(kind, np.arange(vocab), np.zeros(vocab, int), allowed=words(torch.eye(vocab, dtype=torch.bool)))
-    found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
+    allowed = words(torch.eye(vocab, dtype=torch.bool))
+    sample = KeyedSampling(kind, np.arange(vocab), np.zeros(vocab, int), allowed=allowed)
+    found = ops.score_tokens(hidden, lm_head, TokenRequest(sample=sample))
     assert torch.equal(found.token, torch.arange(vocab))
     assert torch.equal(found.shaped_log_prob, torch.zeros(vocab))
     z, off = exact_logits(hidden, lm_head)
@@ -461,8 +473,8 @@ def test_huge_and_infinite_logits(backend: Backend) -> None:
     bias[[0, 5, 64, 149]] = -torch.inf
     hidden, lm_head = given_logits(z)
     for kind in (Sampling(), Sampling(0.5, top_k=3), Sampling(1.0, top_p=0.9), Sampling(2.0, min_p=0.5), Sampling(0.0)):
-        draw = Draw(kind, [1, 2, 3], [0, 0, 0])
-        request = TokenRequest(top_k=150, draw=draw, entropy=True)
+        sample = KeyedSampling(kind, [1, 2, 3], [0, 0, 0])
+        request = TokenRequest(top_k=150, sample=sample, entropy=True)
         found = ops.score_tokens(hidden, lm_head, request, bias=bias)
         exact = z.double() + bias
         assert found.top_ids[0, 0] == 17 and found.top_ids[1, 0] == exact[1].argmax()
@@ -473,7 +485,7 @@ def test_huge_and_infinite_logits(backend: Backend) -> None:
         close(found.entropy, torch.special.entr(exact.softmax(dim=1)).sum(dim=1), 1e-6)
 
 
-# ---------------------------------------------------------------------- draws
+# ---------------------------------------------------------------------- sampling
 
 
 def flat(vocab: int, temperature: float = 1.0) -> Tensor:
@@ -483,7 +495,7 @@ def flat(vocab: int, temperature: float = 1.0) -> Tensor:
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.temperature], ids=str)
 @pytest.mark.parametrize("changes", [False, True], ids=["as they are", "edited and masked"])
 @each(*FAST)
-def test_draws_follow_the_distribution_of_transformers(backend: Backend, kind: Sampling, changes: bool) -> None:
+def test_samples_follow_the_distribution_of_transformers(backend: Backend, kind: Sampling, changes: bool) -> None:
     rows, vocab = 1500, 70
     z = 2 * flat(vocab)
     edits = allowed = None
@@ -491,9 +503,9 @@ def test_draws_follow_the_distribution_of_transformers(backend: Backend, kind: S
         texts = [[3, 3, 50, 69, 0]] * rows
         edits = LogitEdits.penalties(texts, repetition=1.5, presence=0.5, frequency=0.3, bias={7: 3.0})
         allowed = words((torch.arange(vocab) % 3 > 0).expand(rows, -1))
-    draw = Draw(kind, np.arange(rows), np.full(rows, 5), edits, allowed)
-    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(draw=draw))
-    alone = Draw(
+    sample = KeyedSampling(kind, np.arange(rows), np.full(rows, 5), edits, allowed)
+    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(sample=sample))
+    alone = KeyedSampling(
         kind,
         [0],
         [0],
@@ -520,20 +532,20 @@ def columns(edits: LogitEdits) -> tuple[np.ndarray, ...]:
     ids=str,
 )
 @each(*FAST)
-def test_draws_from_flat_distributions(backend: Backend, kind: Sampling) -> None:
+def test_samples_from_flat_distributions(backend: Backend, kind: Sampling) -> None:
     """Hundreds of tokens are left: more than any list of candidates holds."""
     rows, vocab = 1500, 3000
     z = flat(vocab)
-    draw = Draw(kind, np.full(rows, 11), np.arange(rows))
-    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(draw=draw))
-    p = shaped(z.double()[None], Draw(kind, [0], [0]))[0]
+    sample = KeyedSampling(kind, np.full(rows, 11), np.arange(rows))
+    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(sample=sample))
+    p = shaped(z.double()[None], KeyedSampling(kind, [0], [0]))[0]
     close(found.shaped_log_prob, p.log()[found.token], 1e-5)
     assert spread(np.bincount(found.token.numpy(), minlength=vocab).astype(float), rows * p.numpy()) > 1e-4
 
 
 @each(*FAST)
-def test_rows_drawn_in_all_ways_at_once(backend: Backend) -> None:
-    """Each row as an independent computation in fp64 draws it; so all backends draw the same."""
+def test_rows_sampled_in_all_ways_at_once(backend: Backend) -> None:
+    """Each row as an independent computation in fp64 samples it; so all backends sample the same."""
     for vocab, seed in ((50, 0), (777, 1), (2500, 2)):
         rows = 4 * len(KINDS)
         hidden, lm_head = problem(rows, vocab, 24, seed=seed)
@@ -549,40 +561,41 @@ def test_rows_drawn_in_all_ways_at_once(backend: Backend) -> None:
         kinds = [KINDS[i % len(KINDS)] for i in range(rows)]
         z, off = exact_logits(hidden, lm_head)
         for changes in ((None, None), (edits, None), (None, allowed), (edits, allowed)):
-            draw = Draw(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 100, rows), *changes)
-            found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
-            sure = draws_agree(found, draw, z, off)
+            sample = KeyedSampling(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 100, rows), *changes)
+            found = ops.score_tokens(hidden, lm_head, TokenRequest(sample=sample))
+            sure = samples_agree(found, sample, z, off)
             assert sure.double().mean() > 0.9
 
 
 @each(*FAST)
-def test_a_row_draws_the_same_alone_and_among_256_others(backend: Backend) -> None:
+def test_a_row_samples_the_same_alone_and_among_256_others(backend: Backend) -> None:
     rows, vocab = 257, 500
     hidden, lm_head = problem(rows, vocab, 16)
     kinds = [KINDS[i % len(KINDS)] for i in range(rows)]
     seed, position = np.arange(rows) * 7, np.arange(rows) % 13
-    among = ops.score_tokens(hidden, lm_head, TokenRequest(draw=Draw(kinds, seed, position)))
+    among = ops.score_tokens(hidden, lm_head, TokenRequest(sample=KeyedSampling(kinds, seed, position)))
     z, off = exact_logits(hidden, lm_head)
-    clear = draws_agree(among, Draw(kinds, seed, position), z, off)
+    clear = samples_agree(among, KeyedSampling(kinds, seed, position), z, off)
     checked = [*range(0, rows, 16), *range(len(KINDS))]
     for row in checked:
         at = slice(row, row + 1)
-        draw = Draw(kinds[row], seed[at], position[at])
-        alone = ops.score_tokens(hidden[at], lm_head, TokenRequest(draw=draw))
+        sample = KeyedSampling(kinds[row], seed[at], position[at])
+        alone = ops.score_tokens(hidden[at], lm_head, TokenRequest(sample=sample))
         assert among.token is not None and alone.token is not None
         assert alone.token[0] == among.token[row] or not clear[row]
     assert clear[checked].double().mean() > 0.9
 
 
 @each(*FAST)
-def test_draws_are_independent_over_seeds_and_positions(backend: Backend) -> None:
+def test_samples_are_independent_over_seeds_and_positions(backend: Backend) -> None:
     """Two tokens of two tiles, equally likely; and two of one tile."""
     n = 100
     seeds, positions = (x.reshape(-1) for x in np.meshgrid(np.arange(n), np.arange(n), indexing="ij"))
     for pair in ((0, 64), (3, 40)):
         z = torch.full((65,), -1e30)
         z[list(pair)] = 0
-        found = ops.score_tokens(*same_logits(z, n * n), TokenRequest(draw=Draw(Sampling(), seeds, positions)))
+        request = TokenRequest(sample=KeyedSampling(Sampling(), seeds, positions))
+        found = ops.score_tokens(*same_logits(z, n * n), request)
         assert set(found.token.tolist()) == set(pair)
         first = (found.token.numpy() == pair[0]).reshape(n, n)
         assert stats.binomtest(int(first.sum()), n * n).pvalue > 1e-4
@@ -590,7 +603,7 @@ def test_draws_are_independent_over_seeds_and_positions(backend: Backend) -> Non
             assert stats.chisquare(np.bincount((2 * a + b).reshape(-1), minlength=4)).pvalue > 1e-4
         for table in (first, first.T):  # whole rows: the largest of 4,950 correlations
             assert np.abs(np.corrcoef(table)[np.triu_indices(n, 1)]).max() < 6 / math.sqrt(n)
-        again = ops.score_tokens(*same_logits(z, n * n), TokenRequest(draw=Draw(Sampling(), seeds, positions)))
+        again = ops.score_tokens(*same_logits(z, n * n), request)
         assert torch.equal(found.token, again.token)
 
 
@@ -601,7 +614,7 @@ def test_ties_with_a_threshold_stay(backend: Backend) -> None:
     rows = 1000
     for kind in (Sampling(1.0, top_k=2), Sampling(1.0, top_k=80), Sampling(1.0, min_p=0.36), Sampling(1.0, top_p=0.5)):
         found = ops.score_tokens(
-            *same_logits(z, rows), TokenRequest(draw=Draw(kind, np.arange(rows), np.zeros(rows, int)))
+            *same_logits(z, rows), TokenRequest(sample=KeyedSampling(kind, np.arange(rows), np.zeros(rows, int)))
         )
         expected = z[:101].double().softmax(dim=0)
         close(found.shaped_log_prob, expected.log()[found.token], 1e-5)
@@ -625,8 +638,8 @@ def test_low_temperatures_come_to_the_most_likely_token(backend: Backend, temper
     z = torch.tensor([[5.0, 90.0, 70.0, 0.0], [-3e4, -2e4, -4e4, -3e38]])
     for kind in (Sampling(temperature), Sampling(temperature, top_p=0.9), Sampling(temperature, top_k=2)):
         for seed in range(20):
-            draw = Draw(kind, [seed, seed], [0, 1])
-            found = ops.score_tokens(*given_logits(z), TokenRequest(draw=draw))
+            sample = KeyedSampling(kind, [seed, seed], [0, 1])
+            found = ops.score_tokens(*given_logits(z), TokenRequest(sample=sample))
             assert found.token.tolist() == [1, 1]
             close(found.shaped_log_prob, torch.zeros(2).double(), 0)
 
@@ -641,8 +654,8 @@ def test_temperature_zero_is_the_first_of_the_most_likely_after_edits_and_mask(b
     bits[0, 100] = False
     greedy, mixed = Sampling(0.0, top_k=3, top_p=0.5, min_p=0.3), [Sampling(0.0), Sampling(0.0), Sampling(1.0, top_k=1)]
     for kind in (greedy, mixed):
-        draw = Draw(kind, [1, 2, 3], [0, 0, 0], edits, words(bits))
-        found = ops.score_tokens(*given_logits(z), TokenRequest(draw=draw))
+        sample = KeyedSampling(kind, [1, 2, 3], [0, 0, 0], edits, words(bits))
+        found = ops.score_tokens(*given_logits(z), TokenRequest(sample=sample))
         assert found.token.tolist() == [190, 150, 7]
         close(found.log_prob, z.double().log_softmax(dim=1)[[0, 1, 2], found.token], 1e-5)
         close(found.shaped_log_prob, torch.zeros(3).double(), 0)
@@ -690,12 +703,12 @@ def test_penalties_change_the_logits_of_every_token_as_a_loop_does(
     bits = torch.zeros(len(row), vocab, dtype=torch.bool)
     bits[torch.arange(len(row)), other] = True
     bits[:, anchor] = True
-    draw = Draw(Sampling(), np.arange(len(row)), np.zeros(len(row), int), repeated, words(bits))
-    found = ops.score_tokens(*given_logits(z[row]), TokenRequest(draw=draw))
+    sample = KeyedSampling(Sampling(), np.arange(len(row)), np.zeros(len(row), int), repeated, words(bits))
+    found = ops.score_tokens(*given_logits(z[row]), TokenRequest(sample=sample))
     pair = torch.stack([expected[row, other], expected[row, anchor]], dim=1).log_softmax(dim=1)
     close(found.shaped_log_prob, pair[torch.arange(len(row)), (found.token == anchor).long()], 1e-5)
-    greedy = Draw(Sampling(0.0), np.arange(rows), np.zeros(rows, int), edits)
-    best = ops.score_tokens(*given_logits(z), TokenRequest(draw=greedy)).token
+    greedy = KeyedSampling(Sampling(0.0), np.arange(rows), np.zeros(rows, int), edits)
+    best = ops.score_tokens(*given_logits(z), TokenRequest(sample=greedy)).token
     assert best is not None and torch.equal(best, expected.argmax(dim=1))
 
 
@@ -761,8 +774,8 @@ def asked(**parts: Any) -> dict[str, Any]:
     return {"request": TokenRequest(**parts)}
 
 
-def drawing(**parts: Any) -> dict[str, Any]:
-    return asked(draw=Draw(**{"sampling": Sampling(), "seed": [1, 2], "position": [0, 0], **parts}))
+def sampling(**parts: Any) -> dict[str, Any]:
+    return asked(sample=KeyedSampling(**{"sampling": Sampling(), "seed": [1, 2], "position": [0, 0], **parts}))
 
 
 @pytest.mark.parametrize(
@@ -800,16 +813,16 @@ def drawing(**parts: Any) -> dict[str, Any]:
             r"ids of select must be in \[0, 40\), got 40 to 40",
         ),
         (asked(top_k=1, rewards=torch.zeros(40, 5)), r"rewards must be .*\[40, 4\].* got .*\[40, 5\]"),
-        (asked(rewards=torch.zeros(40, 4)), "rewards are gathered at tokens: expected top_k or draw with them"),
-        (drawing(seed=[1, 2, 3], position=[0, 0, 0]), "seed and position must be one a row, 2, got 3"),
-        (drawing(sampling=[Sampling()]), "sampling must be one, or one for each of 2 rows, got 1"),
-        (drawing(edits=LogitEdits([0, 0], [], [], [])), r"indptr of edits must be \[3\], got \[2\]"),
-        (drawing(edits=LogitEdits([0, 1, 1], [40], [0], [1])), r"ids of edits must be in \[0, 40\), got 40 to 40"),
+        (asked(rewards=torch.zeros(40, 4)), "rewards are gathered at tokens: expected top_k or sample with them"),
+        (sampling(seed=[1, 2, 3], position=[0, 0, 0]), "seed and position must be one a row, 2, got 3"),
+        (sampling(sampling=[Sampling()]), "sampling must be one, or one for each of 2 rows, got 1"),
+        (sampling(edits=LogitEdits([0, 0], [], [], [])), r"indptr of edits must be \[3\], got \[2\]"),
+        (sampling(edits=LogitEdits([0, 1, 1], [40], [0], [1])), r"ids of edits must be in \[0, 40\), got 40 to 40"),
         (
-            drawing(allowed=torch.zeros(2, 1, dtype=torch.int32)),
+            sampling(allowed=torch.zeros(2, 1, dtype=torch.int32)),
             r"allowed must be int32 \[2, 2\], got torch.int32 \[2, 1\]",
         ),
-        (drawing(allowed=torch.zeros(2, 2).long()), r"allowed must be int32 \[2, 2\], got torch.int64 \[2, 2\]"),
+        (sampling(allowed=torch.zeros(2, 2).long()), r"allowed must be int32 \[2, 2\], got torch.int64 \[2, 2\]"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(change: dict[str, Any], message: str) -> None:
@@ -837,12 +850,12 @@ def registered(hidden: Tensor, lm_head: Tensor, request: TokenRequest) -> tuple[
 def requests(rows: int, vocab: int) -> list[TokenRequest]:
     edits = LogitEdits.penalties([[1, 2]] * rows, repetition=1.2, presence=0.1)
     allowed = words(torch.ones(rows, vocab, dtype=torch.bool))
-    every = Draw(Sampling(1.0, top_k=5), np.arange(rows), np.zeros(rows, int), edits, allowed)
+    every = KeyedSampling(Sampling(1.0, top_k=5), np.arange(rows), np.zeros(rows, int), edits, allowed)
     return [
         TokenRequest(lse=True),
         TokenRequest(top_k=5, entropy=True),
-        TokenRequest(top_k=5, draw=Draw(Sampling(), np.arange(rows), np.zeros(rows, int))),
-        TokenRequest(top_k=0, draw=every, entropy=True),
+        TokenRequest(top_k=5, sample=KeyedSampling(Sampling(), np.arange(rows), np.zeros(rows, int))),
+        TokenRequest(top_k=0, sample=every, entropy=True),
     ]
 
 
@@ -867,7 +880,8 @@ def test_shapes_are_known_without_values() -> None:
 @each(*FAST[1:])
 def test_compiles_into_one_graph(backend: Backend) -> None:
     hidden, lm_head = problem(4, 300, 16)
-    request = TokenRequest(top_k=5, draw=Draw(Sampling(1.0, top_p=0.9), np.arange(4), np.zeros(4, int)), entropy=True)
+    sample = KeyedSampling(Sampling(1.0, top_p=0.9), np.arange(4), np.zeros(4, int))
+    request = TokenRequest(top_k=5, sample=sample, entropy=True)
     wanted = VocabPass.of(request, hidden, 300)
 
     def step(states: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -924,7 +938,7 @@ def test_scratch_is_a_twentieth_of_the_logits(
     monkeypatch.setenv("FORKTREE_BACKEND", "torch")
     vocab = 151_936
     hidden, lm_head = problem(rows, vocab, 4, dtype)
-    request = TokenRequest(top_k=64, draw=Draw(kind, np.arange(rows), np.arange(rows)), entropy=True)
+    request = TokenRequest(top_k=64, sample=KeyedSampling(kind, np.arange(rows), np.arange(rows)), entropy=True)
     with Live() as live:
         ops.score_tokens(hidden, lm_head, request)
     assert live.most < 0.05 * rows * vocab * 4
@@ -947,9 +961,9 @@ def test_scratch_stays_below_16_mb(
     monkeypatch.setenv("FORKTREE_BACKEND", "torch")
     hidden, lm_head = problem(rows, vocab, size, dtype)
     kinds = [Sampling(3.0, top_p=0.9), Sampling(1.0, top_k=30), Sampling()]
-    draw = Draw([kinds[i % 3] for i in range(rows)], np.arange(rows), np.arange(rows))
+    sample = KeyedSampling([kinds[i % 3] for i in range(rows)], np.arange(rows), np.arange(rows))
     with Live() as live:
-        found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=top_k, draw=draw))
+        found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=top_k, sample=sample))
     answer = found.top_ids.nbytes + 2 * found.top_log_probs.nbytes  # the logits before the log-probs
     assert live.most - answer < 16e6
 
@@ -958,8 +972,8 @@ def test_nothing_is_read_back() -> None:
     """Tensors without values are answered as well: the host never looks at them."""
     hidden, lm_head = torch.empty(5, 8, device="meta"), torch.empty(300, 8, device="meta")
     allowed = torch.empty(5, 10, dtype=torch.int32, device="meta")
-    draw = Draw([Sampling(0.0), *[Sampling(0.7)] * 4], np.arange(5), np.arange(5), allowed=allowed)
-    request = TokenRequest(top_k=70, draw=draw, entropy=True, targets=torch.empty(5, device="meta").long())
+    sample = KeyedSampling([Sampling(0.0), *[Sampling(0.7)] * 4], np.arange(5), np.arange(5), allowed=allowed)
+    request = TokenRequest(top_k=70, sample=sample, entropy=True, targets=torch.empty(5, device="meta").long())
     found = ops.score_tokens(hidden, lm_head, request, check=False)
     assert (found.token.shape, found.token.dtype) == ((5,), torch.long)
     assert found.top_ids.shape == (5, 70)
@@ -971,13 +985,13 @@ def test_logits_that_are_there_already(dtype: torch.dtype) -> None:
     hidden, lm_head = problem(rows, vocab, 16, dtype)
     own = F.linear(hidden, lm_head)
     rewards = torch.randn(vocab, 16).to(dtype)
-    draw = Draw([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
+    sample = KeyedSampling([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
     ragged = RaggedIds(torch.arange(rows + 1), torch.arange(rows) * 3)
     before = own.clone()
     for select in (torch.tensor([5, 1, 600]), ragged):
         request = TokenRequest(
             top_k=70,
-            draw=draw,
+            sample=sample,
             select=select,
             targets=torch.arange(rows),
             entropy=True,
@@ -986,7 +1000,7 @@ def test_logits_that_are_there_already(dtype: torch.dtype) -> None:
         found = ops.score_logits(own, request, hidden)
         off = 1e-13 if dtype == torch.float64 else 1e-5
         agree(found, request, own.double(), off)
-        draws_agree(found, draw, own.double(), off)
+        samples_agree(found, sample, own.double(), off)
         every = hidden.double() @ rewards.double().T
         close(found.token_reward, every.gather(1, found.token[:, None])[:, 0], 1e-4)
     assert torch.equal(own, before)

@@ -26,22 +26,22 @@ def test_more_rows_than_a_launch_takes(backend, monkeypatch):
     edits = LogitEdits.penalties([g.integers(0, vocab, 5) for _ in range(rows)], repetition=1.5)
     allowed = words(torch.from_numpy(g.random((rows, vocab)) < 0.8))
     kinds = [FREE[0], *SETTLED, *FREE, SETTLED[2], GREEDY, FREE[1], OPEN[0], GREEDY]
-    draw = keyed(rows, kinds, edits=edits, allowed=allowed)
-    compare(backend, hidden, lm_head, TokenRequest(draw=draw, top_k=3, entropy=True))
+    sample = keyed(rows, kinds, edits=edits, allowed=allowed)
+    compare(backend, hidden, lm_head, TokenRequest(sample=sample, top_k=3, entropy=True))
 
 
 @each(*INTERPRETED, *NATIVE)
 def test_more_splits_than_a_list_holds(backend, monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED_PROGRAMS", 70)
     hidden, lm_head = problem(2, 128 * 70 - 50, 8, spread=1.0)
-    draw = keyed(2, [Sampling(top_k=64), Sampling(top_p=0.001)])
-    compare(backend, hidden, lm_head, TokenRequest(top_k=64, draw=draw))
+    sample = keyed(2, [Sampling(top_k=64), Sampling(top_p=0.001)])
+    compare(backend, hidden, lm_head, TokenRequest(top_k=64, sample=sample))
 
 
 @each(*INTERPRETED, *NATIVE)
 def test_what_the_kernel_does_not_take_goes_to_the_torch_backend(backend):
     hidden, lm_head = problem(2, 150, 16, spread=3.0)
-    compare(backend, hidden, lm_head, TokenRequest(top_k=65, draw=keyed(2, [Sampling(top_p=0.9), GREEDY])))
+    compare(backend, hidden, lm_head, TokenRequest(top_k=65, sample=keyed(2, [Sampling(top_p=0.9), GREEDY])))
 
 
 def test_scratch_is_bounded(monkeypatch):
@@ -81,8 +81,8 @@ def test_scratch_is_bounded(monkeypatch):
 def test_large_vocabularies(backend, dtype, rows):
     vocab, kinds = 50_257, [*SETTLED, *OPEN, *FREE]
     hidden, lm_head = on(backend.device, *problem(rows, vocab, 1024, dtype, spread=3.0))
-    draw = keyed(rows, [kinds[t % len(kinds)] for t in range(rows)])
-    request = TokenRequest(draw=draw, top_k=64, entropy=True)
+    sample = keyed(rows, [kinds[t % len(kinds)] for t in range(rows)])
+    request = TokenRequest(sample=sample, top_k=64, entropy=True)
     expected = by_specification(hidden.double(), lm_head.double(), request)
     got = ops.score_tokens(hidden, lm_head, request)
     torch.testing.assert_close(got.lse.double(), expected.lse, rtol=1e-5, atol=1e-5)
@@ -97,5 +97,5 @@ def test_heads_beyond_31_bits(backend):
     lm_head = torch.zeros(vocab, size, dtype=torch.bfloat16, device=backend.device)
     lm_head[-1] = 1
     hidden = torch.full((2, size), 1 / 256, dtype=torch.bfloat16, device=backend.device)
-    got = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=2, draw=keyed(2, GREEDY)))
+    got = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=2, sample=keyed(2, GREEDY)))
     assert got.top_ids.tolist() == [[vocab - 1, 0]] * 2 and got.token.tolist() == [vocab - 1] * 2

@@ -34,7 +34,7 @@ from forktree.ops.dispatch import launcher
 from forktree.ops.plan_tensors import PlanTensors
 from forktree.plan.cost_model import CPU
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import KINDS, Case, chunk, naive_attention, random_layout, shared_prompt
 
 SINKS = torch.tensor([0.5, -1.0, 2.0, -torch.inf])
@@ -137,7 +137,7 @@ def test_growth_follows_the_tips(backend):
         layout = case.layout
         free = [s for s in range(case.num_slots) if s not in case.used]
         slot_index = layout.slot_index.copy()
-        made = plan(layout, num_qo_heads=4, num_kv_heads=2, head_dim=dim, window=window)
+        made = plan_attention(layout, num_qo_heads=4, num_kv_heads=2, head_dim=dim, window=window)
         path_row = np.repeat(np.arange(layout.num_rows), np.diff(layout.path_indptr))
         live = np.flatnonzero(layout.path_stop == TreeLayout.ALL)
         for _ in range(3):
@@ -496,7 +496,7 @@ def test_bad_input_is_refused_by_name(change, message):
         "q": q,
         "k_slots": k,
         "v_slots": v,
-        "plan": plan(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=8),
+        "plan": plan_attention(case.layout, num_qo_heads=4, num_kv_heads=2, head_dim=8),
     }
     change(arguments)
     with pytest.raises(ValueError, match=message):
@@ -526,7 +526,7 @@ def test_bad_input_is_refused_by_name(change, message):
 def test_bad_options_are_refused_by_name(backend, options, message):
     q, k, v = torch.randn(3, 2, 2, 4)
     with pytest.raises(ValueError, match=message):
-        made = plan(chunk(2), num_qo_heads=2, num_kv_heads=2, head_dim=4)
+        made = plan_attention(chunk(2), num_qo_heads=2, num_kv_heads=2, head_dim=4)
         ops.tree_attention(q, KVPool(k, v), made, AttentionOptions(**options))
 
 

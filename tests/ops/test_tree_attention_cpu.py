@@ -10,7 +10,7 @@ from backends import ISAS, each, each_dtype
 from forktree import ops
 from forktree.ops import AttentionOptions, KVPool
 from forktree.plan.cost_model import CPU
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import chunk, shared_prompt
 
 
@@ -34,8 +34,8 @@ def test_a_row_keeps_its_bits_among_strangers(backend, dtype):
     alone, crowd = shared_prompt(1, 5, 1500, 70), shared_prompt(3, 5, 1500, 70)
     q, k, v = tensors(case_of(crowd), 8, 4, 32, dtype=dtype)
     heads = dict(num_qo_heads=8, num_kv_heads=4, head_dim=32, invariant=True)
-    out, lse = ops.tree_attention(q, KVPool(k, v), plan(crowd, **heads), return_lse=True)
-    again, lse_again = ops.tree_attention(q[:5], KVPool(k, v), plan(alone, **heads), return_lse=True)
+    out, lse = ops.tree_attention(q, KVPool(k, v), plan_attention(crowd, **heads), return_lse=True)
+    again, lse_again = ops.tree_attention(q[:5], KVPool(k, v), plan_attention(alone, **heads), return_lse=True)
     assert torch.equal(out[:5], again) and torch.equal(lse[:5], lse_again)
 
 
@@ -59,6 +59,6 @@ def test_how_nodes_are_cut_leaves_no_trace_in_fp32(backend):
     q, (k, v) = torch.randn(rows, 6, 24), torch.randn(2, tokens, 2, 24)
     for options in ({}, {"softcap": 3.0}, {"window": 60}):
         window = options.pop("window", None)
-        plans = [plan(x, window=window, **heads) for x in (whole, cut)]
+        plans = [plan_attention(x, window=window, **heads) for x in (whole, cut)]
         results = [ops.tree_attention(q, KVPool(k, v), made, AttentionOptions(**options)) for made in plans]
         assert torch.equal(*results)

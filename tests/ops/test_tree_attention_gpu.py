@@ -10,7 +10,7 @@ from attention import TOLERANCE, attend, case_of
 from backends import GPU_CUTS, ON_GPU, each, on, specified
 from forktree import ops
 from forktree.ops import KVPool
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import naive_attention, random_layout, shared_prompt
 
 DEVICE = "cuda"
@@ -48,7 +48,7 @@ def test_large_steps(backend, name, cost_model, heads, monkeypatch):
 def test_the_same_bits_under_load(backend):
     """An error that moves is a race."""
     layout = shared_prompt(1, 48, 3001, 19)
-    made = plan(layout, num_qo_heads=16, num_kv_heads=4, head_dim=128, device=DEVICE, cost_model=GPU_CUTS)
+    made = plan_attention(layout, num_qo_heads=16, num_kv_heads=4, head_dim=128, device=DEVICE, cost_model=GPU_CUTS)
     assert made.num_partials > 100
     q = torch.randn(layout.num_rows, 16, 128, device=DEVICE, dtype=torch.bfloat16)
     k, v = torch.randn(2, layout.slot_index.size, 4, 128, device=DEVICE, dtype=torch.bfloat16)
@@ -67,7 +67,7 @@ def test_the_same_bits_under_load(backend):
 def test_two_streams_at_once(backend):
     """Each has counters of its own."""
     layout = shared_prompt(1, 48, 3001, 19)
-    made = plan(layout, num_qo_heads=16, num_kv_heads=4, head_dim=128, device=DEVICE, cost_model=GPU_CUTS)
+    made = plan_attention(layout, num_qo_heads=16, num_kv_heads=4, head_dim=128, device=DEVICE, cost_model=GPU_CUTS)
     q = torch.randn(2, layout.num_rows, 16, 128, device=DEVICE, dtype=torch.bfloat16)
     k, v = torch.randn(2, layout.slot_index.size, 4, 128, device=DEVICE, dtype=torch.bfloat16)
     expected = [ops.tree_attention(one, KVPool(k, v), made).clone() for one in q]
@@ -95,7 +95,7 @@ def test_a_captured_graph_serves_other_plans(backend):
         kind = ("random", "star", "deep")[seed % 3]
         case = random_layout(seed, kind, num_nodes=8 + 5 * seed, num_contexts=4 + seed, uneven=False)
         heads = dict(num_qo_heads=4, num_kv_heads=2, head_dim=64)
-        made = plan(case.layout, **heads, device=DEVICE, cost_model=GPU_CUTS, max_partials=partials)
+        made = plan_attention(case.layout, **heads, device=DEVICE, cost_model=GPU_CUTS, max_partials=partials)
         buffer, index = made.on(q.device)
         plan_room[: len(buffer)] = buffer
         slot_room[: len(index)] = index
@@ -142,8 +142,9 @@ def test_pools_past_two_billion_elements(backend):
     k, v = torch.randn(2, len(used), kv_heads, dim, generator=g).bfloat16()
     ops.append_kv(*on(DEVICE, k, v, used), KVPool(*pools))
     assert all(torch.equal(pool[-len(used) :].cpu(), x) for pool, x in zip(pools, (k, v), strict=True))
-    made = plan(layout, num_qo_heads=16, num_kv_heads=kv_heads, head_dim=dim, device=DEVICE)
+    made = plan_attention(layout, num_qo_heads=16, num_kv_heads=kv_heads, head_dim=dim, device=DEVICE)
     out = ops.tree_attention(q.to(DEVICE), KVPool(*pools), made)
-    small = plan(replace(layout, slot_index=np.arange(len(used))), num_qo_heads=16, num_kv_heads=kv_heads, head_dim=dim)
+    low = replace(layout, slot_index=np.arange(len(used)))
+    small = plan_attention(low, num_qo_heads=16, num_kv_heads=kv_heads, head_dim=dim)
     expected, _ = specified(q.double(), k.double(), v.double(), small)
     torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=2e-2)

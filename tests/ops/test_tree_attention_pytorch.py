@@ -13,7 +13,7 @@ from forktree import ops
 from forktree.ops import KVPool
 from forktree.plan.cost_model import CPU
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import KINDS, random_layout
 
 executor = importlib.import_module("forktree.ops.pytorch.tree_attention")
@@ -60,7 +60,7 @@ def test_large_chunk_over_a_long_prompt(backend, monkeypatch):
     )
     q, k, v = torch.randn(rows + 1, 2, 8), torch.randn(1500, 1, 8), torch.randn(1500, 1, 8)
     for window in (None, 700):
-        made = plan(layout, num_qo_heads=2, num_kv_heads=1, head_dim=8, window=window)
+        made = plan_attention(layout, num_qo_heads=2, num_kv_heads=1, head_dim=8, window=window)
         out = ops.tree_attention(q, KVPool(k, v), made)
         order = [*range(550), *range(600, 1500)]
         pos = torch.arange(1450)

@@ -11,7 +11,7 @@ from backends import Backend, on, sentinels, specified
 from forktree import ops
 from forktree.ops import AttentionOptions, KVPool
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import AttentionPlan, plan
+from forktree.plan.plan import AttentionPlan, plan_attention
 from layouts import Case, naive_attention
 
 # on outputs of size 1: rounding the output, and the weights before they are multiplied with values
@@ -45,7 +45,7 @@ def tensors(
 
 
 def planned(case: Case, q: Tensor, k: Tensor, **options: Any) -> AttentionPlan:
-    return plan(case.layout, num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2], **options)
+    return plan_attention(case.layout, num_qo_heads=q.shape[1], num_kv_heads=k.shape[1], head_dim=q.shape[2], **options)
 
 
 def attend(

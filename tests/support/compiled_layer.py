@@ -6,7 +6,7 @@ import torch
 
 from forktree import ops
 from forktree.ops import AttentionOptions, KVPool
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import chunk
 
 SLOTS, HEADS, DIM = 509, 2, 16
@@ -39,7 +39,7 @@ def inputs():
         10000.0 ** (-torch.arange(0, DIM, 2) / DIM),
         torch.tensor([0, 1, 4]),
         torch.tensor([2, 0, 1, 3]),
-        plan(layout(), num_qo_heads=HEADS, num_kv_heads=HEADS, head_dim=DIM),
+        plan_attention(layout(), num_qo_heads=HEADS, num_kv_heads=HEADS, head_dim=DIM),
     )
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from backends import Backend, on, sentinels
-from distributions import draws, shaped
-from forktree import Draw, RaggedIds, Sampling, TokenRequest, TokenScores, ops
+from distributions import sampled, shaped
+from forktree import KeyedSampling, RaggedIds, Sampling, TokenRequest, TokenScores, ops
 
 KINDS = [
     Sampling(),
@@ -103,7 +103,7 @@ def close(found: Tensor | None, expected: Tensor, off: float) -> None:
 
 
 def agree(found: TokenScores, request: TokenRequest, z: Tensor, off: float) -> None:
-    """Everything but draws and heads, with exact logits z."""
+    """Everything but sampling and heads, with exact logits z."""
     lse = z.logsumexp(dim=1)
     log_probs = z - lse[:, None]
     close(found.lse, lse, off)
@@ -130,45 +130,45 @@ def agree(found: TokenScores, request: TokenRequest, z: Tensor, off: float) -> N
         close(found.selected_log_probs, log_probs[:, request.select.long()], off)
 
 
-def is_clear(z: Tensor, draw: Draw, off: float) -> Tensor:
-    """Rows [T] of which rounding by `off` takes or gives no token to draw."""
+def is_clear(z: Tensor, sample: KeyedSampling, off: float) -> Tensor:
+    """Rows [T] of which rounding by `off` takes or gives no token to sample."""
     rows = len(z)
-    each = [draw.sampling] * rows if isinstance(draw.sampling, Sampling) else draw.sampling
+    each = [sample.sampling] * rows if isinstance(sample.sampling, Sampling) else sample.sampling
     clear = torch.ones(rows, dtype=torch.bool)
-    left = shaped(z, draw) > 0
+    left = shaped(z, sample) > 0
     for near in (1 - off, 1 + off):
         around = [
             Sampling(s.temperature, s.top_k, s.top_p if s.top_p == 1 else min(s.top_p * near, 1.0), s.min_p * near)
             for s in each
         ]
-        other = Draw(around, draw.seed, draw.position, draw.edits, draw.allowed)
+        other = KeyedSampling(around, sample.seed, sample.position, sample.edits, sample.allowed)
         clear &= ((shaped(z, other) > 0) == left).all(dim=1)
-    everything = Draw(Sampling(), draw.seed, draw.position, draw.edits, draw.allowed)
+    everything = KeyedSampling(Sampling(), sample.seed, sample.position, sample.edits, sample.allowed)
     s = shaped(z, everything).log()
     lowest = s.where(left, torch.inf).amin(dim=1)
     highest_lost = s.where(~left, -torch.inf).amax(dim=1)
     return clear & (lowest - highest_lost > 2 * off)
 
 
-def draws_agree(found: TokenScores, draw: Draw, z: Tensor, off: float) -> Tensor:
-    """The draws of exact logits z, except where a number is within rounding of where they change. Returns which were
+def samples_agree(found: TokenScores, sample: KeyedSampling, z: Tensor, off: float) -> Tensor:
+    """The samples of exact logits z, except where a number is within rounding of where they change. Returns which were
     compared, [T]."""
-    p = shaped(z, draw)
-    tokens, distance = draws(p.numpy(), draw.keys)
+    p = shaped(z, sample)
+    tokens, distance = sampled(p.numpy(), sample.keys)
     assert found.token.dtype == torch.long
-    sure = is_clear(z, draw, off) & (torch.from_numpy(distance) > 10 * off)
+    sure = is_clear(z, sample, off) & (torch.from_numpy(distance) > 10 * off)
     assert torch.equal(found.token[sure], torch.from_numpy(tokens)[sure])
     at = found.token[:, None]
     close(found.log_prob, z.log_softmax(dim=1).gather(1, at)[:, 0], off)
     # 2e-7 is the resolution of fp32 near 1; temperatures below 1 enlarge what logits are off
-    coldest = min(t for t in [1.0, *draw.settings[0].tolist()] if t > 0)
+    coldest = min(t for t in [1.0, *sample.settings[0].tolist()] if t > 0)
     close(found.shaped_log_prob[sure], p.log().gather(1, at)[:, 0][sure], 2 * off / coldest + 2e-7)
     return sure
 
 
-def keyed(rows: int, sampling: Any, seed: int = 0, **options: Any) -> Draw:
+def keyed(rows: int, sampling: Any, seed: int = 0, **options: Any) -> KeyedSampling:
     """With a seed and a position of its own for each row."""
-    return Draw(sampling, seed=np.arange(rows) + 1000 * seed, position=np.arange(rows) * 7, **options)
+    return KeyedSampling(sampling, seed=np.arange(rows) + 1000 * seed, position=np.arange(rows) * 7, **options)
 
 
 def by_specification(hidden: Tensor, lm_head: Tensor, request: TokenRequest, **head: Any) -> TokenScores:
@@ -194,7 +194,7 @@ def scored(
 def compare(
     backend: Backend, hidden: Tensor, lm_head: Tensor, request: TokenRequest, *, tolerance: float = 2e-5, **head: Any
 ) -> TokenScores:
-    """With the specification in fp64: same ids, same draws."""
+    """With the specification in fp64: same ids, same samples."""
     found = scored(backend, hidden, lm_head, request, **head)
     wide = {name: x.double() if isinstance(x, Tensor) else x for name, x in head.items()}
     expected = by_specification(hidden.double(), lm_head.double(), request, **wide)

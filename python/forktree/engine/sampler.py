@@ -16,7 +16,7 @@ from forktree.engine.extend_state import NO_TOKEN, ExtendState
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
 from forktree.ops import score_logits
-from forktree.ops.token_request import Draw, TokenRequest
+from forktree.ops.token_request import KeyedSampling, TokenRequest
 from forktree.search.processors import left_padded, process
 from forktree.types import BoolArray, Int32Array, Int64Array
 
@@ -164,7 +164,7 @@ def _sample_fused(
         hidden = torch.cat([state.hidden(at) for state, at in zip(states, rows, strict=True)])
     else:
         hidden = worker.hidden(ids)
-    scores = worker.runner.score(hidden, TokenRequest(draw=_keyed(worker, states, rows)))
+    scores = worker.runner.score(hidden, TokenRequest(sample=_keyed(worker, states, rows)))
     return hidden, scores.token, scores.log_prob
 
 
@@ -178,17 +178,17 @@ def _sample_processed(
     logits = worker.runner.logits(hidden)
     input_ids = left_padded(branches, request.pad_token_id, logits.device)
     scores = process(request.processors, branches, input_ids, logits.clone())
-    sampled = score_logits(scores, TokenRequest(draw=_keyed(worker, states, rows)), hidden)
+    sampled = score_logits(scores, TokenRequest(sample=_keyed(worker, states, rows)), hidden)
     log_prob = logits.gather(1, sampled.token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
     none_left = sampled.shaped_log_prob.isnan() & log_prob.isfinite()
     return hidden, sampled.token, log_prob.masked_fill(none_left, NO_TOKEN)
 
 
-def _keyed(worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Int64Array]) -> Draw:
+def _keyed(worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Int64Array]) -> KeyedSampling:
     """How the tokens that follow rows are sampled."""
     tree, ids = worker.tree, _ids(states, rows)
     sampling = [state.sampling[i] for state, at in zip(states, rows, strict=True) for i in at.tolist()]
-    return Draw(sampling, seed=tree.branch_key[ids], position=tree.branch_length[ids])
+    return KeyedSampling(sampling, seed=tree.branch_key[ids], position=tree.branch_length[ids])
 
 
 def _ids(states: Sequence[ExtendState], rows: Sequence[Int64Array]) -> Int64Array:

@@ -8,7 +8,7 @@ from torch import Tensor
 from forktree.ops import AttentionOptions, KVFormat, KVPool, append_kv, tree_attention
 from forktree.ops.dispatch import PYTORCH, select_backend
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import AttentionPlan, plan
+from forktree.plan.plan import AttentionPlan, plan_attention
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LayerSpec:
         It is invariant, so that a prompt's result does not depend on what else is in the batch, unless max_partials
         limits it: that limit is shared with strangers.
         """
-        return plan(
+        return plan_attention(
             layout,
             num_qo_heads=self.num_qo_heads,
             num_kv_heads=self.format.num_kv_heads,
