@@ -105,6 +105,7 @@ EMULATED = [CUDA] * (not CUDA.absent)  # the CUDA kernels on the CPU
 INTERPRETED = [TRITON] * (find_spec("triton") is not None and not TRITON.absent)
 COMPILED = [*ISAS, *EMULATED]
 ONE_ISA = [REFERENCE, TORCH, Backend("cpu"), *EMULATED, *INTERPRETED]  # for what no instruction set changes
+EXACT = [b for b in ONE_ISA if not b.interpreted]  # the interpreter rounds to bf16 in a way of its own
 HOST = [REFERENCE, TORCH, *ISAS, *EMULATED, *INTERPRETED]
 EVERY = [*HOST, *ON_GPU]
 
