@@ -16,7 +16,8 @@ import models
 import tiny
 from forktree.engine import sampler
 from forktree.engine.request_state import TokensState
-from forktree.model import Runner, attach
+from forktree.model.attach import attach
+from forktree.model.runner import Runner
 from forktree.ops.dispatch import missing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

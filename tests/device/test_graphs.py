@@ -18,7 +18,9 @@ from forktree.device import plan_buffers
 from forktree.device.cuda_graphs import CudaGraphs, NoHostReads
 from forktree.engine import worker
 from forktree.errors import InvalidInput
-from forktree.model import Runner, attach, captured
+from forktree.model import captured
+from forktree.model.attach import attach
+from forktree.model.runner import Runner
 from forktree.plan.cost_model import CPU
 from forktree.plan.plan import plan_attention
 from graph_fake import FakeGraphs

@@ -22,7 +22,9 @@ from forktree import (
     sequence_logprobs,
 )
 from forktree.errors import InvalidInput, UnsupportedModel
-from forktree.model import LinearHead, OwnHead, Runner, attach
+from forktree.model.attach import attach
+from forktree.model.head import LinearHead, OwnHead
+from forktree.model.runner import Runner
 from tiny import new_model
 
 MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)

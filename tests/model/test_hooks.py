@@ -13,7 +13,10 @@ from torch import Tensor, nn
 import models
 import tiny as support
 from forktree.errors import InvalidInput, UnsupportedModel
-from forktree.model import LayerHook, ModelSpec, Rows, Runner, attach
+from forktree.model.attach import attach
+from forktree.model.hooks import LayerHook, Rows
+from forktree.model.model_spec import ModelSpec
+from forktree.model.runner import Runner
 from graph_fake import FakeGraphs
 from models import CONFIGS, NUM_SLOTS, Forest, tiny
 

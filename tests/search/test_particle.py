@@ -25,7 +25,7 @@ from forktree import (
     TokenRequest,
     TokenScores,
 )
-from forktree.model import Runner
+from forktree.model.runner import Runner
 from forktree.rewards.base import PendingReward, RewardInput, Rewards
 from forktree.search.selection import CLIP, RESAMPLERS, log_weights, softmax
 

@@ -7,7 +7,9 @@ import numpy as np
 import torch
 import transformers as hf
 
-from forktree.model import ModelSpec, Runner, attach
+from forktree.model.attach import attach
+from forktree.model.model_spec import ModelSpec
+from forktree.model.runner import Runner
 from forktree.plan.layout import TreeLayout
 
 VOCAB = 99

@@ -13,7 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from forktree import Decoder
 from forktree.engine import worker
 from forktree.engine.worker import ModelWorker
-from forktree.model import attached, runner
+from forktree.model import runner
+from forktree.model.attached import attached
 from forktree.ops import KVFormat, KVPool
 
 EOS = "<eos>"

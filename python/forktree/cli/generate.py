@@ -13,6 +13,7 @@ from forktree.cli.report import Outcome, json_number, say, write_outcomes
 from forktree.cli.results import ResultFile
 from forktree.cli.searches import SEARCH_HELP, choose, show_search
 from forktree.errors import InvalidInput
+from forktree.model.model_files import digest, digests
 from forktree.terminal import one_line
 
 GENERATE_HELP = """Searches for an answer to every prompt of a JSON Lines file.
@@ -106,8 +107,6 @@ def generate(
     # what can be checked without loading a model is checked first
     chosen = choose(search, settings or (), reward, escape=escape)
     inputs = read_inputs("--prompts", prompts, [("prompt",)])
-    from forktree.model.model_files import digests  # transformers takes seconds to import
-
     described = {"search": search, **chosen.described, "max_new_tokens": max_new_tokens, "seed": seed, "dtype": dtype}
     made_with = {"settings": described, "model": digests(model, code=trust_remote_code)}
     if trace:
@@ -198,8 +197,6 @@ def _reward_format(name: str | None, fed: dict[str, str | None], reward: str | N
 
 def _reward_digests(reward: str, *, code: bool) -> dict[str, str]:
     """Of what --reward names: the files of a head or reward model, or the file that a function lies in."""
-    from forktree.model.model_files import digest, digests
-
     path = Path(reward)
     if path.is_dir():
         return digests(path, code=code)
@@ -213,7 +210,5 @@ def _reward_digests(reward: str, *, code: bool) -> dict[str, str]:
 
 def _source_digest(spec: str) -> str:
     """Of the file that `module:name` was imported from."""
-    from forktree.model.model_files import digest
-
     source = sys.modules[spec.partition(":")[0]].__file__
     return digest(Path(source)) if source else "built in"

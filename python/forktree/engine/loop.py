@@ -93,13 +93,16 @@ class Loop:
     def _answer_extends(self) -> bool:
         """Samples one token for every ready row of every `extend`; those that are done are answered."""
         extends = {t: t.state for t in self.tasks if isinstance(t.state, ExtendState)}
-        ready = [state for task, state in extends.items() if not task.preempted and len(state.ready())]
+        sampled = False
         for worker in self.workers:
-            self._fail(self._sampler.sample(worker, [s for s in ready if s.worker is worker], ahead=self.ahead))
+            own = [s for t, s in extends.items() if s.worker is worker and not t.preempted]
+            any_ready, failed = self._sampler.sample(worker, own, ahead=self.ahead)
+            self._fail(failed)
+            sampled |= any_ready or bool(failed)
         finished = [t for t, s in extends.items() if t.state is s and not (s.open.any() or self._sampler.owes(s))]
         for task in finished:
             self._resume(task, extends[task].answer())
-        return bool(ready or finished)
+        return sampled or bool(finished)
 
     def _answer_rest(self) -> bool:
         """Answers what needs all its rows at once: rewards, scores of tokens, rows of logits."""

@@ -31,7 +31,7 @@ from forktree.engine.engine import Engine
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
 from forktree.kv import Branch, append
-from forktree.model import attached
+from forktree.model.attached import attached
 from forktree.model.runner import MAX_SLOTS
 from forktree.ops.sampling import Sampling
 from forktree.ops.token_request import KeyedSampling, TokenRequest
