@@ -74,7 +74,7 @@ def test_help_needs_no_transformers(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_all_that_is_exported_is_there() -> None:
     assert all(getattr(forktree, name) is not None for name in forktree.__all__)
-    assert callable(forktree.plan) and callable(forktree.generate)
+    assert callable(forktree.plan_attention) and callable(forktree.generate)
     assert set(forktree.__all__) <= set(dir(forktree))
     with pytest.raises(AttributeError, match="no attribute 'beam'"):
         _ = forktree.beam
