@@ -28,7 +28,22 @@ from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch
 from forktree.search import Search, SearchContext
 from forktree.search.request import extend, next_logits, reward_branches
-from searches import POISON, Scripted, alone, digits, endless, finished, mixed, need, outcome, together, value_head
+from searches import (
+    MIXED_PROMPTS,
+    POISON,
+    Scripted,
+    alone,
+    digits,
+    endless,
+    finished,
+    mixed,
+    need,
+    outcome,
+    random_mix,
+    together,
+    value_head,
+    with_plenty,
+)
 
 # ---------------------------------------------------------------- same text, whatever else runs
 
@@ -291,30 +306,17 @@ def test_a_search_may_catch_out_of_memory_and_go_on_narrower() -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_stress_random_searches_in_random_room(seed: int) -> None:
     """Any mix, any pool, any budget: the same text as with plenty, or OutOfMemory where that can be."""
-    rng = np.random.default_rng(seed)
-    catalogue, texts = mixed(), tiny.prompts(4, seed=8)
-    picks = [(int(rng.integers(len(catalogue))), int(rng.integers(4))) for _ in range(rng.integers(2, 9))]
-    slots, budget = int(rng.integers(30, 120)), int(rng.choice([2, 5, 17, 512]))
-    decoder = tiny.decoder(num_slots=slots, max_batch_tokens=budget, prefix_cache=bool(rng.integers(2)))
-    prompts, searches = [texts[t] for _, t in picks], [catalogue[s] for s, _ in picks]
+    picks, options = random_mix(seed)
+    decoder, catalogue = tiny.decoder(**options), mixed()
+    prompts, searches = [MIXED_PROMPTS[t] for _, t in picks], [catalogue[s] for s, _ in picks]
     results = together(decoder, prompts, searches, max_new_tokens=9, seed=1, on_step=decoder.worker.tree.check)
     for (s, t), result in zip(picks, results, strict=True):
         if result.error is None:
-            assert outcome(result) == _with_plenty(s, t)
+            assert outcome(result) == outcome(with_plenty(s, t)) != []
         else:
             assert isinstance(result.error, OutOfMemory)
-            assert need(texts[t], catalogue[s], 9) > slots, "it would have fitted alone"
+            assert need(MIXED_PROMPTS[t], catalogue[s], 9) > options["num_slots"], "it would have fitted alone"
     tiny.assert_all_returned(decoder.worker)
-
-
-_PLENTY: dict[tuple[int, int], Any] = {}
-
-
-def _with_plenty(search: int, text: int) -> Any:
-    key = (search, text)
-    if key not in _PLENTY:
-        _PLENTY[key] = alone([tiny.prompts(4, seed=8)[text]], [mixed()[search]], max_new_tokens=9, seed=1)[0]
-    return _PLENTY[key]
 
 
 def test_a_reward_models_pool_may_be_scarce_too() -> None:

@@ -98,18 +98,21 @@ BEAMS = [2, 3, 4, 5, 8]
 PENALTIES = [0.0, 1.0, -1.0, 2.0]
 STOPPING: list[bool | str] = [True, False, "never"]
 EOS: list[Any] = [1, [1, 2, 3, 4], None]
+ENDS = list(itertools.product(STOPPING, EOS))
 
 
-@pytest.mark.parametrize(("early_stopping", "eos_token_id"), itertools.product(STOPPING, EOS))
-def test_beams(llama: Any, early_stopping: bool | str, eos_token_id: Any) -> None:
-    for i, (num_beams, length_penalty) in enumerate(itertools.product(BEAMS, PENALTIES)):
+@pytest.mark.parametrize(("number", "early_stopping", "eos_token_id"), [(i, *x) for i, x in enumerate(ENDS)])
+def test_beams(llama: Any, number: int, early_stopping: bool | str, eos_token_id: Any) -> None:
+    """All ways to end with all penalties; each number of beams with each of the others."""
+    for i, length_penalty in enumerate(PENALTIES):
+        num_beams = BEAMS[(number + i) % len(BEAMS)]
         assert_same(
             llama,
             num_beams=num_beams,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
             eos_token_id=eos_token_id,
-            num_return_sequences=1 + i % num_beams,
+            num_return_sequences=1 + (3 * number + i) % num_beams,
         )
 
 

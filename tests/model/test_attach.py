@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+import models
 from forktree import (
     BeamSearch,
     Decoder,
@@ -26,27 +27,12 @@ from forktree.model.head import LinearHead, OwnHead
 from forktree.model.runner import Runner
 from tiny import new_model
 
-SIZES = dict(
-    vocab_size=99,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    initializer_range=0.3,
-    pad_token_id=None,
-    bos_token_id=None,
-    eos_token_id=None,
-)
 MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
 EXPERTS = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
 
 
 def build(config_class: type[hf.PreTrainedConfig], **options: object) -> hf.PreTrainedModel:
-    torch.manual_seed(0)
-    config = config_class(**{**SIZES, **options})
-    return hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return models.build(config_class, **{"num_hidden_layers": 4, **options})
 
 
 REFUSED = {

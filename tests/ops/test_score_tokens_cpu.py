@@ -1,17 +1,13 @@
 """`ops.score_tokens` by the compiled kernel: every instruction set, threads, rows in company, scratch, addresses."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from backends import off_alignment
-from forktree import KeyedSampling, LogitEdits, Sampling, TokenRequest, TokenScores, _core, ops
+from backends import ISAS, each_dtype, off_alignment
+from forktree import KeyedSampling, LogitEdits, Sampling, TokenRequest, _core, ops
+from scores import by_specification, problem
 
-ISAS = [name for name, why_not in _core.isas() if not why_not]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = [
     Sampling(),
     Sampling(0.0),
@@ -23,19 +19,6 @@ KINDS = [
     Sampling(3.0, top_p=0.97),
     Sampling(3.0, top_k=700, top_p=0.9),
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _core.isa()
-    _core.use_isa(request.param)
-    yield request.param
-    _core.use_isa(before)
-
-
-def problem(rows: int, vocab: int, size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(rows + vocab + size)
-    return torch.randn(rows, size).to(dtype), (torch.randn(vocab, size) * 2 / size**0.5).to(dtype)
 
 
 def request(rows: int, vocab: int, *, top_k: int = 7, reordered: bool = False) -> TokenRequest:
@@ -53,14 +36,6 @@ def request(rows: int, vocab: int, *, top_k: int = 7, reordered: bool = False) -
     return TokenRequest(top_k=top_k, sample=sample, entropy=True)
 
 
-def by_reference(hidden: Tensor, lm_head: Tensor, asked: TokenRequest, monkeypatch, **head) -> TokenScores:
-    monkeypatch.setenv("FORKTREE_BACKEND", "reference")
-    expected = ops.score_tokens(hidden.double(), lm_head.double(), asked, **head)
-    monkeypatch.delenv("FORKTREE_BACKEND")
-    return expected
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "vocab", "size", "reordered", "head"),
     [
@@ -69,11 +44,12 @@ def by_reference(hidden: Tensor, lm_head: Tensor, asked: TokenRequest, monkeypat
         (70, 777, 130, False, dict(softcap=10.0, bias=torch.linspace(-1, 1, 777))),
     ],
 )
-def test_every_instruction_set_agrees_with_fp64(isa, dtype, rows, vocab, size, reordered, head, monkeypatch):
+@each_dtype(*ISAS)
+def test_every_instruction_set_agrees_with_fp64(backend, dtype, rows, vocab, size, reordered, head):
     hidden, lm_head = problem(rows, vocab, size, dtype)
     asked = request(rows, vocab, reordered=reordered)
     found = ops.score_tokens(hidden, lm_head, asked, **head)
-    expected = by_reference(hidden, lm_head, asked, monkeypatch, **head)
+    expected = by_specification(hidden.double(), lm_head.double(), asked, **head)
     for name in ("lse", "entropy", "top_log_probs"):
         torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), atol=3e-5, rtol=0)
     # The samples are those of exact arithmetic unless a number lies within rounding of where they change.
@@ -85,8 +61,8 @@ def test_every_instruction_set_agrees_with_fp64(isa, dtype, rows, vocab, size, r
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_the_same_to_the_bit_alone_and_among_others(isa, dtype):
+@each_dtype(*ISAS)
+def test_a_row_is_the_same_to_the_bit_alone_and_among_others(backend, dtype):
     rows, vocab = 150, 900
     hidden, lm_head = problem(rows, vocab, 48, dtype)
     asked = request(rows, vocab, reordered=True)

@@ -51,7 +51,7 @@ def spread(observed: np.ndarray, expected: np.ndarray) -> float:
 
 def changed(logits: torch.Tensor, sample: KeyedSampling) -> torch.Tensor:
     """logits `[T, V]` with edits and mask, token by token."""
-    changed = logits.clone()
+    changed = logits.numpy().copy()
     if sample.edits is not None:
         e = sample.edits
         for row in range(len(logits)):
@@ -59,10 +59,9 @@ def changed(logits: torch.Tensor, sample: KeyedSampling) -> torch.Tensor:
                 z, value = float(changed[row, e.ids[at]]), float(e.values[at])
                 changed[row, e.ids[at]] = z + value if e.ops[at] == 0 else z / value if z > 0 else z * value
     if sample.allowed is not None:
-        for row, words in enumerate(sample.allowed.tolist()):
-            banned = [v for v in range(logits.shape[1]) if not words[v // 32] >> v % 32 & 1]
-            changed[row, banned] = -torch.inf
-    return changed
+        bits = np.unpackbits(sample.allowed.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
+        changed[bits[:, : logits.shape[1]] == 0] = -np.inf
+    return torch.from_numpy(changed)
 
 
 def shaped(logits: torch.Tensor, sample: KeyedSampling) -> torch.Tensor:
