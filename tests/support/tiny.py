@@ -36,14 +36,19 @@ SIZES = dict(
 LIMITED = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
 
 
-@cache
-def tokenizer() -> hf.PreTrainedTokenizerFast:
-    """One token a character: 0 is EOS, then `CHARACTERS` in order."""
-    ids = {EOS: 0, **{c: 1 + i for i, c in enumerate(CHARACTERS)}}
+def character_tokenizer(characters: str) -> hf.PreTrainedTokenizerFast:
+    """One token a character: 0 is EOS, and any other character; then `characters` in order."""
+    ids = {EOS: 0, **{c: 1 + i for i, c in enumerate(characters)}}
     raw = Tokenizer(models.WordLevel(ids, unk_token=EOS))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     raw.decoder = decoders.Fuse()
     return hf.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=EOS, clean_up_tokenization_spaces=False)
+
+
+@cache
+def tokenizer() -> hf.PreTrainedTokenizerFast:
+    """Of `CHARACTERS`."""
+    return character_tokenizer(CHARACTERS)
 
 
 def new_model(

@@ -28,7 +28,7 @@ from forktree.types import BoolArray, Float64Array, Int64Array
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "last": lambda rewards: rewards[-1],
-    "min": min,
+    "min": lambda rewards: float(np.min(rewards)),
     "prod": lambda rewards: float(np.prod(rewards)),
     "mean": lambda rewards: float(np.mean(rewards)),
 }
@@ -75,6 +75,7 @@ class Walkers:
         budget: what the search may still cost.
         branches: their branches.
         node: the newest step of each in the trace. int64.
+        begin: position of the first token of that step. int64.
         alive: False once the text has ended. bool.
         reason: why the newest step ended: "eos", "stop", "length", or "budget" where the search's budget was spent.
         steps: steps grown so far. int64.
@@ -90,6 +91,7 @@ class Walkers:
     budget: Budget
     branches: list[Branch]
     node: Int64Array
+    begin: Int64Array
     alive: BoolArray
     reason: list[str]
     steps: Int64Array
@@ -108,6 +110,7 @@ class Walkers:
             budget=context.budget,
             branches=context.root.fork(n),
             node=np.full(n, PROMPT, np.int64),
+            begin=np.full(n, context.root.length, np.int64),
             alive=np.ones(n, bool),
             reason=["length"] * n,
             steps=np.zeros(n, np.int64),
@@ -132,8 +135,7 @@ class Walkers:
         """
         branches = reassign(self.branches, ancestors)
         self.trace.select(self.node, ancestors, why=why, **facts)
-        moved = {f.name: _at(getattr(self, f.name), ancestors) for f in fields(self) if f.name != "branches"}
-        return replace(self, branches=branches, **moved)
+        return self._at(ancestors, branches)
 
     def split(self, counts: Int64Array, *, why: str, **facts: Any) -> Self:
         """Walkers that continue number i of these `counts[i]` times; 0 drops it. See `taken`."""
@@ -145,6 +147,31 @@ class Walkers:
         self.trace.record("end", why=why, nodes=self.node[alive])
         for i in alive:
             self.alive[i], self.reason[i] = False, why
+
+    def forks(self, which: Int64Array) -> Self:
+        """Copies of some walkers that go on by themselves: a fork of each."""
+        return self._at(which, [self.branches[i].fork(1)[0] for i in which])
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Self]) -> Self:
+        """The walkers of several in one, in their order; the parts are not to be used any more."""
+
+        def joined(values: list[Any]) -> Any:
+            if isinstance(values[0], np.ndarray):
+                return np.concatenate(values)
+            return [v for some in values for v in some] if isinstance(values[0], list) else values[0]
+
+        return replace(parts[0], **{f.name: joined([getattr(p, f.name) for p in parts]) for f in fields(parts[0])})
+
+    def drop(self) -> None:
+        """Ends all of them."""
+        for branch in self.branches:
+            branch.drop()
+
+    def _at(self, which: Int64Array, branches: list[Branch]) -> Self:
+        """Walkers that stand where `which` of these do, on branches of their own."""
+        moved = {f.name: _at(getattr(self, f.name), which) for f in fields(self) if f.name != "branches"}
+        return replace(self, branches=branches, **moved)
 
     def hypotheses(
         self,
@@ -197,11 +224,13 @@ async def grow(walkers: Walkers, which: Int64Array, context: SearchContext, sear
     await _extend(walkers, which, context, search, limit, context.stop_at(search.step_delimiter, *search.stop), last)
 
 
-async def complete(walkers: Walkers, context: SearchContext, search: ExtendingSearch) -> None:
-    """Extends all walkers to the end of their texts; that is not counted as a step."""
-    which = np.arange(len(walkers))
-    limit = context.max_new_tokens - walkers.num_tokens
-    await _extend(walkers, which, context, search, limit, context.stop_at(*search.stop), np.ones(len(walkers), bool))
+async def complete(
+    walkers: Walkers, context: SearchContext, search: ExtendingSearch, which: Int64Array | None = None
+) -> None:
+    """Extends walkers, by default all, to the end of their texts; that is not counted as a step."""
+    which = np.arange(len(walkers)) if which is None else which
+    limit = context.max_new_tokens - walkers.num_tokens[which]
+    await _extend(walkers, which, context, search, limit, context.stop_at(*search.stop), np.ones(len(which), bool))
 
 
 async def _extend(
@@ -217,6 +246,7 @@ async def _extend(
 
     Where tokens are short, each has an equal share at first, and then of what others have left.
     """
+    walkers.begin[which] = [walkers.branches[i].length for i in which]
     while len(which):
         share = context.budget.limit_tokens(max_tokens)
         some = np.flatnonzero(share)
@@ -281,7 +311,12 @@ async def _extend_once(
 
 
 async def judged(
-    walkers: Walkers, which: Int64Array, reward: Reward, *, valid: Callable[[Float64Array], Float64Array] | None = None
+    walkers: Walkers,
+    which: Int64Array,
+    reward: Reward,
+    *,
+    valid: Callable[[Float64Array], Float64Array] | None = None,
+    at: Sequence[Branch] | None = None,
 ) -> None:
     """Asks for the rewards of walkers. A failure is a value of its walker: reward NaN, and an error.
 
@@ -293,6 +328,7 @@ async def judged(
         which: indices of those to judge, int64 `[m]`.
         reward: what gives them.
         valid: rewards `[m]` -> those to keep, such as clipped ones; raises if the search cannot use one.
+        at: branches whose rewards stand for theirs, such as rollouts, `[m]`. Default: their own.
 
     Raises:
         RewardError: no walker has a reward left.
