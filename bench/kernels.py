@@ -9,10 +9,13 @@ Every Triton kernel is compiled as its launcher would launch it, for sm_80, sm_9
 sm_90a and sm_100a. Instructions are counted in the machine code, see `INSTRUCTIONS`.
 
 --check fails where a kernel takes a tenth more registers, shared memory or spills than the file says, or has lost a
-kind of instruction. Compilers that the file does not know are named, and fail nothing.
+kind of instruction. Triton kernels that the file has from the very same input (source and all that it calls, argument
+types, constants, options, version of the compiler) are not compiled again. Compilers that the file does not know are
+named, and fail nothing.
 """
 
 import argparse
+import hashlib
 import importlib
 import itertools
 import json
@@ -67,6 +70,7 @@ class Row:
     loop_spills: int  # loads and stores of local memory in innermost loops over tensor-core products
     shared: int  # bytes of a block, those of dynamic shared memory included where the compiler decides them
     instructions: dict[str, int]
+    digest: str = ""  # of all that Triton compiles
 
 
 # ---------------------------------------------------------------------- Triton
@@ -163,7 +167,8 @@ def attention_cases() -> Iterator[tuple[str, int, str, bool]]:
         yield "fp32", dim, "narrow", False
 
 
-def compile_triton(name: str, arch: int) -> Row:
+def compile_triton(name: str, arch: int, known: Row | None) -> Row:
+    """What a kernel takes; `known` if that was compiled from the same."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -184,12 +189,16 @@ def compile_triton(name: str, arch: int) -> Row:
             if wanted and type(value) is int and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
+    given = source.hash(), arch, sorted(launch.options.items()), os.environ["TRITON_DEFAULT_FP_FUSION"]
+    digest = hashlib.sha256(repr(given).encode()).hexdigest()[:16]
+    if known is not None and known.digest == digest:
+        return known
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         (row,) = read_machine_code(Path(file.name)).values()
-    return replace(row, shared=compiled.metadata.shared)
+    return replace(row, shared=compiled.metadata.shared, digest=digest)
 
 
 TRITON_TYPES = {
@@ -298,15 +307,16 @@ def run(command: list[Any]) -> str:
 # ---------------------------------------------------------------------- the table
 
 
-def collect(triton_only: bool, only: str, jobs: int) -> dict[str, dict[str, Row]]:
-    """Rows by compiler and name."""
+def collect(triton_only: bool, only: str, jobs: int, known: dict[str, dict[str, Row]]) -> dict[str, dict[str, Row]]:
+    """Rows by compiler and name. known: those that need not be made again."""
     import triton
 
     wanted = [(name, arch) for name, _ in triton_calls() for arch in TRITON_ARCHS if only in name]
     version = f"triton {triton.__version__}"
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = pool.map(compile_triton, *zip(*wanted, strict=True)) if wanted else []
         names = [f"{name} sm_{arch}" for name, arch in wanted]
+        before = [known.get(version, {}).get(name) for name in names]
+        rows = pool.map(compile_triton, *zip(*wanted, strict=True), before) if wanted else []
         found = {version: dict(track(zip(names, rows, strict=True), description=version, total=len(names)))}
     if not triton_only:
         version, cuda = cuda_rows()
@@ -349,9 +359,10 @@ def main() -> None:
         os.environ["PYTHONPATH"] = f"{args.triton.resolve()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         sys.path.insert(0, str(args.triton.resolve()))
 
-    found = collect(args.triton is not None, args.only, args.jobs)
-    show(found)
     table = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known = {compiler: {name: Row(**row) for name, row in rows.items()} for compiler, rows in table.items()}
+    found = collect(args.triton is not None, args.only, args.jobs, known if args.check else {})
+    show(found)
     if not args.check:
         for compiler, rows in found.items():
             merged = (table.get(compiler, {}) if args.only else {}) | {name: asdict(row) for name, row in rows.items()}
@@ -360,10 +371,10 @@ def main() -> None:
         return
     wrong = []
     for compiler, rows in found.items():
-        if compiler not in table:
+        if compiler not in known:
             print(f"{compiler} is not in {RESULTS.name}: nothing to compare with")
             continue
-        wrong += complaints(compiler, rows, {name: Row(**row) for name, row in table[compiler].items()})
+        wrong += complaints(compiler, rows, known[compiler])
     if wrong:
         raise SystemExit("\n".join(wrong))
 
