@@ -177,7 +177,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--foo"], "No such option: --foo"),
     (["--seed", "x"], "--seed"),
     (["--search", "magic"], f"--search must be one of {', '.join(searches())}, or module:Class"),
-    (["--set", "num_particles=4"], "greedy has no setting 'num_particles', it belongs to particle"),
+    (["--set", "num_particles=4"], "greedy has no setting 'num_particles', it belongs to entropic-particle and"),
     (["--search", "beam", "--set", "num_beam=4"], "did you mean num_beams? Its settings are num_beams, "),
     (["--search", "beam", "--set", "num_beams=four"], "num_beams must be an integer, got 'four'"),
     (["--search", "beam", "--set", "num_beams=4", "--set", "num_beams=5"], "num_beams must be given once"),

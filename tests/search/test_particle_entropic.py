@@ -122,9 +122,9 @@ def measure(search: ParticleFilter | EntropicParticleFilter, runs: int) -> np.nd
 def test_a_look_ahead_of_no_weight_is_the_plain_filter_in_distribution() -> None:
     """The copy that keeps the step it proposed is one among those that sample theirs; no text gains by it."""
     common: Any = dict(reward=by_text(value), num_particles=6, max_steps=4, **ONE_TOKEN)
-    plain = measure(ParticleFilter(**common, resampling="multinomial"), 700)
+    plain = measure(ParticleFilter(**common, resampling="multinomial"), 250)
     ahead = measure(
-        EntropicParticleFilter(**common, resampling="multinomial", annealing="none", lookahead_weight=1e-12), 701
+        EntropicParticleFilter(**common, resampling="multinomial", annealing="none", lookahead_weight=1e-12), 251
     )
     error = np.sqrt(plain.var(axis=0) / len(plain) + ahead.var(axis=0) / len(ahead)) + 1e-4
     z = (plain.mean(axis=0) - ahead.mean(axis=0)) / error

@@ -12,6 +12,8 @@ import pytest
 
 import tiny
 from forktree import BestOfN, FunctionReward, InvalidInput, RewardError, SearchResult
+from forktree.demo import run as demo
+from forktree.demo import task
 from forktree.search import DVTS, ETS, REBASE, PRMBeamSearch, Search, StepBeamSearch
 from forktree.search.algorithms.steptree import StepTree
 from markov import MarkovLM
@@ -331,6 +333,19 @@ def test_ets_keeps_the_best_set_of_leaves_at_every_step(seed: int) -> None:
         assert [one.counts[i] for i in live] in wanted
         thinned += sum(1 for i in live if one.counts[i]) < sum(1 for s in share if s)
     assert thinned
+
+
+def test_ets_holds_less_than_rebase_on_the_shipped_model() -> None:
+    """The same problems at the same width: fewer slots at the peak, summed over the problems."""
+    decoder, reward = demo.load()
+    prompts = [next(task.problems("held_out", seed=seed)) for seed in range(3)]
+    how: Any = dict(reward=reward, width=16, step_delimiter="\n", balance_temperature=1.0)
+    peaks = []
+    for search in (REBASE(**how), ETS(**how)):
+        results = decoder.search(prompts, search, max_new_tokens=40, seed=1)
+        assert all(r.error is None for r in results)
+        peaks.append(sum(r.counters.peak_slots for r in results))
+    assert peaks[1] < peaks[0]
 
 
 @pytest.mark.parametrize("embed", [lambda steps: np.ones(3), lambda steps: np.full((len(steps), 2), np.nan)])

@@ -153,7 +153,7 @@ class Walkers:
         return replace(parts[0], **{f.name: joined([getattr(p, f.name) for p in parts]) for f in fields(parts[0])})
 
     def drop(self) -> None:
-        """Ends all of them."""
+        """Drops all of their branches."""
         for branch in self.branches:
             branch.drop()
 
