@@ -111,6 +111,23 @@ SEARCHES: list[tuple[list[str], Callable[[Path], forktree.search.Search]]] = [
         lambda _: forktree.BeamSearch(num_beams=3, early_stopping="never"),
     ),
     (
+        [
+            *("--search", "adaptive-vote", "--set", "answer=regex:[0-9]"),
+            *("--set", "stopping=window", "--set", "round_size=3"),
+        ],
+        lambda _: forktree.AdaptiveVote(answer="regex:[0-9]", stopping="window", round_size=3),
+    ),
+    (
+        ["--search", "mbr", "--set", "similarity=token-f1", "--set", "hedged=false"],
+        lambda _: forktree.MinimumBayesRisk(similarity="token-f1", hedged=False),
+    ),
+    (
+        ["--search", "weighted-vote", "--set", "answer=last-number", "--reward", "own_rewards:length"],
+        lambda _: forktree.WeightedVote(
+            answer="last-number", reward=forktree.FunctionReward(lambda p, r: 1 / (1 + len(r)))
+        ),
+    ),
+    (
         ["--search", "best-of-n", "--set", "num_samples=4", "--reward", "own_rewards:length"],
         lambda _: forktree.BestOfN(num_samples=4, reward=forktree.FunctionReward(lambda p, r: 1 / (1 + len(r)))),
     ),
@@ -176,7 +193,7 @@ def test_resume_keeps_what_is_there_and_adds_what_is_missing(run: Run, tmp_path:
 WRONG: list[tuple[list[str], str]] = [
     (["--foo"], "No such option: --foo"),
     (["--seed", "x"], "--seed"),
-    (["--search", "magic"], "--search must be one of beam, best-of-n, greedy, majority-vote, particle, sample"),
+    (["--search", "magic"], f"--search must be one of {', '.join(searches())}, or module:Class"),
     (["--set", "num_particles=4"], "greedy has no setting 'num_particles', it belongs to particle"),
     (["--search", "beam", "--set", "num_beam=4"], "did you mean num_beams? Its settings are num_beams, "),
     (["--search", "beam", "--set", "num_beams=four"], "num_beams must be an integer, got 'four'"),
@@ -186,10 +203,12 @@ WRONG: list[tuple[list[str], str]] = [
     (["--search", "beam", "--set", "early_stopping=maybe"], "early_stopping must be True, False or 'never', got"),
     (["--search", "majority-vote"], "needs --set answer=...; see --help-search majority-vote"),
     (["--search", "majority-vote", "--set", "answer=own_rewards:nothing"], "module 'own_rewards' has no 'nothing'"),
+    (["--search", "majority-vote", "--set", "answer=box"], "answer must be a function of the text, boxed, last"),
+    (["--search", "rpc", "--set", "answer=regex:("], "answer must be regex: and a regular expression, got '('"),
     (["--search", "particle", "--set", "reward=own_rewards:length"], "reward cannot be given as a text"),
     (["--search", "own_rewards:nothing"], "--search 'own_rewards:nothing': module 'own_rewards' has no 'nothing'"),
     (["--search", "own_rewards:length"], "must be a class derived from forktree.search.Search"),
-    (["--help-search", "beem"], "--help-search must be one of beam, best-of-n, greedy,"),
+    (["--help-search", "beem"], "--help-search must be one of adaptive-vote, beam, best-of"),
     (["--search", "particle"], "needs --reward"),
     (["--reward", "own_rewards:length"], "takes no --reward"),
     (["--search", "sample", "--set", "temperature=-1"], "temperature must be finite and at least 0, got -1"),
@@ -363,7 +382,9 @@ def test_help_on_a_search_names_every_setting_with_its_default_and_meaning(
         assert f"--set {field.name}=..." in said or (field.name == "reward" and "--reward see" in said)
     for setting in settings_of(searches()[name]).values():
         assert len(setting.meaning) > 10 and setting.meaning[1:] in said, f"no docstring tells of {setting.name}"
-    assert "default 16" in said or name in ("beam", "greedy", "sample")
+        if isinstance(setting.default, int | float):
+            shown = str(setting.default).lower() if isinstance(setting.default, bool) else repr(setting.default)
+            assert f"default {shown}" in said
 
 
 def test_a_search_of_ones_own(

@@ -18,9 +18,11 @@ import numpy as np
 from forktree.checks import integer
 from forktree.errors import InvalidInput, RewardError
 from forktree.kv import Branch, reassign
+from forktree.ops.sampling import Sampling
 from forktree.rewards.base import Reward, check_reward
 from forktree.search.base import ExtendingSearch, Hypothesis, SamplingSearch
 from forktree.search.context import SearchContext
+from forktree.search.judges import Judge, decoded
 from forktree.search.request import Stop, extend, reward_branches
 from forktree.search.trace import PROMPT, SearchTrace
 from forktree.types import BoolArray, Float64Array, Int64Array
@@ -135,6 +137,17 @@ class Walkers:
         """Walkers that continue number i of these `counts[i]` times; 0 drops it. See `taken`."""
         return self.taken(np.repeat(np.arange(len(self)), counts), why=why, **facts)
 
+    @classmethod
+    def concatenated(cls, parts: Sequence[Self]) -> Self:
+        """The walkers of several in one, in their order; the parts are not to be used any more."""
+
+        def joined(values: list[Any]) -> Any:
+            if isinstance(values[0], np.ndarray):
+                return np.concatenate(values)
+            return [v for some in values for v in some] if isinstance(values[0], list) else values[0]
+
+        return replace(parts[0], **{f.name: joined([getattr(p, f.name) for p in parts]) for f in fields(parts[0])})
+
     def hypotheses(
         self,
         order: Int64Array,
@@ -185,11 +198,20 @@ async def grow(walkers: Walkers, which: Int64Array, context: SearchContext, sear
     await _extend(walkers, which, context, search, limit, context.stop_at(search.step_delimiter, *search.stop), last)
 
 
-async def complete(walkers: Walkers, context: SearchContext, search: ExtendingSearch) -> None:
-    """Extends all walkers to the end of their texts; that is not counted as a step."""
-    which = np.arange(len(walkers))
+async def complete(
+    walkers: Walkers, context: SearchContext, search: ExtendingSearch, *, sampling: Sequence[Sampling] | None = None
+) -> None:
+    """Extends all walkers to the end of their texts; that is not counted as a step.
+
+    Args:
+        walkers: changed in place, `[N]`.
+        context: that of the search.
+        search: says what ends a text, and how tokens are sampled.
+        sampling: how tokens are sampled of each, `[N]`. Default: as the search says.
+    """
+    which, last = np.arange(len(walkers)), np.ones(len(walkers), bool)
     limit = context.max_new_tokens - walkers.num_tokens
-    await _extend(walkers, which, context, search, limit, context.stop_at(*search.stop), np.ones(len(walkers), bool))
+    await _extend(walkers, which, context, search, limit, context.stop_at(*search.stop), last, sampling)
 
 
 async def _extend(
@@ -200,6 +222,7 @@ async def _extend(
     max_tokens: Int64Array,
     stop: Stop | None,
     last: BoolArray,
+    sampling: Sequence[Sampling] | None = None,
 ) -> None:
     """One `extend` of `which`, at `last` of them the text's last; all that is known of the walkers afterwards."""
     branches = [walkers.branches[i] for i in which]
@@ -207,7 +230,7 @@ async def _extend(
     unfinished = walkers.unfinished[which]
     done = await extend(
         branches,
-        search.sampling,
+        search.sampling if sampling is None else sampling,
         max_tokens=max_tokens,
         eos_token_ids=context.eos_token_ids,
         stop=stop,
@@ -238,7 +261,12 @@ async def _extend(
 
 
 async def judged(
-    walkers: Walkers, which: Int64Array, reward: Reward, *, valid: Callable[[Float64Array], Float64Array] | None = None
+    walkers: Walkers,
+    which: Int64Array,
+    reward: Reward,
+    context: SearchContext | None = None,
+    *,
+    valid: Callable[[Float64Array], Float64Array] | None = None,
 ) -> None:
     """Asks for the rewards of walkers. A failure is a value of its walker: reward NaN, and an error.
 
@@ -246,12 +274,18 @@ async def judged(
         walkers: changed in place.
         which: indices of those to judge, int64 `[m]`.
         reward: what gives them.
+        context: that of the search, without which a `Judge` is refused.
         valid: rewards `[m]` -> those to keep, such as clipped ones; raises if the search cannot use one.
 
     Raises:
         RewardError: no walker has a reward left.
     """
-    found = await reward_branches([walkers.branches[i] for i in which], reward)
+    branches = [walkers.branches[i] for i in which]
+    if isinstance(reward, Judge) and context is not None:
+        texts = [decoded(branch.tokens[context.root.length :], context) for branch in branches]
+        found = await reward.judge(texts, context)
+    else:
+        found = await reward_branches(branches, reward)
     rewards = np.where([error is None for error in found.errors], found.values, np.nan)
     rewards = rewards if valid is None else valid(rewards)
     walkers.rewards[which] = rewards
