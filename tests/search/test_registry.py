@@ -36,6 +36,7 @@ class MadeUp(BestOfN):
     rule: Callable[[int], int] = abs
     exact: bool = False
     table: dict[str, int] | None = None
+    limit: int | None = None
 '''
 
 
@@ -50,11 +51,14 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Se
 
 
 def test_a_new_file_is_a_new_search(made_up: type[Search]) -> None:
-    names = list(registry.searches())
-    assert names == sorted(names) and {"beam", "best-of-n", "greedy", "made-up", "particle"} <= set(names)
+    assert list(registry.searches()) == [
+        "adaptive-vote", "beam", "best-of-majority", "best-of-n", "dvts", "entropic-particle", "ets", "greedy", "made-up",
+        "majority-of-the-bests", "majority-vote", "mbr", "parallel-tempering", "particle", "particle-gibbs", "prm-beam",
+        "rebase", "rpc", "sample", "smc-steering", "step-beam", "twisted-smc", "weighted-vote",
+    ]  # fmt: skip
     assert registry.reward_of(made_up) == "reward"
     settings = registry.settings_of(made_up)
-    assert list(settings)[:8] == ["rate", "depth", "names", "rule", "exact", "table", "reward", "num_samples"]
+    assert list(settings)[:9] == ["rate", "depth", "names", "rule", "exact", "table", "limit", "reward", "num_samples"]
     assert list(settings)[-2:] == ["stop", "logits_processor"]
     assert settings["depth"].meaning == "how deep it goes, in steps." and settings["depth"].default == 3
     assert settings["rate"].default is MISSING and settings["num_samples"].meaning == "number of samples."
@@ -66,6 +70,9 @@ def test_settings_are_read_by_their_types(made_up: type[Search]) -> None:
     values = registry.read_settings(made_up, [*given, ("temperature", "1e-1"), ("stop", "a=b")])
     assert values.pop("rule")(2.5) == 2
     assert values == {"rate": 0.5, "depth": 7, "names": ("x", ""), "exact": True, "temperature": 0.1, "stop": ("a=b",)}
+    assert registry.settings_of(made_up)["limit"].kind == "an integer, or none"
+    for text, value in (("3", 3), ("None", None)):
+        assert registry.read_settings(made_up, [("limit", text)]) == {"limit": value}
     head = forktree.TokenProbability([1, 2])
     assert made_up(**values, reward=head).names == ("x", "")  # type: ignore[call-arg]
 
@@ -74,6 +81,7 @@ def test_settings_are_read_by_their_types(made_up: type[Search]) -> None:
     ("name", "text", "message"),
     [
         ("depth", "2.5", "depth must be an integer, got '2.5'"),
+        ("limit", "2.5", "limit must be an integer, got '2.5'"),
         ("rate", "fast", "rate must be a number, got 'fast'"),
         ("exact", "yes", "exact must be true or false, got 'yes'"),
         ("rule", "floor", "rule must be module:name, got 'floor'"),
@@ -81,7 +89,7 @@ def test_settings_are_read_by_their_types(made_up: type[Search]) -> None:
         ("table", "{}", "table cannot be given as a text"),
         ("dept", "1", r"made-up has no setting 'dept', did you mean depth\? Its settings are rate, depth, "),
         ("num_beams", "1", "made-up has no setting 'num_beams', it belongs to beam"),
-        ("weight_temperature", "1", "no setting 'weight_temperature', it belongs to particle"),
+        ("balance_temperature", "1", "no setting 'balance_temperature', it belongs to ets and rebase"),
     ],
 )
 def test_what_is_no_setting_is_said(made_up: type[Search], name: str, text: str, message: str) -> None:

@@ -16,6 +16,7 @@ from forktree import (
     Hypothesis,
     ParticleFilter,
     Reward,
+    RewardError,
     Sample,
     Sampling,
     SearchResult,
@@ -151,3 +152,37 @@ def over_seeds(
     found = [finished(task) for task in tasks]
     assert all(result.best for result in found)
     return found
+
+
+def by_text(value: Callable[[str], float]) -> Reward:
+    """The reward of a response is what a function says of its text, at once, in the same thread; NaN is a failure."""
+
+    def begin(given: RewardInput) -> PendingReward:
+        values = np.array([value(text) for text in given.responses()], float)
+        errors = [RewardError(f"no reward (branch {i})") if np.isnan(v) else None for i, v in enumerate(values)]
+        return Rewarding(len(values), read=lambda: Rewards(values, errors))
+
+    return Custom(begin)
+
+
+def traced_tokens(trace: SearchTrace, node: int) -> list[int]:
+    """The tokens of a text of which the newest step is `node`, from the events alone."""
+    grown: dict[int, list[int]] = {}
+    parent: dict[int, int] = {}
+    for event in trace.events:
+        if event["event"] == "grow":
+            grown |= dict(zip(event["nodes"], event["tokens"], strict=True))
+            parent |= dict(zip(event["nodes"], event["parents"], strict=True))
+    tokens: list[int] = []
+    while node != -1:
+        tokens, node = [*grown[node], *tokens], parent[node]
+    return tokens
+
+
+def alike(last: str, characters: str, count: int) -> list[str]:
+    """Different prompts after which a Markov chain goes on alike: all end with `last`."""
+    rng = np.random.default_rng(count)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found["".join(rng.choice(list(characters), 12)) + last] = None
+    return list(found)

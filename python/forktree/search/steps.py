@@ -29,7 +29,7 @@ from forktree.types import BoolArray, Float64Array, Int64Array
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "last": lambda rewards: rewards[-1],
-    "min": min,
+    "min": lambda rewards: float(np.min(rewards)),
     "prod": lambda rewards: float(np.prod(rewards)),
     "mean": lambda rewards: float(np.mean(rewards)),
 }
@@ -75,6 +75,7 @@ class Walkers:
         trace: where everything that is done to them is recorded.
         branches: their branches.
         node: the newest step of each in the trace. int64.
+        begin: position of the first token of that step. int64.
         alive: False once the text has ended. bool.
         reason: why the newest step ended: "eos", "stop" or "length".
         steps: steps grown so far. int64.
@@ -89,6 +90,7 @@ class Walkers:
     trace: SearchTrace
     branches: list[Branch]
     node: Int64Array
+    begin: Int64Array
     alive: BoolArray
     reason: list[str]
     steps: Int64Array
@@ -106,6 +108,7 @@ class Walkers:
             trace=context.trace,
             branches=context.root.fork(n),
             node=np.full(n, PROMPT, np.int64),
+            begin=np.full(n, context.root.length, np.int64),
             alive=np.ones(n, bool),
             reason=["length"] * n,
             steps=np.zeros(n, np.int64),
@@ -130,12 +133,15 @@ class Walkers:
         """
         branches = reassign(self.branches, ancestors)
         self.trace.select(self.node, ancestors, why=why, **facts)
-        moved = {f.name: _at(getattr(self, f.name), ancestors) for f in fields(self) if f.name != "branches"}
-        return replace(self, branches=branches, **moved)
+        return self._at(ancestors, branches)
 
     def split(self, counts: Int64Array, *, why: str, **facts: Any) -> Self:
         """Walkers that continue number i of these `counts[i]` times; 0 drops it. See `taken`."""
         return self.taken(np.repeat(np.arange(len(self)), counts), why=why, **facts)
+
+    def forks(self, which: Int64Array) -> Self:
+        """Copies of some walkers that go on by themselves: a fork of each."""
+        return self._at(which, [self.branches[i].fork(1)[0] for i in which])
 
     @classmethod
     def concatenated(cls, parts: Sequence[Self]) -> Self:
@@ -147,6 +153,16 @@ class Walkers:
             return [v for some in values for v in some] if isinstance(values[0], list) else values[0]
 
         return replace(parts[0], **{f.name: joined([getattr(p, f.name) for p in parts]) for f in fields(parts[0])})
+
+    def drop(self) -> None:
+        """Ends all of them."""
+        for branch in self.branches:
+            branch.drop()
+
+    def _at(self, which: Int64Array, branches: list[Branch]) -> Self:
+        """Walkers that stand where `which` of these do, on branches of their own."""
+        moved = {f.name: _at(getattr(self, f.name), which) for f in fields(self) if f.name != "branches"}
+        return replace(self, branches=branches, **moved)
 
     def hypotheses(
         self,
@@ -199,18 +215,24 @@ async def grow(walkers: Walkers, which: Int64Array, context: SearchContext, sear
 
 
 async def complete(
-    walkers: Walkers, context: SearchContext, search: ExtendingSearch, *, sampling: Sequence[Sampling] | None = None
+    walkers: Walkers,
+    context: SearchContext,
+    search: ExtendingSearch,
+    which: Int64Array | None = None,
+    *,
+    sampling: Sequence[Sampling] | None = None,
 ) -> None:
-    """Extends all walkers to the end of their texts; that is not counted as a step.
+    """Extends walkers to the end of their texts; that is not counted as a step.
 
     Args:
-        walkers: changed in place, `[N]`.
+        walkers: changed in place.
         context: that of the search.
         search: says what ends a text, and how tokens are sampled.
-        sampling: how tokens are sampled of each, `[N]`. Default: as the search says.
+        which: indices of those to extend, int64 `[m]`. Default: all.
+        sampling: how tokens are sampled of each, `[m]`. Default: as the search says.
     """
-    which, last = np.arange(len(walkers)), np.ones(len(walkers), bool)
-    limit = context.max_new_tokens - walkers.num_tokens
+    which = np.arange(len(walkers)) if which is None else which
+    limit, last = context.max_new_tokens - walkers.num_tokens[which], np.ones(len(which), bool)
     await _extend(walkers, which, context, search, limit, context.stop_at(*search.stop), last, sampling)
 
 
@@ -225,6 +247,8 @@ async def _extend(
     sampling: Sequence[Sampling] | None = None,
 ) -> None:
     """One `extend` of `which`, at `last` of them the text's last; all that is known of the walkers afterwards."""
+    if not len(which):
+        return
     branches = [walkers.branches[i] for i in which]
     before = [branch.length for branch in branches]
     unfinished = walkers.unfinished[which]
@@ -257,6 +281,7 @@ async def _extend(
         over = bool(ended) or reason == "eos"
         walkers.alive[i], walkers.reason[i] = not over, reason
         ends.append(reason if over else None)
+    walkers.begin[which] = before
     walkers.node[which] = walkers.trace.grow(walkers.node[which], steps, log_probs=done.log_prob, ends=ends)
 
 
@@ -267,6 +292,7 @@ async def judged(
     context: SearchContext | None = None,
     *,
     valid: Callable[[Float64Array], Float64Array] | None = None,
+    at: Sequence[Branch] | None = None,
 ) -> None:
     """Asks for the rewards of walkers. A failure is a value of its walker: reward NaN, and an error.
 
@@ -276,11 +302,14 @@ async def judged(
         reward: what gives them.
         context: that of the search, without which a `Judge` is refused.
         valid: rewards `[m]` -> those to keep, such as clipped ones; raises if the search cannot use one.
+        at: branches whose rewards stand for theirs, such as rollouts, `[m]`. Default: their own.
 
     Raises:
         RewardError: no walker has a reward left.
     """
-    branches = [walkers.branches[i] for i in which]
+    if not len(which):
+        return
+    branches = [walkers.branches[i] for i in which] if at is None else at
     if isinstance(reward, Judge) and context is not None:
         texts = [decoded(branch.tokens[context.root.length :], context) for branch in branches]
         found = await reward.judge(texts, context)

@@ -14,6 +14,8 @@ its kind under `"event"`; a list in it has one entry for each node of the event,
             weights
     similarity  nodes, similarities (of each text to all, on average), errors
     judge   replies of a judge's model, of each prompt a list; the rewards that they gave, errors
+    reference  nodes of the texts that take part in the next sweep of particle Gibbs, chain by chain
+    evidence   log_evidence, the log of the estimated sum of `p(x) potential(x)` over all texts
     return  nodes of the hypotheses, best first, and their scores
 
 Following `parents` from a node that was returned gives the whole text, step by step, with a reward for each.
@@ -36,12 +38,24 @@ class SearchTrace:
 
     Attributes:
         events: what happened, oldest first.
-        num_nodes: nodes so far.
     """
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
-        self.num_nodes = 0
+        self._parents: list[int] = []
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes so far."""
+        return len(self._parents)
+
+    def path(self, node: int) -> list[int]:
+        """The nodes of a text from its first step to `node`; none for the prompt."""
+        path = []
+        while node != PROMPT:
+            path.append(node)
+            node = self._parents[node]
+        return path[::-1]
 
     def record(self, event: str, **facts: Any) -> None:
         """Appends an event. Arrays become lists; NaN and infinity, which JSON does not have, become None."""
@@ -54,7 +68,7 @@ class SearchTrace:
             The new nodes, int64 `[n]`.
         """
         nodes = np.arange(self.num_nodes, self.num_nodes + len(tokens))
-        self.num_nodes += len(tokens)
+        self._parents += np.asarray(parents).tolist()
         self.record("grow", nodes=nodes, parents=parents, tokens=tokens, **facts)
         return nodes
 
