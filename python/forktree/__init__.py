@@ -27,35 +27,63 @@ if TYPE_CHECKING:
     from forktree.decoder import Candidate, Decoder, SearchResult
     from forktree.integrations.generate import generate
     from forktree.rewards.base import Reward
+    from forktree.rewards.calibrated import Calibrated
     from forktree.rewards.function import FunctionReward
+    from forktree.rewards.ids import IdReward
     from forktree.rewards.load import load_reward
     from forktree.rewards.reward_model import RewardModel
     from forktree.rewards.step_format import StepFormat
     from forktree.rewards.token_probability import TokenProbability
     from forktree.rewards.value_head import ValueHead
-    from forktree.search import BeamSearch, BestOfN, Greedy, Hypothesis, MajorityVote, ParticleFilter, Sample
+    from forktree.search import (
+        AdaptiveVote,
+        BeamSearch,
+        BestOfMajority,
+        BestOfN,
+        Greedy,
+        Hypothesis,
+        MajorityOfTheBests,
+        MajorityVote,
+        MinimumBayesRisk,
+        ParticleFilter,
+        PerplexityConsistency,
+        Sample,
+        WeightedVote,
+    )
+    from forktree.search.judges import Checklist, CritiqueVotes, GroupCritique, QueryLikelihood
     from forktree.sequences import sequence_logprobs
 
 __version__ = "0.6.0"
 
 __all__ = [
+    "AdaptiveVote",
     "AttentionPlan",
     "BeamSearch",
+    "BestOfMajority",
     "BestOfN",
+    "Calibrated",
     "Cancelled",
     "Candidate",
+    "Checklist",
+    "CritiqueVotes",
     "Decoder",
     "Draw",
     "ForktreeError",
     "FunctionReward",
     "Greedy",
+    "GroupCritique",
     "Hypothesis",
+    "IdReward",
     "InvalidInput",
     "LogitEdits",
+    "MajorityOfTheBests",
     "MajorityVote",
+    "MinimumBayesRisk",
     "NonFinite",
     "OutOfMemory",
     "ParticleFilter",
+    "PerplexityConsistency",
+    "QueryLikelihood",
     "RaggedIds",
     "Reward",
     "RewardError",
@@ -70,6 +98,7 @@ __all__ = [
     "TreeLayout",
     "UnsupportedModel",
     "ValueHead",
+    "WeightedVote",
     "check_plan",
     "generate",
     "load_reward",
@@ -82,15 +111,26 @@ __all__ = [
 
 # Loaded when first asked for: who calls the operations alone needs no search, and transformers takes seconds to import.
 _LAZY = {
+    "AdaptiveVote": "search",
     "BeamSearch": "search",
+    "BestOfMajority": "search",
     "BestOfN": "search",
+    "Calibrated": "rewards.calibrated",
     "Candidate": "decoder",
+    "Checklist": "search.judges",
+    "CritiqueVotes": "search.judges",
     "Decoder": "decoder",
     "FunctionReward": "rewards.function",
     "Greedy": "search",
+    "GroupCritique": "search.judges",
     "Hypothesis": "search",
+    "IdReward": "rewards.ids",
+    "MajorityOfTheBests": "search",
     "MajorityVote": "search",
+    "MinimumBayesRisk": "search",
     "ParticleFilter": "search",
+    "PerplexityConsistency": "search",
+    "QueryLikelihood": "search.judges",
     "Reward": "rewards.base",
     "RewardModel": "rewards.reward_model",
     "Sample": "search",
@@ -98,6 +138,7 @@ _LAZY = {
     "StepFormat": "rewards.step_format",
     "TokenProbability": "rewards.token_probability",
     "ValueHead": "rewards.value_head",
+    "WeightedVote": "search",
     "generate": "integrations.generate",
     "load_reward": "rewards.load",
     "sequence_logprobs": "sequences",

@@ -17,7 +17,7 @@ from forktree.engine.worker import ModelWorker
 from forktree.engine.workers import MAIN
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
-from forktree.prompts import Prompt, read_prompts, tokenise
+from forktree.prompts import Prompt, encode, read_prompts, tokenise
 from forktree.search import Hypothesis, Search, SearchContext
 from forktree.search.stopping import TextStop
 from forktree.search.trace import SearchTrace
@@ -280,6 +280,8 @@ class Decoder:
             decode=text_of,
             rng=np.random.default_rng(root.key),
             opens=partial(self._open, task),
+            prompt=task.roots[0].prompt,
+            encode=None if self.tokenizer is None else self._encode,
             counters=task.counters,
             trace=trace,
         )
@@ -300,6 +302,10 @@ class Decoder:
         branch = self.engine.open(task, tokens, text=self._text(text), model=model)
         self._check("the prompt that is opened", tokens, 0, task.roots[-1].worker)
         return branch
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens before or after it."""
+        return encode(self.tokenizer, [text], add_special_tokens=False)[0]
 
     def _one(self, prompt: Any) -> list[Prompt]:
         read = read_prompts(prompt)

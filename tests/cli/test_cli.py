@@ -111,6 +111,23 @@ SEARCHES: list[tuple[list[str], Callable[[Path], forktree.search.Search]]] = [
         lambda _: forktree.BeamSearch(num_beams=3, early_stopping="never"),
     ),
     (
+        [
+            *("--search", "adaptive-vote", "--set", "answer=regex:[0-9]"),
+            *("--set", "stopping=window", "--set", "round_size=3"),
+        ],
+        lambda _: forktree.AdaptiveVote(answer="regex:[0-9]", stopping="window", round_size=3),
+    ),
+    (
+        ["--search", "mbr", "--set", "similarity=token-f1", "--set", "hedged=false"],
+        lambda _: forktree.MinimumBayesRisk(similarity="token-f1", hedged=False),
+    ),
+    (
+        ["--search", "weighted-vote", "--set", "answer=last-number", "--reward", "own_rewards:length"],
+        lambda _: forktree.WeightedVote(
+            answer="last-number", reward=forktree.FunctionReward(lambda p, r: 1 / (1 + len(r)))
+        ),
+    ),
+    (
         ["--search", "best-of-n", "--set", "num_samples=4", "--reward", "own_rewards:length"],
         lambda _: forktree.BestOfN(num_samples=4, reward=forktree.FunctionReward(lambda p, r: 1 / (1 + len(r)))),
     ),
@@ -186,10 +203,12 @@ WRONG: list[tuple[list[str], str]] = [
     (["--search", "beam", "--set", "early_stopping=maybe"], "early_stopping must be True, False or 'never', got"),
     (["--search", "majority-vote"], "needs --set answer=...; see --help-search majority-vote"),
     (["--search", "majority-vote", "--set", "answer=own_rewards:nothing"], "module 'own_rewards' has no 'nothing'"),
+    (["--search", "majority-vote", "--set", "answer=box"], "answer must be a function of the text, boxed, last"),
+    (["--search", "rpc", "--set", "answer=regex:("], "answer must be regex: and a regular expression, got '('"),
     (["--search", "particle", "--set", "reward=own_rewards:length"], "reward cannot be given as a text"),
     (["--search", "own_rewards:nothing"], "--search 'own_rewards:nothing': module 'own_rewards' has no 'nothing'"),
     (["--search", "own_rewards:length"], "must be a class derived from forktree.search.Search"),
-    (["--help-search", "beem"], "--help-search must be one of beam, best-of-n, dvts,"),
+    (["--help-search", "beem"], "--help-search must be one of adaptive-vote, beam, best-of"),
     (["--search", "particle"], "needs --reward"),
     (["--reward", "own_rewards:length"], "takes no --reward"),
     (["--search", "sample", "--set", "temperature=-1"], "temperature must be finite and at least 0, got -1"),

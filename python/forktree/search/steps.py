@@ -18,9 +18,11 @@ import numpy as np
 from forktree.checks import integer
 from forktree.errors import InvalidInput, RewardError
 from forktree.kv import Branch, reassign
+from forktree.ops.sampling import Sampling
 from forktree.rewards.base import Reward, check_reward
 from forktree.search.base import ExtendingSearch, Hypothesis, SamplingSearch
 from forktree.search.context import SearchContext
+from forktree.search.judges import Judge, decoded
 from forktree.search.request import Stop, extend, reward_branches
 from forktree.search.trace import PROMPT, SearchTrace
 from forktree.types import BoolArray, Float64Array, Int64Array
@@ -213,12 +215,25 @@ async def grow(walkers: Walkers, which: Int64Array, context: SearchContext, sear
 
 
 async def complete(
-    walkers: Walkers, context: SearchContext, search: ExtendingSearch, which: Int64Array | None = None
+    walkers: Walkers,
+    context: SearchContext,
+    search: ExtendingSearch,
+    which: Int64Array | None = None,
+    *,
+    sampling: Sequence[Sampling] | None = None,
 ) -> None:
-    """Extends walkers, by default all, to the end of their texts; that is not counted as a step."""
+    """Extends walkers to the end of their texts; that is not counted as a step.
+
+    Args:
+        walkers: changed in place.
+        context: that of the search.
+        search: says what ends a text, and how tokens are sampled.
+        which: indices of those to extend, int64 `[m]`. Default: all.
+        sampling: how tokens are sampled of each, `[m]`. Default: as the search says.
+    """
     which = np.arange(len(walkers)) if which is None else which
-    limit = context.max_new_tokens - walkers.num_tokens[which]
-    await _extend(walkers, which, context, search, limit, context.stop_at(*search.stop), np.ones(len(which), bool))
+    limit, last = context.max_new_tokens - walkers.num_tokens[which], np.ones(len(which), bool)
+    await _extend(walkers, which, context, search, limit, context.stop_at(*search.stop), last, sampling)
 
 
 async def _extend(
@@ -229,6 +244,7 @@ async def _extend(
     max_tokens: Int64Array,
     stop: Stop | None,
     last: BoolArray,
+    sampling: Sequence[Sampling] | None = None,
 ) -> None:
     """One `extend` of `which`, at `last` of them the text's last; all that is known of the walkers afterwards."""
     if not len(which):
@@ -238,7 +254,7 @@ async def _extend(
     unfinished = walkers.unfinished[which]
     done = await extend(
         branches,
-        search.sampling,
+        search.sampling if sampling is None else sampling,
         max_tokens=max_tokens,
         eos_token_ids=context.eos_token_ids,
         stop=stop,
@@ -273,6 +289,7 @@ async def judged(
     walkers: Walkers,
     which: Int64Array,
     reward: Reward,
+    context: SearchContext | None = None,
     *,
     valid: Callable[[Float64Array], Float64Array] | None = None,
     at: Sequence[Branch] | None = None,
@@ -283,6 +300,7 @@ async def judged(
         walkers: changed in place.
         which: indices of those to judge, int64 `[m]`.
         reward: what gives them.
+        context: that of the search, without which a `Judge` is refused.
         valid: rewards `[m]` -> those to keep, such as clipped ones; raises if the search cannot use one.
         at: branches whose rewards stand for theirs, such as rollouts, `[m]`. Default: their own.
 
@@ -291,7 +309,12 @@ async def judged(
     """
     if not len(which):
         return
-    found = await reward_branches([walkers.branches[i] for i in which] if at is None else at, reward)
+    branches = [walkers.branches[i] for i in which] if at is None else at
+    if isinstance(reward, Judge) and context is not None:
+        texts = [decoded(branch.tokens[context.root.length :], context) for branch in branches]
+        found = await reward.judge(texts, context)
+    else:
+        found = await reward_branches(branches, reward)
     rewards = np.where([error is None for error in found.errors], found.values, np.nan)
     rewards = rewards if valid is None else valid(rewards)
     walkers.rewards[which] = rewards
