@@ -389,6 +389,59 @@ def test_a_step_whose_value_failed_is_the_last_to_be_kept() -> None:
         assert c.text == "aaaa" and c.score == -50.0
 
 
+# ---------------------------------------------------------------- votes
+
+
+VOTING: dict[str, Any] = {
+    "prm-beam": lambda **how: PRMBeamSearch(num_beams=12, beam_width=3, **how),
+    "dvts": lambda **how: DVTS(num_beams=12, beam_width=3, **how),
+    "rebase": lambda **how: REBASE(width=12, **how),
+    "ets": lambda **how: ETS(width=12, **how),
+}
+
+
+@pytest.mark.parametrize("name", VOTING)
+@pytest.mark.parametrize("seed", range(2))
+def test_texts_vote_with_their_scores_if_wanted(name: str, seed: int) -> None:
+    """The same texts as without a vote; of the answer with the largest sum of scores first, then by score."""
+
+    def answer(text: str) -> str | None:
+        if text.endswith("7"):
+            raise KeyError("a seven")
+        return text[-1:] if text[-1:].isdigit() else None
+
+    how: Any = dict(reward=by_text(value), **STEPS)
+    plain = run(VOTING[name](**how), seed=seed).candidates
+    voted = run(VOTING[name](**how, answer=answer), seed=seed).candidates
+    total: dict[str, float] = {}
+    for c in plain:
+        if c.text[-1:].isdigit() and not c.text.endswith("7"):
+            total[c.text[-1]] = total.get(c.text[-1], 0.0) + c.score
+    whole = sum(total.values())
+
+    def share(text: str) -> float:
+        return math.nan if text.endswith("7") else total.get(text[-1:], 0.0) / whole
+
+    assert sorted(c.text for c in voted) == sorted(c.text for c in plain) and len(total) > 1
+    for c in voted:
+        assert c.score == pytest.approx(share(c.text), nan_ok=True)
+        assert (c.hypothesis.error is not None) == c.text.endswith("7")
+    shares = [-1.0 if math.isnan(c.score) else c.score for c in voted]
+    assert shares == sorted(shares, reverse=True)
+    for a, b in itertools.pairwise(voted):
+        if a.text[-1:] == b.text[-1:] and a.text[-1:] in total:
+            assert value(a.text) >= value(b.text)
+
+
+def test_what_cannot_vote_is_refused_at_once() -> None:
+    calls: list[str] = []
+    search = REBASE(reward=by_text(lambda t: calls.append(t) or 2.0), width=4, answer=len, **STEPS)
+    (result,) = tiny.decoder().search([PROMPT], search, max_new_tokens=9)
+    assert isinstance(result.error, InvalidInput) and "[0, 1], got 2" in str(result.error) and len(calls) == 4
+    with pytest.raises(InvalidInput, match="answer must be a function"):
+        DVTS(reward=by_text(len), answer="box")
+
+
 # ---------------------------------------------------------------- all of them
 
 

@@ -87,7 +87,7 @@ class ComputeOptimal(SamplingSearch):
         """What the chosen search finds, and the samples."""
         samples = Walkers.start(context, self.num_samples)
         await complete(samples, context, self)
-        await judged(samples, np.arange(self.num_samples), self.reward)
+        await judged(samples, np.arange(self.num_samples), self.reward, context)
         difficulty = float(np.nanmean(samples.rewards))
         chosen = difficulty_bin(difficulty, self.edges)
         context.trace.record("difficulty", nodes=samples.node, difficulty=difficulty, bin=chosen)
