@@ -19,12 +19,13 @@ from forktree import (
     BestOfN,
     Calibrated,
     FunctionReward,
+    IdReward,
     MinimumBayesRisk,
     PerplexityConsistency,
     Reward,
     Sample,
 )
-from forktree.search import Search
+from forktree.search import ETS, EntropicParticleFilter, ParticleGibbs, PRMBeamSearch, Search
 from forktree.search.judges import CritiqueVotes, GroupCritique, QueryLikelihood
 from markov import MarkovLM
 
@@ -33,6 +34,10 @@ MISSING = None
 
 CHAIN = MarkovLM.random("abcdef", spread=0.7)
 REWARD = FunctionReward(lambda prompt, response: response.count("a") / (1 + len(response)))
+
+
+CODES = IdReward(lambda prompt_ids, ids: ids.count(2) / (1 + len(ids)))
+STEPS: dict[str, Any] = dict(step_delimiter="", max_step_tokens=2, max_steps=4)
 
 
 def last(text: str) -> str | None:
@@ -53,10 +58,10 @@ PAPERS: dict[int, tuple[str, Callable[[], Any] | None]] = {
     1: ("Tree search for agents", MISSING),
     2: ("Dr.LLM", MISSING),
     5: ("Archon", MISSING),
-    6: ("ETS", MISSING),
-    11: ("Particle filter / Gibbs", MISSING),
-    14: ("Llasa", MISSING),
-    15: ("Entropic particles, look-ahead", MISSING),
+    6: ("ETS", lambda: ETS(reward=REWARD, width=4, **STEPS)),
+    11: ("Particle filter / Gibbs", lambda: ParticleGibbs(reward=REWARD, **STEPS)),
+    14: ("Llasa", lambda: PRMBeamSearch(reward=CODES, scored_steps=3, **STEPS)),
+    15: ("Entropic particles, look-ahead", lambda: EntropicParticleFilter(reward=REWARD, **STEPS)),
     18: ("InfAlign", lambda: best(Calibrated(REWARD))),
     19: ("R2-LLMs", MISSING),
     23: ("A*-decoding", MISSING),

@@ -168,6 +168,7 @@ def test_a_leaf_is_rewarded_at_the_end_of_a_greedy_rollout_that_leaves_no_trace_
 # ---------------------------------------------------------------- partial rewards
 
 
+@pytest.mark.proves(14)
 def test_no_scored_step_is_best_of_n_and_all_are_the_beam() -> None:
     common: Any = dict(reward=by_text(value), **STEPS)
     plain = run(BestOfN(reward=by_text(value), num_samples=8), seed=3)
@@ -178,6 +179,7 @@ def test_no_scored_step_is_best_of_n_and_all_are_the_beam() -> None:
     assert [(c.token_ids, c.score) for c in every.candidates] == [(c.token_ids, c.score) for c in beam.candidates]
 
 
+@pytest.mark.proves(14)
 @pytest.mark.parametrize("scored", [1, 2])
 def test_after_the_scored_steps_texts_are_sampled_to_their_ends(scored: int) -> None:
     search = PRMBeamSearch(
@@ -262,6 +264,7 @@ def test_rebase_has_the_papers_settings() -> None:
     assert (thrifty.lambda_b, thrifty.lambda_d, thrifty.cluster_distance) == (1.0, 1.5, 0.05)
 
 
+@pytest.mark.proves(6)
 @SEEDS
 def test_ets_without_prices_is_rebase_text_for_text(seed: int) -> None:
     plain = run(REBASE(reward=by_text(value), width=10, **STEPS), seed=seed)
@@ -282,6 +285,7 @@ def test_ets_at_a_high_price_of_memory_keeps_one_path(seed: int) -> None:
     assert result.counters.peak_slots < plain.counters.peak_slots
 
 
+@pytest.mark.proves(6)
 @SEEDS
 def test_ets_keeps_the_best_set_of_leaves_at_every_step(seed: int) -> None:
     """Equation 4 over all sets, the paths and clusters read out of the trace; then REBASE among those kept."""
