@@ -19,12 +19,14 @@ from forktree import (
     BestOfN,
     Calibrated,
     FunctionReward,
+    IdReward,
     MinimumBayesRisk,
     PerplexityConsistency,
     Reward,
     Sample,
 )
-from forktree.search import Search
+from forktree.search import ETS, EntropicParticleFilter, ParticleGibbs, PRMBeamSearch, Search, StepBeamSearch
+from forktree.search.algorithms.allocate import ComputeOptimal
 from forktree.search.judges import CritiqueVotes, GroupCritique, QueryLikelihood
 from markov import MarkovLM
 
@@ -33,6 +35,11 @@ MISSING = None
 
 CHAIN = MarkovLM.random("abcdef", spread=0.7)
 REWARD = FunctionReward(lambda prompt, response: response.count("a") / (1 + len(response)))
+
+
+CODES = IdReward(lambda prompt_ids, ids: ids.count(2) / (1 + len(ids)))
+STEPS: dict[str, Any] = dict(step_delimiter="", max_step_tokens=2, max_steps=4)
+BEAM = PRMBeamSearch(reward=REWARD, num_beams=4, beam_width=2, lookahead=1, **STEPS)
 
 
 def last(text: str) -> str | None:
@@ -53,10 +60,10 @@ PAPERS: dict[int, tuple[str, Callable[[], Any] | None]] = {
     1: ("Tree search for agents", MISSING),
     2: ("Dr.LLM", MISSING),
     5: ("Archon", MISSING),
-    6: ("ETS", MISSING),
-    11: ("Particle filter / Gibbs", MISSING),
-    14: ("Llasa", MISSING),
-    15: ("Entropic particles, look-ahead", MISSING),
+    6: ("ETS", lambda: ETS(reward=REWARD, width=4, **STEPS)),
+    11: ("Particle filter / Gibbs", lambda: ParticleGibbs(reward=REWARD, **STEPS)),
+    14: ("Llasa", lambda: PRMBeamSearch(reward=CODES, scored_steps=3, **STEPS)),
+    15: ("Entropic particles, look-ahead", lambda: EntropicParticleFilter(reward=REWARD, **STEPS)),
     18: ("InfAlign", lambda: best(Calibrated(REWARD))),
     19: ("R2-LLMs", MISSING),
     23: ("A*-decoding", MISSING),
@@ -66,14 +73,14 @@ PAPERS: dict[int, tuple[str, Callable[[], Any] | None]] = {
     32: ("Dynamic experts", MISSING),
     36: ("RetrievalAttention", MISSING),
     37: ("CoLa / PoLar", MISSING),
-    40: ("Compute-optimal scaling", MISSING),
+    40: ("Compute-optimal scaling", lambda: ComputeOptimal(reward=REWARD, searches=[best(REWARD), BEAM], edges=[0.3])),
     41: ("Hogwild!", MISSING),
     43: ("Review, refine, repeat", MISSING),
     44: ("ArcMemo", MISSING),
     46: ("Adaptive inference-time compute", MISSING),
     49: ("PlanGEN", MISSING),
     56: ("Tracing the traces", MISSING),
-    58: ("AlphaMath", MISSING),
+    58: ("AlphaMath", lambda: StepBeamSearch(reward=REWARD, **STEPS)),
     63: ("Retro-Search", MISSING),
     64: ("RL of Thoughts", MISSING),
     65: ("Stop&Exit for completion", MISSING),

@@ -160,6 +160,7 @@ def assert_estimates(search: ParticleFilter, exact: dict, runs: int) -> None:
     assert np.abs(measure.mean(axis=0) - truth).sum() / 2 < 0.03  # total variation
 
 
+@pytest.mark.proves(11)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("resampling", "weight_temperature", "steps", "ess_threshold"),

@@ -38,6 +38,7 @@ def mild(text: str) -> float:
     return (value(text) - 0.5) / 2 + 0.5
 
 
+@pytest.mark.proves(11)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("search", "temperature"),
@@ -80,6 +81,7 @@ def test_references_have_the_exact_posterior(search: ParticleGibbs, temperature:
     assert search.weight_temperatures[0] == temperature
 
 
+@pytest.mark.proves(11)
 @pytest.mark.parametrize("lm", [LM, ENDING], ids=["one length", "many lengths"])
 @pytest.mark.parametrize("fixed", [1, 2])
 def test_a_reference_takes_part_as_it_was(lm: MarkovLM, fixed: int) -> None:
@@ -119,6 +121,7 @@ def test_a_reference_takes_part_as_it_was(lm: MarkovLM, fixed: int) -> None:
         assert len(c.text) + ended <= 5
 
 
+@pytest.mark.proves(11)
 def test_a_reward_of_the_end_does_not_decide_the_beginning() -> None:
     """Only whole texts differ in their rewards: until then a reference weighs as much as anybody."""
     search = ParticleGibbs(

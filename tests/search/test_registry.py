@@ -52,9 +52,9 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Se
 
 def test_a_new_file_is_a_new_search(made_up: type[Search]) -> None:
     assert list(registry.searches()) == [
-        "adaptive-vote", "beam", "best-of-majority", "best-of-n", "dvts", "entropic-particle", "ets", "greedy", "made-up",
-        "majority-of-the-bests", "majority-vote", "mbr", "parallel-tempering", "particle", "particle-gibbs", "prm-beam",
-        "rebase", "rpc", "sample", "smc-steering", "step-beam", "twisted-smc", "weighted-vote",
+        "adaptive-vote", "beam", "best-of-majority", "best-of-n", "dvts", "entropic-particle", "ets", "greedy",
+        "made-up", "majority-of-the-bests", "majority-vote", "mbr", "parallel-tempering", "particle", "particle-gibbs",
+        "prm-beam", "rebase", "rpc", "sample", "smc-steering", "step-beam", "twisted-smc", "weighted-vote",
     ]  # fmt: skip
     assert registry.reward_of(made_up) == "reward"
     settings = registry.settings_of(made_up)

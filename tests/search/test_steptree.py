@@ -86,6 +86,7 @@ def best(leaves: list[int], one: Round) -> list[int]:
 # ---------------------------------------------------------------- PRM beam search
 
 
+@pytest.mark.proves(40)
 @SEEDS
 def test_prm_beam_keeps_the_best_and_continues_them_in_turns(seed: int) -> None:
     result = run(PRMBeamSearch(reward=by_text(value), num_beams=12, beam_width=3, **STEPS), seed=seed)
@@ -128,6 +129,7 @@ def test_duplicates_are_dropped_if_wanted() -> None:
     assert any("b" in text for text in asked)
 
 
+@pytest.mark.proves(40)
 @pytest.mark.parametrize("kind", [PRMBeamSearch, DVTS])
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_a_leaf_is_rewarded_at_the_end_of_a_greedy_rollout_that_leaves_no_trace_in_it(kind: Any, ahead: int) -> None:
@@ -170,6 +172,7 @@ def test_a_leaf_is_rewarded_at_the_end_of_a_greedy_rollout_that_leaves_no_trace_
 # ---------------------------------------------------------------- partial rewards
 
 
+@pytest.mark.proves(14)
 def test_no_scored_step_is_best_of_n_and_all_are_the_beam() -> None:
     common: Any = dict(reward=by_text(value), **STEPS)
     plain = run(BestOfN(reward=by_text(value), num_samples=8), seed=3)
@@ -180,6 +183,7 @@ def test_no_scored_step_is_best_of_n_and_all_are_the_beam() -> None:
     assert [(c.token_ids, c.score) for c in every.candidates] == [(c.token_ids, c.score) for c in beam.candidates]
 
 
+@pytest.mark.proves(14)
 @pytest.mark.parametrize("scored", [1, 2])
 def test_after_the_scored_steps_texts_are_sampled_to_their_ends(scored: int) -> None:
     search = PRMBeamSearch(
@@ -195,6 +199,7 @@ def test_after_the_scored_steps_texts_are_sampled_to_their_ends(scored: int) -> 
 # ---------------------------------------------------------------- DVTS
 
 
+@pytest.mark.proves(40)
 @SEEDS
 def test_dvts_grows_subtrees_that_know_nothing_of_another(seed: int) -> None:
     result = run(DVTS(reward=by_text(value), num_beams=12, beam_width=3, **STEPS), seed=seed)
@@ -264,6 +269,7 @@ def test_rebase_has_the_papers_settings() -> None:
     assert (thrifty.lambda_b, thrifty.lambda_d, thrifty.cluster_distance) == (1.0, 1.5, 0.05)
 
 
+@pytest.mark.proves(6)
 @SEEDS
 def test_ets_without_prices_is_rebase_text_for_text(seed: int) -> None:
     plain = run(REBASE(reward=by_text(value), width=10, **STEPS), seed=seed)
@@ -284,6 +290,7 @@ def test_ets_at_a_high_price_of_memory_keeps_one_path(seed: int) -> None:
     assert result.counters.peak_slots < plain.counters.peak_slots
 
 
+@pytest.mark.proves(6)
 @SEEDS
 def test_ets_keeps_the_best_set_of_leaves_at_every_step(seed: int) -> None:
     """Equation 4 over all sets, the paths and clusters read out of the trace; then REBASE among those kept."""
@@ -335,6 +342,7 @@ def test_ets_keeps_the_best_set_of_leaves_at_every_step(seed: int) -> None:
     assert thinned
 
 
+@pytest.mark.proves(6)
 def test_ets_holds_less_than_rebase_on_the_shipped_model() -> None:
     """The same problems at the same width: fewer slots at the peak, summed over the problems."""
     decoder, reward = demo.load()
@@ -357,6 +365,7 @@ def test_embeddings_that_are_none_end_the_search(embed: Any) -> None:
 # ---------------------------------------------------------------- step beams
 
 
+@pytest.mark.proves(58)
 @SEEDS
 def test_a_step_beam_narrows_as_texts_end(seed: int) -> None:
     result = run(StepBeamSearch(reward=by_text(value), **{**STEPS, "step_delimiter": "5"}), seed=seed)
@@ -377,6 +386,7 @@ def test_a_step_beam_narrows_as_texts_end(seed: int) -> None:
         assert scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.proves(58)
 def test_a_step_whose_value_failed_is_the_last_to_be_kept() -> None:
     """AlphaMath counts a missing value as -100."""
     lm = MarkovLM({"a": {"a": 0.5, "b": 0.5}, "b": {"a": 0.5, "b": 0.5}})

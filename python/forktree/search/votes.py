@@ -35,7 +35,7 @@ def vote(
             at = within == value
             inside = _sums(groups[at], weights[at], len(total))
             if inside.any():
-                best = np.flatnonzero(inside == inside.max())
+                best = np.flatnonzero(inside == inside.max()).tolist()
                 ballots[max(best, key=lambda group: (total[group], -_first(groups, group)))] += 1
         total, whole = ballots, float(len(set(within.tolist())))
     return np.where(groups == NO_ANSWER, 0.0, total[groups] / (whole or 1.0)) if len(total) else np.zeros(len(groups))
@@ -174,7 +174,8 @@ def is_mode(counts: Int64Array) -> float:
 def _sums(groups: Int64Array, values: Float64Array, size: int | None = None) -> Float64Array:
     """Sums of `values` by group, `[G]`."""
     has = groups != NO_ANSWER
-    return np.bincount(groups[has], weights=values[has], minlength=size or 0)
+    sums: Float64Array = np.bincount(groups[has], weights=values[has], minlength=size or 0).astype(np.float64)
+    return sums
 
 
 def _at(groups: Int64Array, of_groups: Float64Array) -> Float64Array:

@@ -96,7 +96,7 @@ def answer_mass(
         kept: which take part, `[n]`.
     """
     part = kept & (groups != NO_ANSWER)
-    once = {(groups[i], texts[i]): probabilities[i] for i in np.flatnonzero(part)}
+    once = {(groups[i], texts[i]): probabilities[i] for i in np.flatnonzero(part).tolist()}
     mass: dict[int, float] = {}
     for (group, _), p in once.items():
         mass[group] = mass.get(group, 0.0) + p
