@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,24 @@ def alone(prompts: Sequence[str], searches: Sequence[Search], **options: Any) ->
         found.append(outcome(tiny.decoder(prefix_cache=False).search([prompt], search, **options)[0]))
     assert all(found)
     return found
+
+
+MIXED_PROMPTS = tiny.prompts(4, seed=8)
+
+
+def random_mix(seed: int) -> tuple[list[tuple[int, int]], dict[str, Any]]:
+    """Numbers of searches of `mixed` and of `MIXED_PROMPTS`, and options of a decoder with little room for them."""
+    rng = np.random.default_rng(seed)
+    picks = [(int(rng.integers(len(mixed()))), int(rng.integers(4))) for _ in range(rng.integers(2, 9))]
+    slots, budget = int(rng.integers(30, 120)), int(rng.choice([2, 5, 17, 512]))
+    return picks, dict(num_slots=slots, max_batch_tokens=budget, prefix_cache=bool(rng.integers(2)))
+
+
+@cache
+def with_plenty(search: int, prompt: int) -> SearchResult:
+    """What one search of a mix finds alone, with plenty of everything. Computed once."""
+    decoder = tiny.decoder(prefix_cache=False)
+    return decoder.search([MIXED_PROMPTS[prompt]], mixed()[search], max_new_tokens=9, seed=1)[0]
 
 
 def together(

@@ -10,6 +10,7 @@ import torch
 from forktree.engine.counters import Counters
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
+from forktree.search.budget import Budget
 from forktree.search.request import Stop
 from forktree.search.trace import SearchTrace
 from forktree.types import Int32Array
@@ -34,6 +35,7 @@ class SearchContext:
         encode: token ids of a text that goes on after others; None when the decoder has no tokenizer.
         counters: what the search has cost so far.
         trace: what it has done so far; the search appends to it.
+        budget: what it may still cost; `grow`, `complete` and `judged` keep to it.
     """
 
     root: Branch
@@ -50,6 +52,7 @@ class SearchContext:
     encode: Callable[[str], list[int]] | None = None
     counters: Counters = field(default_factory=Counters)
     trace: SearchTrace = field(default_factory=SearchTrace)
+    budget: Budget = field(default_factory=Budget)
 
     def open(self, prompt: Any, model: str = "main") -> Branch:
         """A further text of this search, on whatever prefix of it the model's tree has.

@@ -2,7 +2,7 @@
 
 A processor is called as transformers calls it: with `input_ids [n, L]`, int64, left-padded, and `scores [n, V]`, fp32.
 It returns scores of that shape. It needs whole rows of logits, so this is the slow way: biases, penalties and sets of
-allowed tokens that are known beforehand belong in `forktree.Draw`.
+allowed tokens that are known beforehand belong in `forktree.KeyedSampling`.
 
 Every row is a branch. Branches are forked, dropped and resampled, and they stop at different times, so row i of one
 call says nothing about row i of the next. A processor that keeps a state for every row, such as the place in a grammar,

@@ -16,14 +16,15 @@ from typing import Any, Self
 import numpy as np
 
 from forktree.checks import integer
-from forktree.errors import InvalidInput, RewardError
+from forktree.errors import BudgetSpent, InvalidInput, RewardError
 from forktree.kv import Branch, reassign
 from forktree.ops.sampling import Sampling
 from forktree.rewards.base import Reward, check_reward
 from forktree.search.base import ExtendingSearch, Hypothesis, SamplingSearch
+from forktree.search.budget import Budget
 from forktree.search.context import SearchContext
 from forktree.search.judges import Judge, decoded
-from forktree.search.request import Stop, extend, reward_branches
+from forktree.search.request import Extension, Stop, extend, reward_branches
 from forktree.search.trace import PROMPT, SearchTrace
 from forktree.types import BoolArray, Float64Array, Int64Array
 
@@ -73,11 +74,12 @@ class Walkers:
 
     Args:
         trace: where everything that is done to them is recorded.
+        budget: what the search may still cost.
         branches: their branches.
         node: the newest step of each in the trace. int64.
         begin: position of the first token of that step. int64.
         alive: False once the text has ended. bool.
-        reason: why the newest step ended: "eos", "stop" or "length".
+        reason: why the newest step ended: "eos", "stop", "length", or "budget" where the search's budget was spent.
         steps: steps grown so far. int64.
         num_tokens: tokens generated so far, EOS included. int64.
         log_prob: sum of their log-probs under the model. fp64.
@@ -88,6 +90,7 @@ class Walkers:
     """
 
     trace: SearchTrace
+    budget: Budget
     branches: list[Branch]
     node: Int64Array
     begin: Int64Array
@@ -106,6 +109,7 @@ class Walkers:
         """`n` forks of the prompt."""
         return cls(
             trace=context.trace,
+            budget=context.budget,
             branches=context.root.fork(n),
             node=np.full(n, PROMPT, np.int64),
             begin=np.full(n, context.root.length, np.int64),
@@ -138,6 +142,13 @@ class Walkers:
     def split(self, counts: Int64Array, *, why: str, **facts: Any) -> Self:
         """Walkers that continue number i of these `counts[i]` times; 0 drops it. See `taken`."""
         return self.taken(np.repeat(np.arange(len(self)), counts), why=why, **facts)
+
+    def end(self, *, why: str) -> None:
+        """Ends the texts of all that are alive, where they stand, for a reason such as "budget"."""
+        alive = np.flatnonzero(self.alive)
+        self.trace.record("end", why=why, nodes=self.node[alive])
+        for i in alive:
+            self.alive[i], self.reason[i] = False, why
 
     def forks(self, which: Int64Array) -> Self:
         """Copies of some walkers that go on by themselves: a fork of each."""
@@ -200,7 +211,8 @@ async def grow(walkers: Walkers, which: Int64Array, context: SearchContext, sear
     """Extends walkers by one step each, all in one request.
 
     A step ends with the search's delimiter, or as a text does: with EOS, one of the search's stop texts, or because no
-    more tokens or steps are allowed. Walkers whose text has ended are not alive afterwards.
+    more tokens or steps are allowed. Walkers whose text has ended are not alive afterwards. When the budget of tokens
+    is spent, no walker is.
 
     Args:
         walkers: changed in place.
@@ -246,9 +258,41 @@ async def _extend(
     last: BoolArray,
     sampling: Sequence[Sampling] | None = None,
 ) -> None:
-    """One `extend` of `which`, at `last` of them the text's last; all that is known of the walkers afterwards."""
-    if not len(which):
-        return
+    """Extends `which`, at `last` of them to the end of their text, within the budget: see `grow`.
+
+    Where tokens are short, each has an equal share at first, and then of what others have left.
+    """
+    walkers.begin[which] = [walkers.branches[i].length for i in which]
+    while len(which):
+        share = context.budget.limit_tokens(max_tokens)
+        some = np.flatnonzero(share)
+        cut = share < max_tokens
+        if len(some):
+            how = None if sampling is None else [sampling[i] for i in some]
+            done = await _extend_once(
+                walkers, which[some], context, search, share[some], stop, last[some], cut[some], how
+            )
+            max_tokens[some] -= done.num_tokens
+            cut[some] &= np.array(done.reason) == "length"
+        if context.budget.tokens_left == 0:
+            walkers.end(why="budget")
+            break
+        which, max_tokens, last = which[cut], max_tokens[cut], last[cut]
+        sampling = None if sampling is None else [one for one, more in zip(sampling, cut, strict=True) if more]
+
+
+async def _extend_once(
+    walkers: Walkers,
+    which: Int64Array,
+    context: SearchContext,
+    search: ExtendingSearch,
+    max_tokens: Int64Array,
+    stop: Stop | None,
+    last: BoolArray,
+    cut: BoolArray,
+    sampling: Sequence[Sampling] | None,
+) -> Extension:
+    """One `extend`, and all that is known of the walkers afterwards. cut: whose `max_tokens` do not end a text."""
     branches = [walkers.branches[i] for i in which]
     before = [branch.length for branch in branches]
     unfinished = walkers.unfinished[which]
@@ -268,7 +312,7 @@ async def _extend(
     full = last | (walkers.num_tokens[which] >= context.max_new_tokens)
     text_end = context.stop_at(*search.stop)
     steps, ends = [], []
-    for i, branch, begin, reason, ended in zip(which, branches, before, done.reason, full, strict=True):
+    for i, branch, begin, reason, ended, more in zip(which, branches, before, done.reason, full, cut, strict=True):
         tokens = branch.tokens
         steps.append(tokens[begin:])
         if reason == "stop":
@@ -278,11 +322,13 @@ async def _extend(
                 ended = True
             elif ended:
                 reason = "length"
+        elif reason == "length" and more:
+            ended = False
         over = bool(ended) or reason == "eos"
         walkers.alive[i], walkers.reason[i] = not over, reason
         ends.append(reason if over else None)
-    walkers.begin[which] = before
     walkers.node[which] = walkers.trace.grow(walkers.node[which], steps, log_probs=done.log_prob, ends=ends)
+    return done
 
 
 async def judged(
@@ -295,6 +341,9 @@ async def judged(
     at: Sequence[Branch] | None = None,
 ) -> None:
     """Asks for the rewards of walkers. A failure is a value of its walker: reward NaN, and an error.
+
+    Where the budget of rewards is short, the first of them are judged; the others keep the reward that they had, or
+    have none. Once it is spent, no walker is alive.
 
     Args:
         walkers: changed in place.
@@ -309,19 +358,27 @@ async def judged(
     """
     if not len(which):
         return
-    branches = [walkers.branches[i] for i in which] if at is None else at
-    if isinstance(reward, Judge) and context is not None:
-        texts = [decoded(branch.tokens[context.root.length :], context) for branch in branches]
-        found = await reward.judge(texts, context)
-    else:
-        found = await reward_branches(branches, reward)
-    rewards = np.where([error is None for error in found.errors], found.values, np.nan)
-    rewards = rewards if valid is None else valid(rewards)
-    walkers.rewards[which] = rewards
-    for i, value, error in zip(which, rewards.tolist(), found.errors, strict=True):
-        walkers.history[i], walkers.errors[i] = [*walkers.history[i], value], error
-    walkers.trace.record("reward", nodes=walkers.node[which], rewards=rewards, errors=found.errors)
-    check_any(found.errors, walkers.rewards)
+    left = walkers.budget.calls_left
+    asked, rest = (which, which[:0]) if len(which) <= left else np.split(which, [int(left)])
+    for i in rest:
+        if np.isnan(walkers.rewards[i]):
+            walkers.errors[i] = BudgetSpent(f"the budget of {walkers.budget.max_reward_calls} rewards is spent")
+    if len(asked):
+        branches = [walkers.branches[i] for i in asked] if at is None else at[: len(asked)]
+        if isinstance(reward, Judge) and context is not None:
+            texts = [decoded(branch.tokens[context.root.length :], context) for branch in branches]
+            found = await reward.judge(texts, context)
+        else:
+            found = await reward_branches(branches, reward)
+        rewards = np.where([error is None for error in found.errors], found.values, np.nan)
+        rewards = rewards if valid is None else valid(rewards)
+        walkers.rewards[asked] = rewards
+        for i, value, error in zip(asked, rewards.tolist(), found.errors, strict=True):
+            walkers.history[i], walkers.errors[i] = [*walkers.history[i], value], error
+        walkers.trace.record("reward", nodes=walkers.node[asked], rewards=rewards, errors=found.errors)
+    if walkers.budget.calls_left == 0:
+        walkers.end(why="budget")
+    check_any(walkers.errors, walkers.rewards)
 
 
 def check_any(errors: Sequence[RewardError | None], rewards: Float64Array) -> None:

@@ -383,19 +383,23 @@ class BeamSearch(Search):
 
         There are fewer than `num_return_sequences` if logits processors leave no more.
         """
+        limit = int(min(context.max_new_tokens, context.budget.tokens_left // self.num_beams))
+        if limit == 0:
+            given = context.budget.max_model_tokens
+            raise InvalidInput(f"max_model_tokens must be at least num_beams = {self.num_beams}, got {given}")
         rules = BeamRules(
             num_beams=self.num_beams,
             num_candidates=max(2, 1 + len(context.eos_token_ids)) * self.num_beams,
             length_penalty=self.length_penalty,
             early_stopping=self.early_stopping,
-            max_new_tokens=context.max_new_tokens,
+            max_new_tokens=limit,
             num_beam_groups=self.num_beam_groups,
             diversity_penalty=self.diversity_penalty,
         )
         rules = replace(rules, num_candidates=min(rules.num_candidates, context.vocab_size * self.num_beams))
         prompt = torch.from_numpy(context.root.tokens).long()[None].to(context.device)
         ends = torch.tensor(sorted(context.eos_token_ids), dtype=torch.long, device=context.device)
-        last = prompt.shape[1] + context.max_new_tokens
+        last = prompt.shape[1] + limit
 
         def stops(rows: Tensor) -> Tensor:
             return torch.isin(rows[:, -1], ends) | (rows.shape[1] >= last)
@@ -410,6 +414,7 @@ class BeamSearch(Search):
             stops=stops,
             trace=context.trace,
         )
+        context.counters.sampled_tokens += (found.rows.shape[2] - prompt.shape[1]) * self.num_beams
         wanted = found.found[0, : self.num_return_sequences].nonzero().flatten().tolist()
         hypotheses = [self._hypothesis(found, i, prompt.shape[1], context) for i in wanted]
         self._record(hypotheses, found.beam_indices[0, wanted].cpu().numpy(), first, context)

@@ -72,6 +72,8 @@ class EntropicParticleFilter(ParticleSearch):
                 return self.hypotheses(particles, softmax(logits), context)
             proposed = particles.forks(live if self.lookahead_weight else live[:0])
             await self._step(proposed, np.arange(len(proposed)), context)
+            if context.budget.spent:
+                particles.end(why="budget")
             weights = self._annealed(self._modulated(logits, live, proposed), step)
             ancestors = RESAMPLERS[self.resampling](weights, n, context.rng)
             keepers, kept = _keepers(ancestors, live[: len(proposed)])

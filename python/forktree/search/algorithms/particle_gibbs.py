@@ -76,8 +76,10 @@ class ParticleGibbs(ParticleSearch):
                 references.drop()
             references = texts.forks(chosen.ravel())
             sweeps.append(texts.taken(chains[0], why="first chain"))
-            weights.append(of_chain[0] / self.num_iterations)
-        return self.hypotheses(Walkers.concatenated(sweeps), np.concatenate(weights), context)
+            weights.append(of_chain[0])
+            if context.budget.spent:
+                break
+        return self.hypotheses(Walkers.concatenated(sweeps), np.concatenate(weights) / len(sweeps), context)
 
     async def _sweep(
         self, references: Walkers | None, marks: dict[int, Mark], context: SearchContext
@@ -175,7 +177,7 @@ def _cut(texts: Walkers, steps: int, marks: dict[int, Mark], trace: SearchTrace)
     """Forks of whole texts that stand where those stood after so many steps, at the latest at their ends."""
     cut = texts.forks(np.arange(len(texts)))
     for i, node in enumerate(texts.node.tolist()):
-        path = trace.path(node)
+        path = [step for step in trace.path(node) if step in marks]  # a step that a budget has cut has several nodes
         if steps >= len(path):
             continue
         mark = marks[path[steps - 1]]

@@ -162,9 +162,11 @@ class BeamTree(VotingTree):
             await grow(rollouts, np.flatnonzero(rollouts.alive), context, greedy)
         await judged(tree, grown, self.reward, valid=self._valid, at=rollouts.branches)
         rollouts.drop()
+        if context.budget.spent:
+            tree.end(why="budget")
 
     def _scores(self, tree: Walkers) -> Float64Array:
-        return np.array([AGGREGATES[self.aggregate](history) for history in tree.history])
+        return np.array([AGGREGATES[self.aggregate](history) if history else np.nan for history in tree.history])
 
 
 @register("prm-beam")
