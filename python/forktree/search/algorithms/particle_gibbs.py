@@ -107,10 +107,13 @@ class ParticleGibbs(ParticleSearch):
             await grow(free, live, context, self)
             texts = free
             if references is not None:
-                texts = Walkers.concatenated([free, _cut(references, step, marks, context.trace)])
+                cut = _cut(references, step, marks, context.trace)
+                texts = Walkers.concatenated([free, cut])
             await judged(texts, live, self.reward, valid=unit_interval)
+            if references is not None:  # they have their rewards: no budget ends them
+                texts.alive[len(free) :], texts.reason[len(free) :] = cut.alive, cut.reason
             _mark(texts, live, marks)
-            weights = np.stack([softmax(row) for row in log_weights(texts.rewards, 1.0)[chains] / temperatures])
+            weights = np.stack([_weights(row) for row in log_weights(texts.rewards, 1.0)[chains] / temperatures])
             going = texts.alive[chains].any(axis=1)
             if not going.any():
                 return texts, chains, weights
@@ -159,6 +162,11 @@ class ParallelTempering(ParticleGibbs):
                 l_a, l_b = (log_weights(np.array(texts.history[i]), 1.0).sum() for i in chosen[a : a + 2, r])
                 if np.log(context.rng.random()) < (inverse[a] - inverse[a + 1]) * (l_b - l_a):
                     chosen[[a, a + 1], r] = chosen[[a + 1, a], r]
+
+
+def _weights(logits: Float64Array) -> Float64Array:
+    """Normalised weights of a chain; equal ones if all its rewards failed."""
+    return softmax(logits if np.isfinite(logits).any() else np.zeros(len(logits)))
 
 
 def _mark(texts: Walkers, which: Int64Array, marks: dict[int, Mark]) -> None:

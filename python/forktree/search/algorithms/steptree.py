@@ -115,11 +115,12 @@ class VotingTree(StepTree):
         tree = tree.taken(self._order(tree), why="vote")
         answers = Answers.read(texts_of(tree, context), answer_function(self.answer), equality(self.equal))
         scores = self._scores(tree)
-        shares = np.where(answers.failed, np.nan, vote(answers.group, scores))
+        weights = np.where(answers.failed, 0, np.nan_to_num(scores))
+        shares = np.where(answers.failed, np.nan, vote(answers.group, weights))
         tree.errors = [unread or error for unread, error in zip(answers.errors, tree.errors, strict=True)]
-        shown = dict(answers=answers.said, shares=shares, errors=tree.errors, weights=scores)
+        shown = dict(answers=answers.said, shares=shares, errors=tree.errors, weights=weights)
         context.trace.record("vote", nodes=tree.node, **shown)
-        order = ranked(answers.group, shares, weights=np.nan_to_num(scores), worth=scores)
+        order = ranked(answers.group, shares, weights=weights, worth=scores)
         return tree.hypotheses(order, context, scores=shares)
 
 
