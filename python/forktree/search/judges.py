@@ -72,6 +72,8 @@ async def ask(
 ) -> Replies:
     """Has several prompts answered side by side; what they share is computed once.
 
+    Replies keep to the search's budget: where tokens are short, each has an equal share.
+
     Args:
         context: that of the search.
         prompts: texts, `[n]`.
@@ -84,11 +86,13 @@ async def ask(
     roots, errors = opened(context, prompts, model)
     branches = [root.fork(num_samples) if root is not None else [] for root in roots]
     asked = [branch for some in branches for branch in some]
-    if asked:
+    limits = context.budget.limit_tokens(np.full(len(asked), max_new_tokens))
+    some = [branch for branch, limit in zip(asked, limits, strict=True) if limit]
+    if some:
         await extend(
-            asked,
+            some,
             sampling,
-            max_tokens=max_new_tokens,
+            max_tokens=limits[limits > 0],
             eos_token_ids=context.eos_token_ids,
             stop=context.stop_at(*stop),
             pad_token_id=context.pad_token_id,

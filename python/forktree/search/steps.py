@@ -367,6 +367,7 @@ async def judged(
         branches = [walkers.branches[i] for i in asked] if at is None else at[: len(asked)]
         if isinstance(reward, Judge) and context is not None:
             texts = [decoded(branch.tokens[context.root.length :], context) for branch in branches]
+            context.counters.reward_calls += len(texts)
             found = await reward.judge(texts, context)
         else:
             found = await reward_branches(branches, reward)

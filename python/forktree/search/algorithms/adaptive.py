@@ -96,7 +96,7 @@ class AdaptiveVote(MajorityVote):
             samples = Walkers.concatenated([samples, newest])
             answers = Answers.read(texts_of(samples, context), answer, equal)
             settled = STOPPING[self.stopping](answers.group, answers.group[-len(newest) :])
-            if settled >= self.threshold or len(samples) == self.num_samples:
+            if settled >= self.threshold or len(samples) == self.num_samples or context.budget.tokens_left == 0:
                 break
         samples.errors = list(answers.errors)
         check_any(samples.errors, np.where(answers.failed, np.nan, 0.0))

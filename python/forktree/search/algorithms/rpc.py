@@ -130,8 +130,10 @@ class PerplexityConsistency(VotingSearch):
     async def select(self, samples: Walkers, context: SearchContext) -> list[Hypothesis]:
         """Samples of the heaviest answer first, the likeliest first; the score is the answer's share of all mass."""
         answers = self.read(samples, context)
-        probabilities = np.exp(samples.log_prob / samples.num_tokens)
-        kept = ~pruned(probabilities) if self.prune else np.ones(len(samples), bool)
+        kept = samples.num_tokens > 0  # a budget may have left none
+        probabilities = np.where(kept, np.exp(samples.log_prob / np.maximum(1, samples.num_tokens)), 0.0)
+        if self.prune:
+            kept[kept] = ~pruned(probabilities[kept])
         texts = [branch.tokens.tobytes() for branch in samples.branches]
         samples.rewards = probabilities
         shares = answer_mass(answers.group, texts, probabilities, kept)
