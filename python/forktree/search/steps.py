@@ -268,7 +268,7 @@ async def _extend(
         some = np.flatnonzero(share)
         cut = share < max_tokens
         if len(some):
-            how = None if sampling is None else [sampling[i] for i in some]
+            how = None if sampling is None else [sampling[i] for i in some.tolist()]
             done = await _extend_once(
                 walkers, which[some], context, search, share[some], stop, last[some], cut[some], how
             )
@@ -366,7 +366,7 @@ async def judged(
     if len(asked):
         branches = [walkers.branches[i] for i in asked] if at is None else at[: len(asked)]
         if isinstance(reward, Judge) and context is not None:
-            texts = [decoded(branch.tokens[context.root.length :], context) for branch in branches]
+            texts = [decoded(branch.tokens[context.root.length :].tolist(), context) for branch in branches]
             context.counters.reward_calls += len(texts)
             found = await reward.judge(texts, context)
         else:
