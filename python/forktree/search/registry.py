@@ -11,6 +11,7 @@ dataclass; what they mean is said in the `Args:` of its docstring, or of that of
 import importlib
 import inspect
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from forktree.rewards.base import Reward
 from forktree.search.base import Search
 
 S = TypeVar("S", bound=type[Search])
+_FUNCTION = typing.get_origin(Callable[..., Any])
+_NAMED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function
 _SEARCHES: dict[str, type[Search]] = {}  # filled as modules are imported; see `searches`
 
 
@@ -180,8 +183,12 @@ def _reader(name: str, hint: Any) -> tuple[str, Callable[[str], Any] | None]:
         kind, read = _reader(name, members[0])
         if read is not None:
             return f"{kind}, or none", lambda text: None if text.lower() == "none" else read(text)
-    if typing.get_origin(hint) is typing.get_origin(Callable[..., Any]):
+    if typing.get_origin(hint) is _FUNCTION:
         return "module:function", lambda text: import_named(name, text)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and {
+        typing.get_origin(one) or one for one in typing.get_args(hint)
+    } == {str, _FUNCTION}:
+        return "text or module:function", lambda text: import_named(name, text) if _NAMED.fullmatch(text) else text
     return f"of type {hint}", None
 
 
