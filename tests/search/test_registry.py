@@ -10,7 +10,7 @@ import pytest
 
 import forktree
 from forktree import InvalidInput, Sample
-from forktree.search import Search, algorithms, registry
+from forktree.search import PromptLookup, Search, TokenTable, algorithms, registry
 
 NEW = '''
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def test_a_new_file_is_a_new_search(made_up: type[Search]) -> None:
     assert registry.reward_of(made_up) == "reward"
     settings = registry.settings_of(made_up)
     assert list(settings)[:8] == ["rate", "depth", "names", "rule", "exact", "table", "reward", "num_samples"]
-    assert list(settings)[-2:] == ["stop", "logits_processor"]
+    assert list(settings)[-3:] == ["stop", "logits_processor", "drafter"]
     assert settings["depth"].meaning == "how deep it goes, in steps." and settings["depth"].default == 3
     assert settings["rate"].default is MISSING and settings["num_samples"].meaning == "number of samples."
     assert settings["table"].read is None and settings["reward"].read is None
@@ -119,3 +119,11 @@ def test_types_that_only_python_can_give_say_so() -> None:
 
     with pytest.raises(InvalidInput, match="when cannot be given as a text: it is of type"):
         registry.read_settings(Odd, [("when", "x")])
+
+
+def test_drafters_are_given_by_name() -> None:
+    read = registry.settings_of(Sample)["drafter"].read
+    assert read is not None and isinstance(read("prompt-lookup"), PromptLookup)
+    assert isinstance(read("token-table"), TokenTable)
+    with pytest.raises(InvalidInput, match="drafter must be prompt-lookup, suffix, token-table or module:drafter"):
+        read("lookup")

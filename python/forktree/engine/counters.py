@@ -19,6 +19,9 @@ class Counters:
         peak_slots: Maximum of KV slots of the policy that the tokens it wrote took at once.
         seconds: Wall time.
         tokens_by_model: Tokens run through further models of the decoder, by their names.
+        drafts: Drafts that were verified; each gave one token more than was accepted of it.
+        drafted_tokens: Tokens of these.
+        accepted_tokens: Those of them that the model sampled too.
     """
 
     model_tokens: int = 0
@@ -27,6 +30,9 @@ class Counters:
     peak_slots: int = 0
     seconds: float = 0.0
     tokens_by_model: dict[str, int] = field(default_factory=dict)
+    drafts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def count_tokens(self, model: str | None, tokens: int) -> None:
         """Tokens run through the policy, "main", a further model, or None, a reward model."""

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from forktree.device.transfer import Download, upload
-from forktree.engine.extend_state import NO_TOKEN, ExtendState
+from forktree.engine.extend_state import ExtendState
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
-from forktree.ops import score_logits
 from forktree.ops.token_request import Draw, TokenRequest
-from forktree.search.processors import left_padded, process
+from forktree.search.processors import sample_processed
 from forktree.types import BoolArray, Int32Array, Int64Array
 
 Failures = dict[ExtendState, Exception]
@@ -175,13 +174,10 @@ def _sample_processed(
     (state,), (at,) = states, rows
     branches, request = [state.branches[i] for i in at], state.request
     hidden = state.hidden(at)
+    draw = _keyed(worker, states, rows)
     logits = worker.runner.logits(hidden)
-    input_ids = left_padded(branches, request.pad_token_id, logits.device)
-    scores = process(request.processors, branches, input_ids, logits.clone())
-    sampled = score_logits(scores, TokenRequest(draw=_keyed(worker, states, rows)), hidden)
-    log_prob = logits.gather(1, sampled.token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
-    none_left = sampled.shaped_log_prob.isnan() & log_prob.isfinite()
-    return hidden, sampled.token, log_prob.masked_fill(none_left, NO_TOKEN)
+    token, log_prob = sample_processed(request.processors, branches, logits, draw, request.pad_token_id)
+    return hidden, token, log_prob
 
 
 def _keyed(worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Int64Array]) -> Draw:

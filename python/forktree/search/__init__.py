@@ -4,15 +4,22 @@ from forktree.search.algorithms.beam import BeamSearch
 from forktree.search.algorithms.particle import ParticleFilter
 from forktree.search.algorithms.sample import BestOfN, Greedy, MajorityVote, Sample
 from forktree.search.base import Hypothesis, Search, SearchContext
+from forktree.search.drafters import PromptLookup, SuffixDraft, TokenTable
+from forktree.search.speculate import Drafter, DraftTree
 
 __all__ = [
     "BeamSearch",
     "BestOfN",
+    "DraftTree",
+    "Drafter",
     "Greedy",
     "Hypothesis",
     "MajorityVote",
     "ParticleFilter",
+    "PromptLookup",
     "Sample",
     "Search",
     "SearchContext",
+    "SuffixDraft",
+    "TokenTable",
 ]

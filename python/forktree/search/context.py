@@ -10,6 +10,7 @@ import torch
 from forktree.engine.counters import Counters
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
+from forktree.search.payoff import Payoff
 from forktree.search.request import Stop
 from forktree.search.trace import SearchTrace
 from forktree.types import Int32Array
@@ -32,6 +33,7 @@ class SearchContext:
         opens: gives a branch for a prompt and a model's name, see `open`.
         counters: what the search has cost so far.
         trace: what it has done so far; the search appends to it.
+        payoff: what it knows of costs and gains of drafts, if it has a drafter.
     """
 
     root: Branch
@@ -46,6 +48,7 @@ class SearchContext:
     opens: Callable[[Any, str], Branch]
     counters: Counters = field(default_factory=Counters)
     trace: SearchTrace = field(default_factory=SearchTrace)
+    payoff: Payoff = field(default_factory=Payoff)
 
     def open(self, prompt: Any, model: str = "main") -> Branch:
         """A further text of this search, on whatever prefix of it the model's tree has.

@@ -9,8 +9,9 @@
 All of it is recorded in the search's trace.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +22,8 @@ from forktree.kv import Branch, reassign
 from forktree.rewards.base import Reward, check_reward
 from forktree.search.base import ExtendingSearch, Hypothesis, SamplingSearch
 from forktree.search.context import SearchContext
-from forktree.search.request import Stop, extend, reward_branches
+from forktree.search.request import Extension, Stop, extend, reward_branches
+from forktree.search.speculate import speculative_extend
 from forktree.search.trace import PROMPT, SearchTrace
 from forktree.types import BoolArray, Float64Array, Int64Array
 
@@ -205,7 +207,12 @@ async def _extend(
     branches = [walkers.branches[i] for i in which]
     before = [branch.length for branch in branches]
     unfinished = walkers.unfinished[which]
-    done = await extend(
+    extending: Callable[..., Awaitable[Extension]] = extend
+    if search.drafter is not None:
+        extending = partial(
+            speculative_extend, drafter=search.drafter, payoff=context.payoff, counters=context.counters
+        )
+    done = await extending(
         branches,
         search.sampling,
         max_tokens=max_tokens,
