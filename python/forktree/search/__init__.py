@@ -6,6 +6,7 @@ from forktree.search.algorithms.sample import BestOfN, Greedy, MajorityVote, Sam
 from forktree.search.base import Hypothesis, Search, SearchContext
 from forktree.search.drafters import PromptLookup, SuffixDraft, TokenTable
 from forktree.search.speculate import Drafter, DraftTree
+from forktree.search.trie import TokenTrie
 
 __all__ = [
     "BeamSearch",
@@ -22,4 +23,5 @@ __all__ = [
     "SearchContext",
     "SuffixDraft",
     "TokenTable",
+    "TokenTrie",
 ]
