@@ -47,13 +47,13 @@ COMMON = [
     "cpu/merge_states",
     "cpu/score_tokens/api",
     "cpu/score_tokens/sample",
-    "cpu/tree_attention",
+    "cpu/tree_attention/api",
 ]
-KERNELS = ["cpu/score_tokens/kernel", "cpu/tree_attention_kernel"]  # compiled for each instruction set
-CUDA = {name: (f"cuda/{name}", []) for name in ("append_kv", "rotate_rows", "merge_states", "tree_attention")}
+KERNELS = ["cpu/score_tokens/kernel", "cpu/tree_attention/kernel"]  # compiled for each instruction set
+CUDA = {name: (f"cuda/{name}", []) for name in ("append_kv", "rotate_rows", "merge_states", "tree_attention/api")}
 CUDA |= {  # object: source and flags
-    f"tree_attention_{element.lower()}_{dim}": (
-        "cuda/tree_attention_instance",
+    f"tree_attention/{element.lower()}_{dim}": (
+        "cuda/tree_attention/instance",
         [f"-DFORKTREE_ELEMENT={element}", f"-DFORKTREE_HEAD_DIM={dim}"],
     )
     for element in ("Bf16", "Fp16")
@@ -274,7 +274,7 @@ def write_rules(out: ninja_syntax.Writer, compiler: Compiler, cuda: Cuda, target
     # The portable objects come first: where the linker may choose between copies of an inline function, it takes one
     # that runs everywhere.
     special = {"bindings": bindings, "plan/bind_plan": bindings}
-    special |= dict.fromkeys(("common/isa", "cpu/score_tokens/api", "cpu/tree_attention"), built)
+    special |= dict.fromkeys(("common/isa", "cpu/score_tokens/api", "cpu/tree_attention/api"), built)
     objects = {f"{name}.o": (name, special.get(name, [])) for name in COMMON}
     for isa, flags in compiler.isas.items():
         objects |= {f"{name}.{isa}.o": (name, [f"-DFORKTREE_ISA={isa}", *flags]) for name in KERNELS}

@@ -94,7 +94,7 @@ def recorded(call: Callable[[], Any], arch: int) -> dict[str, Launch]:
 
         return run
 
-    attention = importlib.import_module("forktree.triton_kernels.tree_attention")
+    attention = importlib.import_module("forktree.triton_kernels.tree_attention.launch")
     scores = importlib.import_module("forktree.triton_kernels.score_tokens.launch")
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "__getitem__", record))
@@ -147,8 +147,8 @@ def everything(dtype: torch.dtype, rows: int) -> tuple[Any, ...]:
     integers, floats = meta(rows + 1, dtype=torch.int32), meta(rows + 1, dtype=torch.float32)
     keys, settings = meta(rows, dtype=torch.int64), meta(4, rows, dtype=torch.float64)
     head = LmHead(meta(vocab, size, dtype=dtype), meta(vocab, dtype=dtype), 1.0, 30.0)
-    draw = keys, settings, True, integers, integers, integers, floats, meta(rows, vocab // 32, dtype=torch.int32)
-    return meta(rows, size, dtype=dtype), head, VocabPass(64, True, *draw)
+    sample = keys, settings, True, integers, integers, integers, floats, meta(rows, vocab // 32, dtype=torch.int32)
+    return meta(rows, size, dtype=dtype), head, VocabPass(64, True, *sample)
 
 
 def attention_cases() -> Iterator[tuple[str, int, str, bool]]:
@@ -266,12 +266,9 @@ def loop_spills(body: str) -> int:
         (int(to, 16), at) for at, text in code for to in re.findall(r"BRA(?:\.\w+)* (?:\S+, )?0x([0-9a-f]+)", text)
     ]
     loops = sorted(((end - begin, begin, end) for begin, end in jumps if begin < end))
-    spills: set[int] = set()
-    for product in products:
-        inner = next(((begin, end) for _, begin, end in loops if begin <= product <= end), None)
-        if inner is not None:
-            spills |= {at for at, text in code if inner[0] <= at <= inner[1] and re.search(r"\b(LDL|STL)\b", text)}
-    return len(spills)
+    spills = [at for at, text in code if re.search(r"\b(LDL|STL)\b", text)]
+    inner = {next(((begin, end) for _, begin, end in loops if begin <= product <= end), None) for product in products}
+    return sum(any(loop is not None and loop[0] <= at <= loop[1] for loop in inner) for at in spills)
 
 
 def parts(text: str, function: str) -> Iterator[tuple[str, str, str]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from forktree import TokenRequest, TreeLayout, ops, plan
+from forktree import TokenRequest, TreeLayout, ops, plan_attention
 
 ROUNDS, CALLS = 25, 400
 HEADS, DIM, SLOTS = 2, 64, 16
@@ -30,7 +30,7 @@ def cases() -> dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]]:
     indptr, index = torch.tensor([0, 2]), torch.tensor([0, 1])
 
     layout = TreeLayout.from_pages([[0]], [4], 8)
-    made = plan(layout, num_qo_heads=HEADS, num_kv_heads=HEADS, head_dim=DIM)
+    made = plan_attention(layout, num_qo_heads=HEADS, num_kv_heads=HEADS, head_dim=DIM)
     seen = [x[:4].transpose(0, 1) for x in (k_slots, v_slots)]
 
     def attention() -> torch.Tensor:

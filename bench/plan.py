@@ -2,7 +2,7 @@
 
     python bench/plan.py
 
-plan: `forktree.plan` as a whole; grow: the same plan one token later; validate: the check of all that a kernel reads,
+plan: `plan_attention` as a whole; grow: the same plan one token later; validate: the check of all that a kernel reads,
 once in every plan that is made and part of its time; check: what is left of it in every layer's call, the header alone,
 in constant time (what shows here is the call from Python). predicted: time of one layer under the cost model; reread:
 tokens read for one distinct token.
@@ -17,7 +17,7 @@ import numpy as np
 
 from forktree import _core
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 
 HEADS = dict(num_qo_heads=16, num_kv_heads=8, head_dim=128)
 PROMPT, OWN, ROOM = 1024, 16, 4
@@ -74,11 +74,11 @@ def main() -> None:
     for branches, levels, repeats in ((16, 5, 400), (256, 9, 400), (4096, 16, 40)):
         layout = even_tree(levels, branches)
         for name, options in (("", {}), ("window 256", {"window": 256}), ("invariant", {"invariant": True})):
-            made = plan(layout, **HEADS, **options)
+            made = plan_attention(layout, **HEADS, **options)
             length, position = layout.node_len.copy(), layout.row_pos + 1
             length[layout.tip] += 1
             us = [
-                microseconds(repeats, plan, layout, **HEADS, **options),
+                microseconds(repeats, plan_attention, layout, **HEADS, **options),
                 microseconds(repeats, made.grow, length, position),
                 microseconds(repeats, _core.check_plan_buffer, made.buffer),
                 microseconds(repeats, _core.check_plan_header, made.buffer),

@@ -5,10 +5,10 @@
     python bench/score_tokens.py --dry-run        # tiny, writes nothing
     python bench/score_tokens.py --traffic        # bytes that the Triton kernel moves on an H200, computed
 
-Ours: `lse` (log-sum-exp alone), `top_k` (the 32 best), `draw` (one token at temperature 0.8), `nucleus` (the same with
-top-p 0.95), `all` (the 64 best, a draw, log-sum-exp and entropy) and `select` (two tokens, nothing else). Beside them:
-`product` (hidden @ lm_head.T, which all but `select` contain), `torch top_k` (product, float, log_softmax, topk) and
-`torch draw` (product, float, softmax, multinomial); on a GPU also FlashInfer's samplers on the product's logits.
+Ours: `lse` (log-sum-exp alone), `top_k` (the 32 best), `sample` (one token at temperature 0.8), `nucleus` (the same
+with top-p 0.95), `all` (the 64 best, a sample, log-sum-exp and entropy) and `select` (two tokens, nothing else). Beside
+them: `product` (hidden @ lm_head.T, which all but `select` contain), `torch top_k` (product, float, log_softmax, topk)
+and `torch sample` (product, float, softmax, multinomial); on a GPU also FlashInfer's samplers on the product's logits.
 
 About 100 tokens of each row stand out, as in a language model that hesitates. Before each call a buffer larger than
 the caches is read. MB: what a call takes beyond its arguments at its peak; the T x V logits in fp32 are 100 %.
@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from common.measure import Stopwatch, about, summary, write
-from forktree import Draw, Sampling, TokenRequest, _core
+from forktree import KeyedSampling, Sampling, TokenRequest, _core
 from forktree.ops import score_tokens
 
 VOCAB = 151_936
@@ -56,14 +56,14 @@ def problem(rows: int, size: int, vocab: int, device: str) -> tuple[Tensor, Tens
 def ours(hidden: Tensor, lm_head: Tensor) -> Calls:
     """Requests by name."""
     rows = np.arange(len(hidden))
-    draw = Draw(Sampling(TEMPERATURE), rows, rows)
-    nucleus = Draw(Sampling(TEMPERATURE, top_p=TOP_P), rows, rows)
+    sample = KeyedSampling(Sampling(TEMPERATURE), rows, rows)
+    nucleus = KeyedSampling(Sampling(TEMPERATURE, top_p=TOP_P), rows, rows)
     requests = {
         "lse": TokenRequest(lse=True),
         "top_k": TokenRequest(top_k=32),
-        "draw": TokenRequest(draw=draw),
-        "nucleus": TokenRequest(draw=nucleus),
-        "all": TokenRequest(top_k=64, draw=draw, lse=True, entropy=True),
+        "sample": TokenRequest(sample=sample),
+        "nucleus": TokenRequest(sample=nucleus),
+        "all": TokenRequest(top_k=64, sample=sample, lse=True, entropy=True),
         "select": TokenRequest(select=torch.tensor([5, 77], device=hidden.device) % len(lm_head)),
     }
     check = hidden.is_cpu  # on a GPU it would wait
@@ -79,7 +79,7 @@ def theirs(hidden: Tensor, lm_head: Tensor) -> Calls:
     calls: Calls = {
         "product": lambda: hidden @ lm_head.T,
         "torch top_k": lambda: logits().log_softmax(-1).topk(min(32, len(lm_head))),
-        "torch draw": lambda: (logits() / TEMPERATURE).softmax(-1).multinomial(1),
+        "torch sample": lambda: (logits() / TEMPERATURE).softmax(-1).multinomial(1),
     }
     if hidden.is_cuda:
         try:
@@ -87,7 +87,7 @@ def theirs(hidden: Tensor, lm_head: Tensor) -> Calls:
         except ImportError as error:
             print(f"FlashInfer is not there: {error}")
             return calls
-        calls["flashinfer draw"] = lambda: sampling.sampling_from_logits(logits() / TEMPERATURE)
+        calls["flashinfer sample"] = lambda: sampling.sampling_from_logits(logits() / TEMPERATURE)
         calls["flashinfer nucleus"] = lambda: sampling.top_p_sampling_from_probs(
             sampling.softmax(logits(), temperature=TEMPERATURE), TOP_P
         )
@@ -140,7 +140,7 @@ def show(cases: list[dict[str, Any]], title: str) -> None:
     for case in cases:
         sides = case["sides"]
         product = sides["product"]["median_us"]
-        rival = {"top_k": "torch top_k", "draw": "torch draw", "nucleus": "torch draw"}
+        rival = {"top_k": "torch top_k", "sample": "torch sample", "nucleus": "torch sample"}
         for name, side in sides.items():
             us = side["median_us"]
             torch_us = sides[rival[name]]["median_us"] if name in rival else None
@@ -160,8 +160,8 @@ def show(cases: list[dict[str, Any]], title: str) -> None:
 
 
 def traffic(rows: int, size: int, vocab: int) -> dict[str, float]:
-    """Bytes of a launch for the 64 best, a draw, log-sum-exp and entropy, in bf16 on 132 multiprocessors of sm_90: from
-    memory and from the second-level cache; and those of the product, which writes its logits. Computed."""
+    """Bytes of a launch for the 64 best, a sample, log-sum-exp and entropy, in bf16 on 132 multiprocessors of sm_90:
+    from memory and from the second-level cache; and those of the product, which writes its logits. Computed."""
     kernel: Any = importlib.import_module("forktree.triton_kernels.score_tokens.config")
     chosen = kernel.config(90, 2, rows)
     splits, of_split = kernel.split_vocabulary(rows, vocab, chosen, 2 * 132, kernel.MAX_LIST, False)
@@ -178,7 +178,7 @@ def traffic(rows: int, size: int, vocab: int) -> dict[str, float]:
 
 def show_traffic() -> None:
     """Prints what `traffic` computes."""
-    table = Table(title="computed for an H200, bf16, top-64, draw, log-sum-exp and entropy; GB")
+    table = Table(title="computed for an H200, bf16, top-64, sample, log-sum-exp and entropy; GB")
     for column in ("H", "T", "programs", "from memory", "x product's", "from the cache"):
         table.add_column(column, justify="right")
     for size in SIZES["cuda"]:

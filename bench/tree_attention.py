@@ -37,7 +37,7 @@ from common.measure import Call, Stopwatch, about, host_us, write
 from common.workloads import Tree, levels, star
 from forktree import TreeLayout, _core
 from forktree.ops import KVPool, tree_attention
-from forktree.plan.plan import AttentionPlan, plan
+from forktree.plan.plan import AttentionPlan, plan_attention
 
 SECONDS = 3.0  # a side gets no more rounds once it took this long, but five at least
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -136,7 +136,7 @@ def planning(case: Case, tree: TreeLayout) -> tuple[AttentionPlan, float]:
     heads, kv_heads, dim = case.heads
 
     def made() -> AttentionPlan:
-        return plan(tree, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
+        return plan_attention(tree, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
 
     return made(), host_us(made, 15)
 

@@ -14,8 +14,8 @@
 #include "cpu/merge_states.hpp"
 #include "cpu/rotate_rows.hpp"
 #include "cpu/score_tokens/score_tokens.hpp"
-#include "cpu/tree_attention.hpp"
-#include "cuda/tree_attention_gpu.hpp"
+#include "cpu/tree_attention/tree_attention.hpp"
+#include "cuda/tree_attention/tree_attention.hpp"
 #include "plan/bind_plan.hpp"
 
 namespace py = pybind11;

@@ -95,7 +95,7 @@ struct ScoreTokensParams {
     float scale;
     float softcap;  // 0: none
     int64_t top_k;  // at most V
-    // The draw; keys null: none.
+    // What samples a token of each row; keys null: no sampling.
     const uint64_t* keys;        // [rows]
     const double* settings;      // [4, rows]: temperature (0: greedy), top_k, top_p, min_p
     const int32_t* edit_indptr;  // [rows + 1] or null

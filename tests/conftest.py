@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+import gc
 import math
 import os
 import sys
@@ -15,6 +16,12 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton's kernels are defined
+
+
+def pytest_collection_finish():
+    """What was imported stays: collections of garbage, of which some tests ask for many, need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_compile
 import torch
 
+import compiled_layer
 import forktree
 import log_probs
 import models
 import tiny
 from forktree.engine import sampler
 from forktree.engine.request_state import TokensState
-from forktree.model import Runner, attach
+from forktree.model.attach import attach
+from forktree.model.runner import Runner
 from forktree.ops.dispatch import missing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -176,8 +177,8 @@ def test_narrow_dtypes_are_as_near_to_fp32_as_eager_attention(dtype: torch.dtype
 @torch.no_grad()
 def test_a_compiled_layer_writes_its_pools_in_place() -> None:
     torch.manual_seed(0)
-    layer = test_compile.Layer().to(DEVICE)
-    arguments = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in test_compile.inputs()]
+    layer = compiled_layer.Layer().to(DEVICE)
+    arguments = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in compiled_layer.inputs()]
     expected = layer(*arguments)
     pools = [layer.k_slots.clone(), layer.v_slots.clone()]
     layer.k_slots.zero_()

@@ -13,7 +13,7 @@ import forktree
 import models
 import tiny
 from forktree import InvalidInput, NonFinite, OutOfMemory, sequence_logprobs
-from forktree.model import Runner
+from forktree.model.runner import Runner
 from forktree.sequences import scored_sequences
 from graph_fake import FakeGraphs
 from log_probs import assert_close, family, reference

@@ -34,7 +34,7 @@ from common.roofline import floor, partial_bytes, targets
 from common.workloads import EXTENT, FIVE, STARS, Tree, layout, levels, slots, star, trace
 from forktree import TreeLayout, ops
 from forktree.plan.cost_model import CostModel, compute_bound_gpu, memory_bound_gpu, multiprocessors
-from forktree.plan.plan import AttentionPlan, plan
+from forktree.plan.plan import AttentionPlan, plan_attention
 
 HEADS = (32, 8, 128)
 TOLERANCE = 0.02  # of the largest output
@@ -78,7 +78,7 @@ def ours(p: Problem, names: list[str]) -> tuple[dict[str, Side], dict[str, float
 def made_for(p: Problem, tree: TreeLayout, cost_model: CostModel | None = None) -> AttentionPlan:
     """A plan for the problem's heads and device."""
     heads = dict(num_qo_heads=p.q.shape[1], num_kv_heads=p.k_slots.shape[1], head_dim=p.q.shape[2])
-    return plan(tree, **heads, device=p.q.device, cost_model=cost_model)
+    return plan_attention(tree, **heads, device=p.q.device, cost_model=cost_model)
 
 
 def attend(p: Problem, made: AttentionPlan, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from forktree import ops
 from forktree.ops.dispatch import launcher
 from forktree.ops.plan_tensors import PlanTensors
 from forktree.plan.cost_model import memory_bound_gpu
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
 
@@ -31,7 +31,8 @@ def main() -> None:
     step = layout(tree, slot_of)
     # work is cut wherever it can be: partials, and tokens that several blocks finish
     eager = memory_bound_gpu()
-    made = plan(step, num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, device=device, cost_model=eager)
+    heads = {"num_qo_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM}
+    made = plan_attention(step, **heads, device=device, cost_model=eager)
     q = torch.randn(rows, HEADS, DIM, dtype=torch.bfloat16)
     new = torch.randn(2, slot_of.size, KV_HEADS, DIM, dtype=torch.bfloat16)
     shift, inv_freq = torch.arange(rows), torch.rand(DIM // 2)

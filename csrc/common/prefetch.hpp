@@ -1,13 +1,13 @@
 // Prefetches what will be read next while something else is computed.
 #pragma once
 
-#include "cpu/tree_attention.hpp"
+#include "cpu/tree_attention/tree_attention.hpp"
 #include "simd/simd.hpp"
 
 namespace forktree::FORKTREE_ISA {
 namespace {
 
-// Prefetches the K and V of the next chunk, a few cache lines at a time, in the order in which they lie in memory. The
+// Prefetches the K and V of the next tile, a few cache lines at a time, in the order in which they lie in memory. The
 // kernel reads them head by head, in pieces of a row of the pool, an order in which memory is slow.
 class Prefetch {
     static constexpr int64_t LINE = 64;
@@ -40,7 +40,7 @@ public:
         pools[1] = part(call.pool.v, call.pool.v_slot_stride, call.pool.v_head_stride, call.pool.v_dim);
     }
 
-    // steps: about how many there will be while this chunk is fetched.
+    // steps: about how many there will be while this tile is fetched.
     void begin(const int32_t* next_slots, int64_t count, int64_t steps) {
         slots = next_slots;
         tokens = count;

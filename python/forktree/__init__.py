@@ -17,10 +17,10 @@ from forktree.errors import (
     UnsupportedModel,
 )
 from forktree.ops.sampling import Sampling
-from forktree.ops.token_request import Draw, LogitEdits, RaggedIds, TokenRequest, TokenScores
+from forktree.ops.token_request import KeyedSampling, LogitEdits, RaggedIds, TokenRequest, TokenScores
 from forktree.plan.check import check_plan
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import AttentionPlan, plan
+from forktree.plan.plan import AttentionPlan, plan_attention
 
 if TYPE_CHECKING:
     from forktree import rewards, search
@@ -45,12 +45,12 @@ __all__ = [
     "Cancelled",
     "Candidate",
     "Decoder",
-    "Draw",
     "ForktreeError",
     "FunctionReward",
     "Greedy",
     "Hypothesis",
     "InvalidInput",
+    "KeyedSampling",
     "LogitEdits",
     "MajorityVote",
     "NonFinite",
@@ -74,7 +74,7 @@ __all__ = [
     "generate",
     "load_reward",
     "ops",
-    "plan",
+    "plan_attention",
     "rewards",
     "search",
     "sequence_logprobs",

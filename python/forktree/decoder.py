@@ -1,7 +1,7 @@
 """`Decoder`: a model, its tokenizer and an engine; searches over prompts."""
 
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,9 +19,10 @@ from forktree.errors import InvalidInput
 from forktree.kv import Branch
 from forktree.prompts import Prompt, read_prompts, tokenise
 from forktree.search import Hypothesis, Search, SearchContext
+from forktree.search.budget import Budget
 from forktree.search.rerank.base import Ranking, Reranker, Reranking
 from forktree.search.stopping import TextStop
-from forktree.search.trace import SearchTrace
+from forktree.search.trace import PROMPT, SearchTrace, TraceNode
 from forktree.search.validation import check_texts
 
 LARGEST_SEED = 2**127 - 1
@@ -56,6 +57,8 @@ class SearchResult:
         counters: what the search cost.
         trace: what the search did.
         error: why the search failed.
+        num_prompt_tokens: tokens of the prompt.
+        decode: text of tokens after the prompt; None when the decoder has no tokenizer.
     """
 
     index: int
@@ -64,6 +67,8 @@ class SearchResult:
     counters: Counters
     trace: SearchTrace
     error: Exception | None = None
+    num_prompt_tokens: int = 0
+    decode: Callable[[Sequence[int]], str] | None = field(default=None, repr=False, compare=False)
 
     @property
     def best(self) -> Candidate:
@@ -79,6 +84,42 @@ class SearchResult:
         if text is None:
             raise InvalidInput("there is no text: this Decoder was made without a tokenizer")
         return text
+
+
+    def tree(self) -> list[TraceNode]:
+        """Every step of every text that the search has grown, with its text, and what became of it."""
+        return self.trace.nodes(self.decode)
+
+    @property
+    def shared_fraction(self) -> float:
+        """The fraction of all tokens of all texts, prompt included, that other texts had computed or generated.
+
+        Texts are those that were grown, also where they were dropped: 1 - (distinct tokens) / (tokens if no text shared
+        any with another). 0 for a single text.
+        """
+        nodes = self.trace.nodes()
+        length: list[int] = []
+        for node in nodes:
+            length.append(len(node.tokens) + (length[node.parent] if node.parent != PROMPT else self.num_prompt_tokens))
+        inner = {node.parent for node in nodes}
+        alone = sum(length[i] for i in range(len(nodes)) if i not in inner)
+        distinct = self.num_prompt_tokens + sum(len(node.tokens) for node in nodes)
+        return 1 - distinct / alone if alone else 0.0
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Those of every search of a call, see `Decoder.search_iter`."""
+
+    max_new_tokens: int
+    max_model_tokens: int | None = None
+    max_reward_calls: int | None = None
+
+    def check(self) -> None:
+        integer("max_new_tokens", self.max_new_tokens, 1)
+        for name in ("max_model_tokens", "max_reward_calls"):
+            if (given := getattr(self, name)) is not None:
+                integer(name, given, 1)
 
 
 class Decoder:
@@ -137,11 +178,21 @@ class Decoder:
         search: Search,
         *,
         max_new_tokens: int = 256,
+        max_model_tokens: int | None = None,
+        max_reward_calls: int | None = None,
         seed: int = 0,
         on_step: Callable[[], None] | None = None,
     ) -> list[SearchResult]:
         """One result a prompt, in their order. See `search_iter` for arguments and errors."""
-        results = self.search_iter(prompts, search, max_new_tokens=max_new_tokens, seed=seed, on_step=on_step)
+        results = self.search_iter(
+            prompts,
+            search,
+            max_new_tokens=max_new_tokens,
+            max_model_tokens=max_model_tokens,
+            max_reward_calls=max_reward_calls,
+            seed=seed,
+            on_step=on_step,
+        )
         try:
             return sorted(results, key=lambda result: result.index)
         finally:
@@ -153,6 +204,8 @@ class Decoder:
         search: Search | Sequence[Search],
         *,
         max_new_tokens: int = 256,
+        max_model_tokens: int | None = None,
+        max_reward_calls: int | None = None,
         seed: int = 0,
         on_step: Callable[[], None] | None = None,
     ) -> Generator[SearchResult, None, None]:
@@ -169,6 +222,10 @@ class Decoder:
                 stays. Rewards see a text as it is, and ids decoded with their special tokens.
             search: one for all prompts, or one for each.
             max_new_tokens: maximum number of tokens after the prompt, EOS included.
+            max_model_tokens: maximum number of tokens that each search generates over all its texts, EOS included. A
+                search that has spent them ends with the best that it has; its texts that were cut have the
+                `finish_reason` "budget". Default: no limit.
+            max_reward_calls: maximum number of texts that each search has rewarded, in the same way.
             seed: same seed and prompt, same text, whatever else is in the batch (fp32; otherwise up to rounding). From
                 0 to 2^127 - 1.
             on_step: called after every forward pass.
@@ -183,8 +240,9 @@ class Decoder:
         searches = list(search) if isinstance(search, Sequence) else [search] * len(texts)
         if len(searches) != len(texts):
             raise InvalidInput(f"search must be one, or one for each of {len(texts)} prompts, got {len(searches)}")
-        tokens = self._checked(texts, searches, max_new_tokens, seed)
-        return self._run(texts, tokens, searches, max_new_tokens, int(seed), on_step)
+        limits = _Limits(max_new_tokens, max_model_tokens, max_reward_calls)
+        tokens = self._checked(texts, searches, limits, seed)
+        return self._run(texts, tokens, searches, limits, int(seed), on_step)
 
     def rerank(self, query: str, documents: Sequence[str], how: Reranker, *, seed: int = 0) -> Ranking:
         """Puts the documents of a query in a better order.
@@ -226,23 +284,22 @@ class Decoder:
         """
         self.engine.renew()
         texts = self._one(prompt)
-        (tokens,) = self._checked(texts, [search], max_new_tokens, seed)
-        return self._submit(texts[0], tokens, search, max_new_tokens, int(seed), SearchTrace())
+        limits = _Limits(max_new_tokens)
+        (tokens,) = self._checked(texts, [search], limits, seed)
+        return self._submit(texts[0], tokens, search, limits, int(seed), SearchTrace())
 
-    def _checked(
-        self, prompts: list[Prompt], searches: list[Search], max_new_tokens: int, seed: int
-    ) -> list[list[int]]:
+    def _checked(self, prompts: list[Prompt], searches: list[Search], limits: _Limits, seed: int) -> list[list[int]]:
         """Token ids of each prompt. Raises unless all can be searched."""
         for one in {id(s): s for s in searches}.values():
             if not isinstance(one, Search):
                 raise InvalidInput(f"search must be a Search such as ParticleFilter(...), got {type(one).__name__}")
             for reward in one.rewards:
                 reward.check(self.worker)
-        integer("max_new_tokens", max_new_tokens, 1)
+        limits.check()
         integer("seed", seed, 0, LARGEST_SEED)
         tokens = self._tokens(prompts)
         for i, ids in enumerate(tokens):
-            self._check(f"prompt {i}", ids, max_new_tokens, self.worker)
+            self._check(f"prompt {i}", ids, limits.max_new_tokens, self.worker)
         return tokens
 
     def weights_changed(self) -> None:
@@ -255,7 +312,7 @@ class Decoder:
         prompts: list[Prompt],
         tokens: list[list[int]],
         searches: list[Search],
-        max_new_tokens: int,
+        limits: _Limits,
         seed: int,
         on_step: Callable[[], None] | None,
     ) -> Generator[SearchResult, None, None]:
@@ -267,7 +324,7 @@ class Decoder:
                 while waiting and (not running or self.engine.has_room(len(tokens[waiting[-1]]))):
                     i = waiting.pop()
                     trace = SearchTrace()
-                    task = self._submit(prompts[i], tokens[i], searches[i], max_new_tokens, seed, trace, run)
+                    task = self._submit(prompts[i], tokens[i], searches[i], limits, seed, trace, run)
                     running[task] = i, trace
                 self.engine.step()
                 if on_step is not None:
@@ -277,7 +334,9 @@ class Decoder:
                 done = [t for t in running if t.done]
                 for task in done:
                     i, trace = running.pop(task)
-                    yield SearchResult(i, prompts[i], task.result or [], task.counters, trace, task.error)
+                    found, ids = task.result or [], tokens[i]
+                    decode = None if self.tokenizer is None else response_text(self.tokenizer, ids)
+                    yield SearchResult(i, prompts[i], found, task.counters, trace, task.error, len(ids), decode)
                 if done:  # the caller has had its turn
                     self.engine.renew(run)
 
@@ -286,20 +345,20 @@ class Decoder:
         prompt: Prompt,
         tokens: list[int],
         search: Search,
-        max_new_tokens: int,
+        limits: _Limits,
         seed: int,
         trace: SearchTrace,
         run: Run | None = None,
     ) -> Task:
-        start = partial(self._start, search, max_new_tokens, trace)
+        start = partial(self._start, search, limits, trace)
         return self.engine.submit(start, [tokens], text=self._text(prompt), seed=seed, run=run)
 
-    async def _start(self, search: Search, max_new_tokens: int, trace: SearchTrace, task: Task) -> list[Candidate]:
+    async def _start(self, search: Search, limits: _Limits, trace: SearchTrace, task: Task) -> list[Candidate]:
         root = task.roots[0].branch
         text_of = None if self.tokenizer is None else response_text(self.tokenizer, root.tokens.tolist())
         context = SearchContext(
             root=root,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=limits.max_new_tokens,
             eos_token_ids=self._eos_token_ids(),
             pad_token_id=self._pad_token_id(),
             vocab_size=self.worker.runner.vocab_size,
@@ -310,6 +369,7 @@ class Decoder:
             opens=partial(self._open, task),
             counters=task.counters,
             trace=trace,
+            budget=Budget(task.counters, limits.max_model_tokens, limits.max_reward_calls),
         )
         name, running = f"{type(search).__name__}.run", search.run(context)
         if not isinstance(running, Awaitable):

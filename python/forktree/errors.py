@@ -32,6 +32,10 @@ class RewardError(ForktreeError):
     """Raised if a text has no reward: what gives it raised, took too long, or returned no finite number."""
 
 
+class BudgetSpent(RewardError):
+    """There is no reward, as the search may have no more of them rewarded: its result is the best so far."""
+
+
 class Cancelled(ForktreeError):
     """Thrown into a search that is being cancelled."""
 

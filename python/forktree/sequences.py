@@ -22,7 +22,8 @@ from forktree.engine.task import Task
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput, NonFinite, OutOfMemory
 from forktree.kv import Branch, Tree
-from forktree.model import ModelSpec, attached
+from forktree.model.attached import attached
+from forktree.model.model_spec import ModelSpec
 from forktree.ops.token_request import RaggedIds, TokenRequest
 from forktree.plan.layout import ranges
 from forktree.prompts import unpadded

@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +13,7 @@ from safetensors.torch import save_file
 
 import forktree
 import tiny
-from command_line import complaint, records
-from forktree import cli
+from command_line import called, complaint, interrupted, records, saved_model
 from forktree.search.registry import searches, settings_of
 
 PROMPTS = ["12+3=", "a-b", "0.5", "dcba", "7=7", "1 2 3"]
@@ -75,8 +70,7 @@ Run = Callable[..., tuple[int, str]]
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model, a head, rewards and prompts."""
     root = tmp_path_factory.mktemp("cli")
-    tiny.new_model(rope_parameters=tiny.LIMITED).save_pretrained(root / "model")
-    tiny.tokenizer().save_pretrained(root / "model")
+    saved_model(root / "model")
     torch.manual_seed(3)
     save_file({"score.weight": torch.randn(1, 32)}, root / "head.safetensors")
     (root / "own_rewards.py").write_text(REWARDS)
@@ -91,10 +85,8 @@ def run(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
     def call(*options: str, model: Path = files / "model", prompts: Path = files / "in.jsonl") -> tuple[int, str]:
         base = ["--model", str(model), "--prompts", str(prompts), "--out", str(tmp_path / "out.jsonl")]
-        monkeypatch.setattr(sys, "argv", ["forktree", "generate", *base, "--max-new-tokens", "8", *options])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0), capsys.readouterr().err
+        code = called(monkeypatch, "generate", *base, "--max-new-tokens", "8", *options)
+        return code, capsys.readouterr().err
 
     return call
 
@@ -147,6 +139,16 @@ def test_results_are_those_of_the_decoder(
         assert record["counters"]["model_tokens"] > 0
 
 
+def test_a_budget_ends_every_search(run: Run, tmp_path: Path) -> None:
+    options = ["--search", "best-of-n", "--set", "num_samples=4", "--reward", "own_rewards:length"]
+    code, error = run(*options, "--max-model-tokens", "13", "--max-reward-calls", "3")
+    assert code == 0, error
+    for record in records(tmp_path):
+        assert record["counters"]["sampled_tokens"] <= 13 and record["counters"]["reward_calls"] == 3
+        assert [c["score"] is None for c in record["candidates"]] == [False, False, False, True]
+        assert record["candidates"][3]["error"] == "the budget of 3 rewards is spent"
+
+
 def test_an_existing_output_is_not_touched(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").write_text("precious\n")
     code, error = run()
@@ -176,7 +178,7 @@ def test_resume_keeps_what_is_there_and_adds_what_is_missing(run: Run, tmp_path:
 WRONG: list[tuple[list[str], str]] = [
     (["--foo"], "No such option: --foo"),
     (["--seed", "x"], "--seed"),
-    (["--search", "magic"], "--search must be one of beam, best-of-n, greedy, majority-vote, particle, sample"),
+    (["--search", "magic"], f"--search must be one of {', '.join(searches())}, or module:Class"),
     (["--set", "num_particles=4"], "greedy has no setting 'num_particles', it belongs to particle"),
     (["--search", "beam", "--set", "num_beam=4"], "did you mean num_beams? Its settings are num_beams, "),
     (["--search", "beam", "--set", "num_beams=four"], "num_beams must be an integer, got 'four'"),
@@ -189,7 +191,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--search", "particle", "--set", "reward=own_rewards:length"], "reward cannot be given as a text"),
     (["--search", "own_rewards:nothing"], "--search 'own_rewards:nothing': module 'own_rewards' has no 'nothing'"),
     (["--search", "own_rewards:length"], "must be a class derived from forktree.search.Search"),
-    (["--help-search", "beem"], "--help-search must be one of beam, best-of-n, greedy,"),
+    (["--help-search", "beem"], "--help-search must be one of beam, best-of-n, dvts,"),
     (["--search", "particle"], "needs --reward"),
     (["--reward", "own_rewards:length"], "takes no --reward"),
     (["--search", "sample", "--set", "temperature=-1"], "temperature must be finite and at least 0, got -1"),
@@ -202,6 +204,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--search", "best-of-n", "--reward", "no.safetensors"], "no.safetensors"),
     (["--search", "best-of-n", "--reward", "own_rewards:length", "--set", "num_samples=0"], "num_samples must be"),
     (["--max-new-tokens", "0"], "max_new_tokens must be an integer of at least 1, got 0"),
+    (["--max-model-tokens", "0"], "max_model_tokens must be an integer of at least 1, got 0"),
     (["--max-new-tokens", "255"], "limit of 256 positions"),
     (["--num-slots", "2"], "num_slots"),
     (["--dtype", "int4"], "--dtype must be one of"),
@@ -298,53 +301,25 @@ def test_too_little_memory_for_one_search(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_signal", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
-def test_an_interrupted_run_loses_nothing(files: Path, tmp_path: Path, with_signal: signal.Signals) -> None:
+def test_an_interrupted_run_loses_nothing(run: Run, files: Path, tmp_path: Path, with_signal: signal.Signals) -> None:
     out = tmp_path / "out.jsonl"
-    command = [
-        sys.executable,
-        "-c",
-        "from forktree.cli import main; main()",
-        "generate",
-        "--model",
-        str(files / "model"),
-    ]
-    command += [
-        "--prompts",
-        str(files / "in.jsonl"),
-        "--out",
-        str(out),
-        "--max-new-tokens",
-        "8",
-        "--search",
-        "best-of-n",
-    ]
-    command += ["--set", "num_samples=2", "--num-slots", "24", "--reward"]
-    environment = {**os.environ, "PYTHONPATH": str(files), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "own_rewards:slow"], stderr=subprocess.PIPE, text=True, env=environment)
-    deadline = time.monotonic() + 60
-    while not (out.exists() and out.read_bytes().count(b"\n")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(with_signal)
-    error = process.communicate(timeout=60)[1]
-    finished = out.read_bytes().splitlines(keepends=True)
-    finished = [line for line in finished if line.endswith(b"\n")]
-    results = len(finished) - 1
+    words = ["generate", "--model", str(files / "model"), "--prompts", str(files / "in.jsonl"), "--out", str(out)]
+    options = ["--search", "best-of-n", "--set", "num_samples=2", "--num-slots", "24", "--reward", "own_rewards:slow"]
+    words += ["--max-new-tokens", "8", *options]
+    code, error, lines = interrupted(words, out, with_signal, PYTHONPATH=str(files))
+    results = len(lines) - 1
     assert 0 < results < len(PROMPTS)
     if with_signal == signal.SIGINT:
-        assert process.returncode == 130
+        assert code == 130
         assert f"{results} of {len(PROMPTS)} results" in complaint(error)
-    done = subprocess.run([*command, "own_rewards:slow", "--resume"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert out.read_bytes().startswith(b"".join(finished))
+    assert run(*options, "--resume")[0] == 0
+    assert out.read_bytes().startswith(b"".join(lines))
     assert sorted(r["prompt"] for r in records(tmp_path)) == sorted(PROMPTS)
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["forktree", "generate", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
+    assert called(monkeypatch, "generate", "--help") == 0
     text = capsys.readouterr().out
-    assert not stop.value.code
     assert "Examples:" in text and "--reward" in text and "--set" in text and "--help-search" in text
     assert all(name in text for name in searches())
 
@@ -354,16 +329,15 @@ def test_help_on_a_search_names_every_setting_with_its_default_and_meaning(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a model or a file: it is all that somebody new has."""
-    monkeypatch.setattr(sys, "argv", ["forktree", "generate", "--help-search", name])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
+    assert called(monkeypatch, "generate", "--help-search", name) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert not stop.value.code
     for field in dataclasses.fields(searches()[name]):
         assert f"--set {field.name}=..." in said or (field.name == "reward" and "--reward see" in said)
     for setting in settings_of(searches()[name]).values():
         assert len(setting.meaning) > 10 and setting.meaning[1:] in said, f"no docstring tells of {setting.name}"
-    assert "default 16" in said or name in ("beam", "greedy", "sample")
+        if isinstance(setting.default, int | float):
+            shown = str(setting.default).lower() if isinstance(setting.default, bool) else repr(setting.default)
+            assert f"default {shown}" in said
 
 
 def test_a_search_of_ones_own(
@@ -386,9 +360,7 @@ def test_a_search_of_ones_own(
     assert code == 2 and "another code.own_rewards:Longest" in complaint(error)
     code, error = run("--search", "own_rewards:Longest", "--set", "loud=no")
     assert code == 2 and "loud must be true or false, got 'no'" in complaint(error)
-    monkeypatch.setattr(sys, "argv", ["forktree", "generate", "--help-search", "own_rewards:Longest"])
-    with pytest.raises(SystemExit):
-        cli.main()
+    assert called(monkeypatch, "generate", "--help-search", "own_rewards:Longest") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "Texts below this length are left out." in said and "--set loud=... true or false, default false" in said
 

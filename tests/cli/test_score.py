@@ -1,11 +1,7 @@
 """`forktree score` as its user meets it: log-probs as transformers gives them, one clear line for every mistake."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +13,7 @@ import transformers as hf
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 import tiny
-from command_line import complaint, records
-from forktree import cli
+from command_line import called, complaint, interrupted, records, saved_model
 from forktree.model.verification_tree import VerificationTree
 from log_probs import reference
 
@@ -38,8 +33,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a model and texts."""
     root = tmp_path_factory.mktemp("score")
-    tiny.new_model(rope_parameters=tiny.LIMITED).save_pretrained(root / "model")
-    tiny.tokenizer().save_pretrained(root / "model")
+    saved_model(root / "model")
     write(root / "in.jsonl", LINES)
     return root
 
@@ -50,10 +44,7 @@ def run(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
     def call(*options: str, model: Path = files / "model", texts: Path = files / "in.jsonl") -> tuple[int, str]:
         base = ["--model", str(model), "--texts", str(texts), "--out", str(tmp_path / "out.jsonl")]
-        monkeypatch.setattr(sys, "argv", ["forktree", "score", *base, *options])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0), capsys.readouterr().err
+        return called(monkeypatch, "score", *base, *options), capsys.readouterr().err
 
     return call
 
@@ -229,35 +220,22 @@ def test_a_result_that_is_no_number_costs_its_text_only(run: Run, tmp_path: Path
     assert [r["text"] for r in records(tmp_path)] == [texts[0], texts[2], texts[3]]
 
 
-def test_an_interrupted_run_loses_nothing(files: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_loses_nothing(run: Run, files: Path, tmp_path: Path) -> None:
     texts = [f"{i}+{i}=" * 8 for i in range(300)]
     write(tmp_path / "in.jsonl", [{"text": t} for t in texts])
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-c", "from forktree.cli import main; main()", "score", "--model", str(files / "model")]
-    command += ["--texts", str(tmp_path / "in.jsonl"), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    slow = [*command, "--max-batch-tokens", "1"]
-    process = subprocess.Popen(slow, stderr=subprocess.PIPE, text=True, env=environment)
-    deadline = time.monotonic() + 60
-    while not (out.exists() and out.read_bytes().count(b"\n")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
-    finished = [line for line in out.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    results = len(finished) - 1
+    words = ["score", "--model", str(files / "model"), "--texts", str(tmp_path / "in.jsonl"), "--out", str(out)]
+    code, error, lines = interrupted([*words, "--max-batch-tokens", "1"], out, signal.SIGINT)
+    results = len(lines) - 1
     assert 0 < results < len(texts)
-    assert process.returncode == 130
+    assert code == 130
     assert f"{results} of {len(texts)} results" in complaint(error)
-    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert out.read_bytes().startswith(b"".join(finished))
+    assert run("--resume", texts=tmp_path / "in.jsonl")[0] == 0
+    assert out.read_bytes().startswith(b"".join(lines))
     assert [r["text"] for r in records(tmp_path)] == texts
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["forktree", "score", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
+    assert called(monkeypatch, "score", "--help") == 0
     text = capsys.readouterr().out
-    assert not stop.value.code
     assert "Examples:" in text and "--texts" in text and "perplexity" in text and "counts to the response" in text

@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-import tiny as models
+import models
+import tiny as support
 from forktree import TokenProbability, search
 from forktree.device import plan_buffers
 from forktree.device.cuda_graphs import CudaGraphs, NoHostReads
 from forktree.engine import worker
 from forktree.errors import InvalidInput
-from forktree.model import Runner, attach, captured
+from forktree.model import captured
+from forktree.model.attach import attach
+from forktree.model.runner import Runner
 from forktree.plan.cost_model import CPU
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from graph_fake import FakeGraphs
 from models import CONFIGS, NUM_SLOTS, Forest, tiny
 
@@ -27,8 +30,8 @@ from models import CONFIGS, NUM_SLOTS, Forest, tiny
 class Pair:
     """A model eagerly and captured, each with pools of its own, full of NaN; both compute every step."""
 
-    def __init__(self, name="llama", device="cpu", tolerance=1e-4):
-        self.spec = attach(tiny(name).to(device))
+    def __init__(self, name="llama", device="cpu", tolerance=1e-4, spec=None):
+        self.spec = spec or (models.spec(name) if device == "cpu" else attach(tiny(name).to(device)))
         self.graphs = FakeGraphs() if device == "cpu" else CudaGraphs(torch.device(device))
         self.eager = Runner(self.spec, num_slots=NUM_SLOTS, graphs=None if device == "cpu" else NoGraphs())
         self.captured = Runner(self.spec, num_slots=NUM_SLOTS, graphs=self.graphs)
@@ -77,7 +80,7 @@ def test_random_steps(name):
 def test_a_graph_casts_for_autocast_itself():
     """Autocast keeps casts of weights, but none in inference mode: a graph follows weights that change."""
     with torch.autocast("cpu", torch.bfloat16):
-        pair = Pair(tolerance=0.05)
+        pair = Pair(tolerance=0.05, spec=attach(tiny("llama")))
         branch = pair.forest.root()
         before = pair.step({branch: 1})
     with torch.no_grad():
@@ -128,7 +131,7 @@ def test_plans_that_outgrow_their_memory(monkeypatch):
 
 def test_pools_that_grow(monkeypatch):
     """Graphs read and write the pools they were captured with."""
-    models.pools_of_nan(monkeypatch, first=4)
+    support.pools_of_nan(monkeypatch, first=4)
     pair = Pair("gemma2")
     pair.random_steps(12)
     pools = [*pair.eager.pools, *pair.captured.pools]
@@ -151,7 +154,7 @@ def test_more_partials_than_there_is_room_for(monkeypatch):
     tokens, positions, slots, layout = forest.step(dict.fromkeys(branches, 1))
     keen = replace(CPU, grain=0, item=0, partial=0, segment=0)  # to cut
     heads = dict(num_qo_heads=layer.num_qo_heads, num_kv_heads=layer.format.num_kv_heads, head_dim=layer.format.k_dim)
-    cut = plan(layout, **heads, cost_model=keen)
+    cut = plan_attention(layout, **heads, cost_model=keen)
     assert cut.num_partials > 3
     replays = pair.graphs.replays
     want, got = (r.forward(tokens, positions, slots, {layer: cut}) for r in (pair.eager, pair.captured))
@@ -172,7 +175,7 @@ def one_warning(match):
 
 
 def test_a_model_that_reads_on_the_host_runs_eagerly():
-    pair = Pair()
+    pair = Pair(spec=attach(tiny("llama")))
     pair.spec.packed.decoder.layers[1].register_forward_pre_hook(lambda _, args: args[0].max().item() and None)
     with one_warning("llama: its steps run eagerly, as they cannot be captured: RuntimeError: aten._local_scalar"):
         pair.random_steps(4)
@@ -196,7 +199,7 @@ def test_plans_of_another_step_are_refused():
     with pytest.raises(InvalidInput, match=r"plans must be of a layout of 2 tokens, got \[3\]"):
         pair.captured.forward(tokens[:2], positions[:2], slots[:2], plans)
     (layer,) = plans
-    wide = plan(layout, num_qo_heads=8, num_kv_heads=2, head_dim=8)
+    wide = plan_attention(layout, num_qo_heads=8, num_kv_heads=2, head_dim=8)
     with pytest.raises(ValueError, match=r"q must be \[3, 8, 8\]"):
         pair.captured.forward(tokens, positions, slots, {layer: wide})
     beyond = pair.captured.plans(layout.grown(layout.node_len, layout.row_pos, [*slots[:2], NUM_SLOTS]))
@@ -215,14 +218,14 @@ def test_plans_of_another_step_are_refused():
 )
 @pytest.mark.parametrize("ahead", [False, True])
 def test_searches(monkeypatch, search, ahead):
-    prompts = models.prompts(5)
-    want = models.decoder().search(prompts, search, max_new_tokens=12)
+    prompts = support.prompts(5)
+    want = support.decoder().search(prompts, search, max_new_tokens=12)
     graphs = FakeGraphs()
     monkeypatch.setattr(worker, "Runner", partial(Runner, graphs=graphs))
-    decoder = models.decoder()
+    decoder = support.decoder()
     decoder.engine.ahead = ahead
     got = decoder.search(prompts, search, max_new_tokens=12)
-    assert models.texts(got) == models.texts(want)
+    assert support.texts(got) == support.texts(want)
     assert graphs.replays >= 12 > graphs.captures > 0
 
 

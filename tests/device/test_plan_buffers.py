@@ -8,7 +8,7 @@ import torch
 
 from forktree.device import plan_buffers
 from forktree.device.plan_buffers import PlanBuffers
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from graph_fake import Passed
 from layouts import KINDS, random_layout
 
@@ -31,7 +31,7 @@ def new_buffers(num_plans=2):
 
 
 def plans_of(layout):
-    return [plan(layout, **HEADS), plan(layout, **HEADS, window=5)]
+    return [plan_attention(layout, **HEADS), plan_attention(layout, **HEADS, window=5)]
 
 
 def assert_holds(buffers, plans):
@@ -146,7 +146,7 @@ def test_plans_of_two_layouts_are_refused():
     assert_holds(buffers, one)
     slots = one[0].layout.slot_index
     same = replace(one[0].layout, slot_index=slots.copy())
-    buffers.upload([one[0], plan(same, **HEADS, window=5)])
+    buffers.upload([one[0], plan_attention(same, **HEADS, window=5)])
 
 
 def test_callers_in_inference_mode_and_not():

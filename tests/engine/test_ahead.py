@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,7 +14,19 @@ from forktree.kv import Branch
 from forktree.kv.tree import PENDING_TOKEN
 from forktree.search import Search, SearchContext
 from forktree.search.request import Extension, extend, next_logits
-from searches import POISON, Scripted, finished, mixed, need, outcome, together, value_head
+from searches import (
+    MIXED_PROMPTS,
+    POISON,
+    Scripted,
+    finished,
+    mixed,
+    need,
+    outcome,
+    random_mix,
+    together,
+    value_head,
+    with_plenty,
+)
 
 
 def decoder(ahead: bool, **options: Any) -> Decoder:
@@ -56,7 +67,7 @@ def both(prompts: list[str], searches: list[Search], *, seed: int = 0, **options
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """What happens in order: ("pass", tokens in it that the host does not know), ("read", drawn tokens read)."""
+    """What happens in order: ("pass", tokens in it that the host does not know), ("read", sampled tokens read)."""
     seen: list[tuple[str, int]] = []
     read = Download.read
     monkeypatch.setattr(Download, "read", lambda self: (seen.append(("read", self._host.shape[1])), read(self))[1])
@@ -124,26 +135,22 @@ def test_overshoot_is_counted_and_states_it_replaced_are_put_back() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"max_batch_tokens": 2}, {"max_batch_tokens": 5}, {"num_slots": 120}], ids=str)
 def test_all_searches_at_once(options: dict[str, Any]) -> None:
-    searches = mixed() * 2
+    searches = mixed() * (1 if "max_batch_tokens" in options else 2)
     both(tiny.prompts(len(searches), seed=1), searches, **options)
 
 
 @pytest.mark.parametrize("seed", range(24))
 def test_stress_random_searches_in_random_room(seed: int) -> None:
     """Any mix, pool and budget; where the pool is too small for a search alone, either may fail."""
-    rng = np.random.default_rng(seed)
-    catalogue, texts = mixed(), tiny.prompts(4, seed=8)
-    picks = [(int(rng.integers(len(catalogue))), int(rng.integers(4))) for _ in range(rng.integers(2, 9))]
-    slots, budget = int(rng.integers(30, 120)), int(rng.choice([2, 5, 17, 512]))
-    prompts, searches = [texts[t] for _, t in picks], [catalogue[s] for s, _ in picks]
-    cache = bool(rng.integers(2))
-    made = decoder(True, num_slots=slots, max_batch_tokens=budget, prefix_cache=cache)
+    picks, options = random_mix(seed)
+    made, catalogue = decoder(True, **options), mixed()
+    prompts, searches = [MIXED_PROMPTS[t] for _, t in picks], [catalogue[s] for s, _ in picks]
     results = together(made, prompts, searches, max_new_tokens=9, seed=1, on_step=made.worker.tree.check)
-    for prompt, search, result in zip(prompts, searches, results, strict=True):
+    for (s, t), result in zip(picks, results, strict=True):
         if isinstance(result.error, OutOfMemory):
-            assert need(prompt, search, 9) > slots, "it would have fitted alone"
+            assert need(MIXED_PROMPTS[t], catalogue[s], 9) > options["num_slots"], "it would have fitted alone"
         else:
-            assert_same(result, decoder(False).search([prompt], search, max_new_tokens=9, seed=1)[0])
+            assert_same(result, with_plenty(s, t))
     tiny.assert_all_returned(made.worker)
 
 
@@ -158,7 +165,7 @@ def test_a_pool_that_fits_exactly_fits_when_running_ahead_too() -> None:
 
 
 def test_a_branch_goes_on_as_it_would_have_after_eos_and_stops() -> None:
-    """Keys, texts, rows of logits and further draws of branches that ended while their next token was computed."""
+    """Keys, texts, rows of logits and further tokens of branches that ended while their next token was computed."""
 
     def ends(token: int, tokens: Any) -> bool:
         return token % 3 == 0
@@ -189,7 +196,7 @@ def test_a_branch_goes_on_as_it_would_have_after_eos_and_stops() -> None:
 
 
 def test_prompts_that_come_while_tokens_are_unknown() -> None:
-    """A prompt that is the beginning of what another search is about to have drawn."""
+    """A prompt that is the beginning of what another search is about to sample."""
     first = decoder(False).search(tiny.prompts(1), Greedy(), max_new_tokens=12)[0]
     text = tiny.prompts(1)[0] + str(first.text)
     prompts = [text[:n] for n in range(len(text) - 11, len(text))]

@@ -11,10 +11,10 @@ import tiny
 from distributions import by_transformers
 from forktree import (
     Decoder,
-    Draw,
     FunctionReward,
     Greedy,
     InvalidInput,
+    KeyedSampling,
     NonFinite,
     RaggedIds,
     Sample,
@@ -28,15 +28,15 @@ from forktree.search.request import extend, next_logits, reward_branches, score_
 from searches import POISON, Scripted, digits, outcome, together
 
 
-def greedy(n: int, **options: Any) -> Draw:
-    return Draw(Sampling(temperature=0), seed=np.zeros(n, int), position=np.zeros(n, int), **options)
+def greedy(n: int, **options: Any) -> KeyedSampling:
+    return KeyedSampling(Sampling(temperature=0), seed=np.zeros(n, int), position=np.zeros(n, int), **options)
 
 
 def everything(texts: Sequence[Sequence[int]], seed: int) -> TokenRequest:
     rng, n = np.random.default_rng(seed), len(texts)
     return TokenRequest(
         top_k=4,
-        draw=greedy(n),
+        sample=greedy(n),
         select=RaggedIds(torch.arange(0, 2 * n + 1, 2), torch.from_numpy(rng.integers(tiny.VOCAB, size=2 * n))),
         targets=torch.from_numpy(rng.integers(tiny.VOCAB, size=n)),
         entropy=True,
@@ -107,21 +107,21 @@ def test_scores_after_forks_rewinds_and_forced_tokens(num_slots: int, ahead: boo
     tiny.assert_all_returned(decoder.worker)
 
 
-def test_draws_of_ones_own_equal_those_of_extend() -> None:
+def test_samples_of_ones_own_equal_those_of_extend() -> None:
     """Keyed by the branch's key and length, as `extend` keys them."""
-    drawn: list[tuple[int, int]] = []
+    sampled: list[tuple[int, int]] = []
 
     async def script(context: SearchContext) -> list[Branch]:
         branches, sampling = context.root.fork(8), Sampling(1.5, top_k=15, top_p=0.95)
         for _ in range(4):
-            draw = Draw(sampling, seed=[b.key for b in branches], position=[b.length for b in branches])
-            found = await score_tokens(branches, TokenRequest(draw=draw))
+            sample = KeyedSampling(sampling, seed=[b.key for b in branches], position=[b.length for b in branches])
+            found = await score_tokens(branches, TokenRequest(sample=sample))
             await extend(branches, sampling, max_tokens=1)
-            drawn.extend(zip(found.token.tolist(), (int(b.tokens[-1]) for b in branches), strict=True))
+            sampled.extend(zip(found.token.tolist(), (int(b.tokens[-1]) for b in branches), strict=True))
         return branches
 
     assert tiny.decoder().search(["12+3="], Scripted(script), max_new_tokens=9)[0].error is None
-    assert len(drawn) == 32 and all(a == b for a, b in drawn) and len(set(drawn)) > 5
+    assert len(sampled) == 32 and all(a == b for a, b in sampled) and len(set(sampled)) > 5
 
 
 def test_a_draft_is_verified_by_its_targets() -> None:
@@ -135,7 +135,7 @@ def test_a_draft_is_verified_by_its_targets() -> None:
         places = branch.fork(len(draft))
         for i, place in enumerate(places):
             place.rewind(len(prompt) + i)
-        found = await score_tokens(places, TokenRequest(targets=torch.tensor(draft), draw=greedy(len(draft))))
+        found = await score_tokens(places, TokenRequest(targets=torch.tensor(draft), sample=greedy(len(draft))))
         drafts["targets"] = found.target_log_probs
         accepted = int((found.target_log_probs > -3.0).int().cumprod(dim=0).sum())
         drafts["accepted"] = accepted
@@ -165,7 +165,7 @@ MIXED: list[Sampling] = [
 ]
 
 
-def test_rows_of_a_step_drawn_in_different_ways_are_drawn_as_if_alone() -> None:
+def test_rows_of_a_step_sampled_in_different_ways_are_sampled_as_if_alone() -> None:
     prompts = tiny.prompts(len(MIXED), seed=8)
     searches: list[Search] = [
         Sample(num_return_sequences=3, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
@@ -179,7 +179,7 @@ def test_rows_of_a_step_drawn_in_different_ways_are_drawn_as_if_alone() -> None:
         for token in [c.token_ids[0] for c in result.candidates if c.token_ids]:
             logits = tiny.next_log_probs(tiny.model(), text)[None]
             if sampling.temperature:
-                assert by_transformers(logits, sampling)[0, token] > 0, "excluded, and drawn"
+                assert by_transformers(logits, sampling)[0, token] > 0, "excluded, and sampled"
             else:
                 assert token == logits.argmax()
 
@@ -187,7 +187,7 @@ def test_rows_of_a_step_drawn_in_different_ways_are_drawn_as_if_alone() -> None:
 # ---------------------------------------------------------------- what goes wrong
 
 
-REQUESTS = {"draw": lambda n: TokenRequest(draw=greedy(n)), "top": lambda n: TokenRequest(top_k=3)}
+REQUESTS = {"sample": lambda n: TokenRequest(sample=greedy(n)), "top": lambda n: TokenRequest(top_k=3)}
 
 
 @pytest.mark.parametrize("request_of", REQUESTS.values(), ids=REQUESTS)
@@ -212,11 +212,11 @@ def test_nan_names_branch_and_position(poisoned: Decoder, request_of: Any) -> No
 
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "no token allowed": (
-        TokenRequest(draw=greedy(2, allowed=torch.tensor([[-1], [0]], dtype=torch.int32))),
+        TokenRequest(sample=greedy(2, allowed=torch.tensor([[-1], [0]], dtype=torch.int32))),
         InvalidInput,
         "row 1: no token is allowed",
     ),
-    "a row too many": (TokenRequest(draw=greedy(3)), ValueError, "3"),
+    "a row too many": (TokenRequest(sample=greedy(3)), ValueError, "3"),
     "no such token": (TokenRequest(targets=torch.tensor([0, tiny.VOCAB])), ValueError, str(tiny.VOCAB)),
 }
 

@@ -28,7 +28,22 @@ from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch
 from forktree.search import Search, SearchContext
 from forktree.search.request import extend, next_logits, reward_branches
-from searches import POISON, Scripted, alone, digits, endless, finished, mixed, need, outcome, together, value_head
+from searches import (
+    MIXED_PROMPTS,
+    POISON,
+    Scripted,
+    alone,
+    digits,
+    endless,
+    finished,
+    mixed,
+    need,
+    outcome,
+    random_mix,
+    together,
+    value_head,
+    with_plenty,
+)
 
 # ---------------------------------------------------------------- same text, whatever else runs
 
@@ -57,25 +72,25 @@ def test_same_text_alone_or_among_32_prompts(kind: str, search: Search) -> None:
     assert all(outcome(a) != outcome(b) for a, b in zip(batch, other, strict=True))
 
 
-def test_forks_of_one_branch_draw_differently_and_a_rewound_branch_draws_anew() -> None:
-    drawn: list[tuple[int, ...]] = []
+def test_forks_of_one_branch_sample_differently_and_a_rewound_branch_samples_anew() -> None:
+    sampled: list[tuple[int, ...]] = []
 
     async def script(context: SearchContext) -> list[Branch]:
         first = context.root.fork(6)
         await extend(first, Sampling(), max_tokens=8)
         second = context.root.fork(6)
         await extend(second, Sampling(), max_tokens=8)
-        drawn.extend(tuple(b.tokens[-8:].tolist()) for b in (*first, *second))
+        sampled.extend(tuple(b.tokens[-8:].tolist()) for b in (*first, *second))
         for _ in range(3):
             for branch in first:
                 branch.rewind(context.root.length)
             await extend(first, Sampling(), max_tokens=8)
-            drawn.extend(tuple(b.tokens[-8:].tolist()) for b in first)
+            sampled.extend(tuple(b.tokens[-8:].tolist()) for b in first)
         return first
 
     result = tiny.decoder().search(tiny.prompts(1), Scripted(script), max_new_tokens=9)[0]
     assert result.error is None
-    assert len(drawn) == 30 and len(set(drawn)) == 30
+    assert len(sampled) == 30 and len(set(sampled)) == 30
 
 
 def test_different_searches_at_once_give_what_each_gives_alone() -> None:
@@ -173,7 +188,7 @@ def test_a_branch_rewound_and_grown_again_token_by_token_sees_its_newest_token()
 
 @pytest.mark.parametrize("count", [1, 5, 40])
 def test_a_prompt_is_computed_once_whatever_the_number_of_branches(count: int) -> None:
-    """Its last token included: prompt + what was drawn, less each branch's last token, after which nobody looks."""
+    """Its last token included: prompt + what was sampled, less each branch's last token, after which nobody looks."""
     decoder = Decoder(tiny.model(eos=None), tiny.tokenizer(), num_slots=2048)
     decoder.tokenizer = None  # without one there is no EOS
     prompt = tiny.tokenizer()(tiny.prompts(1)[0]).input_ids
@@ -187,8 +202,8 @@ def test_scores_on_the_models_own_state_cost_the_last_token_only() -> None:
     decoder = tiny.decoder()
     prompt = tiny.prompts(1)[0]
     result = decoder.search([prompt], BestOfN(reward=value_head(), num_samples=6), max_new_tokens=9)[0]
-    drawn = sum(len(c.token_ids) for c in result.candidates)
-    assert decoder.worker.tokens_computed == len(prompt) + drawn
+    sampled = sum(len(c.token_ids) for c in result.candidates)
+    assert decoder.worker.tokens_computed == len(prompt) + sampled
     assert result.counters.reward_calls == 6 and result.counters.reward_tokens == 0
 
 
@@ -207,8 +222,8 @@ def test_kept_prefixes_are_reused_and_give_way_under_pressure() -> None:
         assert saved == common
     before = decoder.worker.tokens_computed
     assert outcome(decoder.search([head + tails[0]], search, **options)[0]) == expected[0]
-    drawn = [len(text) + (reason == "eos") for text, reason, _ in expected[0]]
-    assert decoder.worker.tokens_computed - before == sum(drawn) - 3, "nothing of the prompt is computed again"
+    sampled = [len(text) + (reason == "eos") for text, reason, _ in expected[0]]
+    assert decoder.worker.tokens_computed - before == sum(sampled) - 3, "nothing of the prompt is computed again"
     kept = len(decoder.worker.prefixes)
     assert kept == 3
     big = tiny.prompts(1, seed=9, shortest=130, longest=130)[0]
@@ -291,30 +306,17 @@ def test_a_search_may_catch_out_of_memory_and_go_on_narrower() -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_stress_random_searches_in_random_room(seed: int) -> None:
     """Any mix, any pool, any budget: the same text as with plenty, or OutOfMemory where that can be."""
-    rng = np.random.default_rng(seed)
-    catalogue, texts = mixed(), tiny.prompts(4, seed=8)
-    picks = [(int(rng.integers(len(catalogue))), int(rng.integers(4))) for _ in range(rng.integers(2, 9))]
-    slots, budget = int(rng.integers(30, 120)), int(rng.choice([2, 5, 17, 512]))
-    decoder = tiny.decoder(num_slots=slots, max_batch_tokens=budget, prefix_cache=bool(rng.integers(2)))
-    prompts, searches = [texts[t] for _, t in picks], [catalogue[s] for s, _ in picks]
+    picks, options = random_mix(seed)
+    decoder, catalogue = tiny.decoder(**options), mixed()
+    prompts, searches = [MIXED_PROMPTS[t] for _, t in picks], [catalogue[s] for s, _ in picks]
     results = together(decoder, prompts, searches, max_new_tokens=9, seed=1, on_step=decoder.worker.tree.check)
     for (s, t), result in zip(picks, results, strict=True):
         if result.error is None:
-            assert outcome(result) == _with_plenty(s, t)
+            assert outcome(result) == outcome(with_plenty(s, t)) != []
         else:
             assert isinstance(result.error, OutOfMemory)
-            assert need(texts[t], catalogue[s], 9) > slots, "it would have fitted alone"
+            assert need(MIXED_PROMPTS[t], catalogue[s], 9) > options["num_slots"], "it would have fitted alone"
     tiny.assert_all_returned(decoder.worker)
-
-
-_PLENTY: dict[tuple[int, int], Any] = {}
-
-
-def _with_plenty(search: int, text: int) -> Any:
-    key = (search, text)
-    if key not in _PLENTY:
-        _PLENTY[key] = alone([tiny.prompts(4, seed=8)[text]], [mixed()[search]], max_new_tokens=9, seed=1)[0]
-    return _PLENTY[key]
 
 
 def test_a_reward_models_pool_may_be_scarce_too() -> None:
@@ -517,7 +519,7 @@ def test_nan_ends_only_the_searches_that_meet_it(poisoned: Decoder) -> None:
     prompts = [p.replace(character, "=") for p in tiny.prompts(9, seed=12)]
     prompts[2] = prompts[2] + character
     prompts[5] = character + prompts[5]
-    # logits of POISON itself are finite; make sure that nobody draws it
+    # logits of POISON itself are finite; make sure that nobody samples it
     searches: list[Search] = [Sample(num_return_sequences=4, top_k=3) if i % 2 else Greedy() for i in range(9)]
     for _ in range(3):
         results = together(poisoned, prompts, searches, max_new_tokens=8, on_step=poisoned.worker.tree.check)

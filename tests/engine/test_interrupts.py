@@ -14,6 +14,7 @@ import pytest
 import forktree
 import tiny
 from forktree import BeamSearch, Cancelled, Decoder, Greedy, ParticleFilter, Sample, Sampling, TokenRequest
+from forktree.engine.engine import Engine
 from forktree.engine.interrupts import DeferredInterrupts
 from forktree.kv import Branch
 from forktree.search import Search, SearchContext
@@ -61,13 +62,13 @@ def own_handler() -> Iterator[None]:
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler, "the handler was not put back"
 
 
-def traced(call: Callable[[], Any], at: int | None, times: int = 1, opcodes: bool = False) -> list[tuple[str, int]]:
-    """Runs `call`; before event number `at` signals come. Events are lines of the package; with opcodes, instructions
-    of its thin part. Returns file and line of each."""
+def traced(call: Callable[[], Any], at: int | None, times: int = 1, kind: str = "line") -> list[tuple[str, int]]:
+    """Runs `call`; before event number `at` signals come. Events are lines of the package, or with "thin line" and
+    "opcode" lines and instructions of its thin part. Returns file and line of each."""
     events = []
 
     def local(frame: FrameType, event: str, argument: Any) -> Any:
-        if event == ("opcode" if opcodes else "line"):
+        if event == kind.removeprefix("thin "):
             events.append((Path(frame.f_code.co_filename).name, frame.f_lineno))
             if len(events) - 1 == at:
                 for _ in range(times):
@@ -76,9 +77,9 @@ def traced(call: Callable[[], Any], at: int | None, times: int = 1, opcodes: boo
 
     def each(frame: FrameType, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
-        if not name.startswith(PACKAGE) or (opcodes and not name.endswith(THIN)):
+        if not name.startswith(PACKAGE) or (kind != "line" and not name.endswith(THIN)):
             return None
-        frame.f_trace_opcodes = opcodes
+        frame.f_trace_opcodes = kind == "opcode"
         return local
 
     sys.settrace(each)
@@ -89,6 +90,21 @@ def traced(call: Callable[[], Any], at: int | None, times: int = 1, opcodes: boo
     return events
 
 
+def is_free(engine: Engine) -> bool:
+    """Whether another thread may use an engine: no run is left, and no call is under way."""
+    done: list[bool] = []
+
+    def use() -> None:
+        with engine.use():
+            engine.step()
+            done.append(True)
+
+    other = threading.Thread(target=use, daemon=True)
+    other.start()
+    other.join(60)
+    return bool(done)
+
+
 WAYS = {"in turn": (False, 400), "ahead": (True, 400), "scarce": (False, 8), "scarce, ahead": (True, 8)}
 SIGNALS = [1, 2]  # two at once: the second does not wait
 
@@ -96,19 +112,19 @@ SIGNALS = [1, 2]  # two at once: the second does not wait
 class Trial:
     """Searches of one way that are interrupted at one event after the other."""
 
-    def __init__(self, way: str, signals: int, opcodes: bool, search: Callable[[Decoder], list[Any]] = whole) -> None:
-        self._made, self._signals, self._opcodes, self._search = decoder(*WAYS[way]), signals, opcodes, search
+    def __init__(self, way: str, signals: int, kind: str, search: Callable[[Decoder], list[Any]] = whole) -> None:
+        self._made, self._signals, self._kind, self._search = decoder(*WAYS[way]), signals, kind, search
         self._expected = [outcome(r) for r in search(self._made)]
         self._made.worker.clear()
-        self.events = traced(lambda: search(self._made), None, opcodes=opcodes)
+        self.events = traced(lambda: search(self._made), None, kind=kind)
 
     def interrupt(self, at: int) -> None:
         made = self._made
         made.worker.clear()  # or arrays that have grown before would need fewer lines
         with pytest.raises(KeyboardInterrupt):
-            traced(lambda: self._search(made), at, self._signals, self._opcodes)
+            traced(lambda: self._search(made), at, self._signals, self._kind)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "the handler was not put back"
-        assert made.engine.active == [] and not made.engine.users.any
+        assert made.engine.active == [] and is_free(made.engine)
         tiny.assert_all_returned(made.worker)
         assert [outcome(r) for r in self._search(made)] == self._expected
         tiny.assert_all_returned(made.worker)
@@ -118,7 +134,7 @@ class Trial:
 @pytest.mark.parametrize("way", WAYS)
 def test_at_some_lines(way: str, signals: int) -> None:
     """Some of them, other ones for every way; `python tests/test_interrupts.py` tries all."""
-    trial = Trial(way, signals, opcodes=False)
+    trial = Trial(way, signals, "line")
     shift = 100 * [*WAYS].index(way) + 37 * signals
     for at in range(shift, len(trial.events), len(trial.events) // 5):
         trial.interrupt(at)
@@ -126,8 +142,8 @@ def test_at_some_lines(way: str, signals: int) -> None:
 
 def test_at_each_line_of_the_thin_part() -> None:
     """The last time that it is run; where the first signal does not wait, it is the only one."""
-    trial = Trial("ahead", 2, opcodes=False, search=brief)
-    for at in {event: at for at, event in enumerate(trial.events) if event[0] in THIN}.values():
+    trial = Trial("ahead", 2, "thin line", brief)
+    for at in {event: at for at, event in enumerate(trial.events)}.values():
         trial.interrupt(at)
 
 
@@ -242,9 +258,9 @@ def test_what_passes_through_ends_all_searches_and_the_engine_begins_anew(error:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for way, signals, opcodes in itertools.product(WAYS, SIGNALS, (False, True)):
-        trial = Trial(way, signals, opcodes)
-        print(f"{way}, {signals} signals, {len(trial.events)} {'instructions' if opcodes else 'lines'}", flush=True)
+    for way, signals, kind in itertools.product(WAYS, SIGNALS, ("line", "opcode")):
+        trial = Trial(way, signals, kind)
+        print(f"{way}, {signals} signals, {len(trial.events)} events of kind {kind}", flush=True)
         for at in range(len(trial.events)):
             try:
                 trial.interrupt(at)

@@ -1,5 +1,6 @@
 """`extend` as a race, and with a sampling of its own for each branch."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,23 @@ def forks(context: SearchContext) -> list[Branch]:
 LIMITS = [30, 4, 30, 30, 7, 30, 30, 30, 2, 30, 30, 30]
 
 
-async def free(branches: list[Branch]) -> Extension:
-    return await extend(branches, Sampling(), max_tokens=LIMITS, eos_token_ids=ENDS, stop=stops)
+PROMPT = tiny.prompts(1, seed=2)
+
+
+@cache
+def without_race() -> tuple[list[list[int]], Extension, list[int]]:
+    """Texts of the branches in the end, how each ended, and their lengths before."""
+    found: list[Any] = []
+
+    async def alone(context: SearchContext) -> list[Branch]:
+        branches = forks(context)
+        begin = [b.length for b in branches]
+        done = await extend(branches, Sampling(), max_tokens=LIMITS, eos_token_ids=ENDS, stop=stops)
+        found.extend([[b.tokens.tolist() for b in branches], done, begin])
+        return []
+
+    decoder(False).search(PROMPT, Scripted(alone), max_new_tokens=9)
+    return tuple(found)
 
 
 def expected(texts: list[list[int]], done: Extension, begin: list[int], race: int) -> list[tuple[list[int], str, int]]:
@@ -64,15 +80,8 @@ def expected(texts: list[list[int]], done: Extension, begin: list[int], race: in
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("race", [1, 3, 6, COUNT - 1, COUNT])
 def test_a_race_ends_with_the_mth_branch_that_ends(race: int, ahead: bool, options: dict[str, Any]) -> None:
+    whole, ends, begin = without_race()
     seen: list[Any] = []
-
-    async def alone(context: SearchContext) -> list[Branch]:
-        branches = forks(context)
-        begin = [b.length for b in branches]
-        done = await free(branches)
-        seen.append(expected([b.tokens.tolist() for b in branches], done, begin, race))
-        seen.append([b.tokens.tolist() for b in branches])
-        return []
 
     async def races(context: SearchContext) -> list[Branch]:
         branches = forks(context)
@@ -93,19 +102,17 @@ def test_a_race_ends_with_the_mth_branch_that_ends(race: int, ahead: bool, optio
         seen.append([b.tokens.tolist() for b in branches])
         return []
 
-    prompt = tiny.prompts(1, seed=2)
-    decoder(False).search(prompt, Scripted(alone), max_new_tokens=9)
     made = decoder(ahead, **options)
     others = mixed()[:3]
-    prompts = [*tiny.prompts(2, seed=5), *prompt, *tiny.prompts(1, seed=6)]
+    prompts = [*tiny.prompts(2, seed=5), *PROMPT, *tiny.prompts(1, seed=6)]
     results = together(
         made, prompts, [*others[:2], Scripted(races), others[2]], max_new_tokens=9, on_step=made.worker.tree.check
     )
     for result in results:
         if result.error is not None:
             raise result.error
-    assert seen[2] == seen[0]
-    assert seen[3] == seen[1], "who goes on goes on as if there had been no race"
+    assert seen[0] == expected(whole, ends, begin, race)
+    assert seen[1] == whole, "who goes on goes on as if there had been no race"
     tiny.assert_all_returned(made.worker)
 
 

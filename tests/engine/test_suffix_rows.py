@@ -8,7 +8,17 @@ import pytest
 import torch
 
 import tiny
-from forktree import Decoder, Draw, Greedy, InvalidInput, NonFinite, RaggedIds, Sampling, TokenRequest, TokenScores
+from forktree import (
+    Decoder,
+    Greedy,
+    InvalidInput,
+    KeyedSampling,
+    NonFinite,
+    RaggedIds,
+    Sampling,
+    TokenRequest,
+    TokenScores,
+)
 from forktree.kv import Branch
 from forktree.search import SearchContext
 from forktree.search.request import extend, next_logits, score_tokens
@@ -42,7 +52,7 @@ def everything(rows: int, seed: int) -> TokenRequest:
     allowed = torch.from_numpy(rng.integers(1, 2**20, (rows, 1)).astype(np.int32))
     return TokenRequest(
         top_k=3,
-        draw=Draw(
+        sample=KeyedSampling(
             [Sampling(float(t)) for t in rng.uniform(0, 2, rows)],
             seed=rng.integers(0, 2**63, rows),
             position=rng.integers(0, 2**20, rows),
@@ -58,15 +68,15 @@ def everything(rows: int, seed: int) -> TokenRequest:
 
 
 def of_row(request: TokenRequest, row: int) -> TokenRequest:
-    assert request.draw is not None and isinstance(request.select, RaggedIds) and request.targets is not None
-    draw, (begin, stop) = request.draw, request.select.indptr[row : row + 2].tolist()
+    assert request.sample is not None and isinstance(request.select, RaggedIds) and request.targets is not None
+    sample, (begin, stop) = request.sample, request.select.indptr[row : row + 2].tolist()
     return TokenRequest(
         top_k=request.top_k,
-        draw=Draw(
-            draw.sampling[row],  # type: ignore[index]
-            seed=draw.seed[row : row + 1],  # type: ignore[index]
-            position=draw.position[row : row + 1],  # type: ignore[index]
-            allowed=draw.allowed[row : row + 1],  # type: ignore[index]
+        sample=KeyedSampling(
+            sample.sampling[row],  # type: ignore[index]
+            seed=sample.seed[row : row + 1],  # type: ignore[index]
+            position=sample.position[row : row + 1],  # type: ignore[index]
+            allowed=sample.allowed[row : row + 1],  # type: ignore[index]
         ),
         select=RaggedIds(torch.tensor([0, stop - begin]), request.select.ids[begin:stop]),
         targets=request.targets[row : row + 1],

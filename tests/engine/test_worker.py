@@ -7,7 +7,7 @@ import torch
 import tiny
 from forktree.engine.worker import ModelWorker
 from forktree.kv import Branch, reassign
-from forktree.model import Runner
+from forktree.model.runner import Runner
 from graph_fake import FakeGraphs
 
 

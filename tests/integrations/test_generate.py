@@ -98,18 +98,21 @@ BEAMS = [2, 3, 4, 5, 8]
 PENALTIES = [0.0, 1.0, -1.0, 2.0]
 STOPPING: list[bool | str] = [True, False, "never"]
 EOS: list[Any] = [1, [1, 2, 3, 4], None]
+ENDS = list(itertools.product(STOPPING, EOS))
 
 
-@pytest.mark.parametrize(("early_stopping", "eos_token_id"), itertools.product(STOPPING, EOS))
-def test_beams(llama: Any, early_stopping: bool | str, eos_token_id: Any) -> None:
-    for i, (num_beams, length_penalty) in enumerate(itertools.product(BEAMS, PENALTIES)):
+@pytest.mark.parametrize(("number", "early_stopping", "eos_token_id"), [(i, *x) for i, x in enumerate(ENDS)])
+def test_beams(llama: Any, number: int, early_stopping: bool | str, eos_token_id: Any) -> None:
+    """All ways to end with all penalties; each number of beams with each of the others."""
+    for i, length_penalty in enumerate(PENALTIES):
+        num_beams = BEAMS[(number + i) % len(BEAMS)]
         assert_same(
             llama,
             num_beams=num_beams,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
             eos_token_id=eos_token_id,
-            num_return_sequences=1 + i % num_beams,
+            num_return_sequences=1 + (3 * number + i) % num_beams,
         )
 
 
@@ -229,10 +232,10 @@ def test_samples_follow_the_shaped_distribution(llama: Any) -> None:
         eos_token_id=None,
         **settings,
     )
-    drawn = [tuple(row) for row in rows[:, -2:].tolist()]
+    sampled = [tuple(row) for row in rows[:, -2:].tolist()]
     keys = list(exact)
-    assert set(drawn) <= set(keys)
-    observed = [drawn.count(key) for key in keys]
+    assert set(sampled) <= set(keys)
+    observed = [sampled.count(key) for key in keys]
     expected = [exact[key] * n / sum(exact.values()) for key in keys]
     assert min(expected) > 1 and stats.chisquare(observed, expected).pvalue > 1e-3
 
@@ -254,7 +257,7 @@ def test_candidates_are_those_of_topk_in_the_same_order(spread: float) -> None:
 
 
 def test_beam_sampling_is_transformers_own(llama: Any) -> None:
-    """Same global generator, same draws: the candidates are drawn by the same call."""
+    """Same global generator, same samples: the candidates are sampled by the same call."""
     outputs = []
     for custom in (None, forktree.generate):
         torch.manual_seed(5)
@@ -303,7 +306,7 @@ def test_the_prompt_is_computed_once(llama: Any, workers: list[ModelWorker]) -> 
     llama.generate(
         IDS[2:], custom_generate=forktree.generate, num_beams=8, do_sample=False, max_new_tokens=4, eos_token_id=None
     )
-    assert workers[0].tokens_computed == 5 + 3 * 8  # the last drawn tokens are never run
+    assert workers[0].tokens_computed == 5 + 3 * 8  # the last sampled tokens are never run
     assert workers[0].tree.slots.in_use == 0
 
 

@@ -11,7 +11,7 @@ from forktree.kv.nodes import MAX_RESERVATION
 from forktree.kv.tree import PENDING_TOKEN
 from forktree.plan.check import check_plan
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 
 NUM_SLOTS = 160
 
@@ -103,7 +103,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.tree.undo_append(gone)
         for branch in gone:
             self.naive[branch].pop()
-        assert [b.key for b in some] == keys, "draws are what they would have been"
+        assert [b.key for b in some] == keys, "tokens are sampled as they would have been"
 
     @rule(branch=branches, data=st.data())
     def rewind(self, branch: Branch, data: st.DataObject) -> None:
@@ -229,7 +229,7 @@ class TreeMachine(RuleBasedStateMachine):
 
     def _check_layout(self, layout: TreeLayout, chunks: list[Chunk]) -> None:
         """Each row sees exactly the tokens, and positions, that the naive model says; the plan reads them once."""
-        check_plan(plan(layout, num_qo_heads=2, num_kv_heads=1, head_dim=4))
+        check_plan(plan_attention(layout, num_qo_heads=2, num_kv_heads=1, head_dim=4))
         place, texts = self._places()
         through = {place[t]: path[: i + 1] for path in texts for i, t in enumerate(path)}
         row = 0

@@ -8,11 +8,12 @@ import torch
 import transformers as hf
 from torch import nn
 
+import models
 from forktree import (
     BeamSearch,
     Decoder,
-    Draw,
     Greedy,
+    KeyedSampling,
     Sample,
     Sampling,
     TokenRequest,
@@ -21,30 +22,17 @@ from forktree import (
     sequence_logprobs,
 )
 from forktree.errors import InvalidInput, UnsupportedModel
-from forktree.model import LinearHead, OwnHead, Runner, attach
+from forktree.model.attach import attach
+from forktree.model.head import LinearHead, OwnHead
+from forktree.model.runner import Runner
 from tiny import new_model
 
-SIZES = dict(
-    vocab_size=99,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=128,
-    initializer_range=0.3,
-    pad_token_id=None,
-    bos_token_id=None,
-    eos_token_id=None,
-)
 MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
 EXPERTS = dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
 
 
 def build(config_class: type[hf.PreTrainedConfig], **options: object) -> hf.PreTrainedModel:
-    torch.manual_seed(0)
-    config = config_class(**{**SIZES, **options})
-    return hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return models.build(config_class, **{"num_hidden_layers": 4, **options})
 
 
 REFUSED = {
@@ -348,7 +336,7 @@ def test_scores_are_of_the_models_own_logits(head, dtype):
     nobody = np.zeros(rows, np.int64)
     request = TokenRequest(
         top_k=10,
-        draw=Draw(Sampling(temperature=0), seed=nobody, position=nobody),
+        sample=KeyedSampling(Sampling(temperature=0), seed=nobody, position=nobody),
         select=some,
         targets=last,
         entropy=True,
@@ -376,16 +364,16 @@ def test_a_head_that_score_tokens_does_not_reproduce_goes_unfused(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 7, 40])
 @torch.no_grad()
-def test_draws_through_an_odd_head_do_not_depend_on_the_company(rows):
+def test_samples_through_an_odd_head_do_not_depend_on_the_company(rows):
     runner = Runner(attach(with_head(Squared)), num_slots=4)
     hidden, keys = torch.randn(40, 32), np.arange(40)
 
-    def drawn(at):
-        draw = Draw(Sampling(top_p=0.9), seed=keys[at], position=keys[at] + 3)
-        return runner.score(hidden[at], TokenRequest(draw=draw))
+    def sampled(at):
+        sample = KeyedSampling(Sampling(top_p=0.9), seed=keys[at], position=keys[at] + 3)
+        return runner.score(hidden[at], TokenRequest(sample=sample))
 
-    all_of_them = drawn(slice(None))
-    some = drawn(slice(0, rows))
+    all_of_them = sampled(slice(None))
+    some = sampled(slice(0, rows))
     assert torch.equal(some.token, all_of_them.token[:rows])
     assert torch.equal(some.log_prob, all_of_them.log_prob[:rows])
 

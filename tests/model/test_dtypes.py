@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import tiny
 from forktree import Decoder, Greedy, InvalidInput, UnsupportedModel, generate, sequence_logprobs
-from forktree.model import OwnHead, Runner, attach
+from forktree.model.attach import attach
+from forktree.model.head import OwnHead
+from forktree.model.runner import Runner
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

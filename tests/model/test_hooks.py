@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,21 +10,19 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+import models
 import tiny as support
 from forktree.errors import InvalidInput, UnsupportedModel
-from forktree.model import LayerHook, ModelSpec, Rows, Runner, attach
+from forktree.model.attach import attach
+from forktree.model.hooks import LayerHook, Rows
+from forktree.model.model_spec import ModelSpec
+from forktree.model.runner import Runner
 from graph_fake import FakeGraphs
 from models import CONFIGS, NUM_SLOTS, Forest, tiny
 
 HIDDEN = 32
 # layers of one kind and of two; hidden states by tuple arguments, experts, parallel blocks, keys shared by layers
 NAMES = ["llama", "gemma2", "gpt_oss", "gpt2", "cohere2", *(["gemma4"] if "gemma4" in CONFIGS else [])]
-
-
-@cache
-def llama() -> ModelSpec:
-    """Not to be changed."""
-    return attach(tiny("llama"))
 
 
 class Nothing(LayerHook):
@@ -87,7 +84,7 @@ class Steps:
 @pytest.mark.parametrize("captured", [False, True])
 def test_hooks_that_change_nothing(name: str, captured: bool, dtype: torch.dtype) -> None:
     """Bit for bit, hidden states and pools."""
-    spec = attach(tiny(name).to(dtype))
+    spec = models.spec(name, dtype)
     plain = Steps(spec, captured)
     want = plain.random_steps()
     for how in NOTHING.values():
@@ -137,8 +134,8 @@ def layer_outputs(model: hf.PreTrainedModel, path: list[int]) -> list[Tensor]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_hidden_states_are_those_of_transformers(name: str) -> None:
     """Of all layers: `output_hidden_states`, but for the last of them, which transformers gives after the norm."""
-    model, tap = tiny(name), Tap()
-    steps = Steps(attach(model))
+    spec, tap = models.spec(name), Tap()
+    model, steps = spec.packed.model, Steps(spec)
     forest = steps.forest
     trunk = forest.root()
     steps.step({trunk: 9})
@@ -192,10 +189,10 @@ def steered(model: hf.PreTrainedModel, path: list[int], layer: int, vector: Tens
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_vector_for_one_branch(name: str, captured: bool) -> None:
     """Its rows, now and in later steps, are those of a dense forward with a forward hook; all others are as without."""
-    model = tiny(name)
+    spec = models.spec(name)
+    model = spec.packed.model
     assert model.config._attn_implementation == "eager"
     vector = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(0))
-    spec = attach(model)
     plain, hooked = Steps(spec), Steps(spec, captured)
     steer = Steer(1, vector)
     trunk = hooked.forest.root()
@@ -231,12 +228,12 @@ class Scale(LayerHook):
 @pytest.mark.parametrize("captured", [False, True])
 def test_what_attention_reads_and_gives(captured: bool) -> None:
     """As a model whose weights say the same."""
-    model, other = tiny("llama"), tiny("llama")
+    other = tiny("llama")
     with torch.no_grad():
         other.model.layers[1].self_attn.v_proj.weight *= 2
         other.model.layers[2].self_attn.o_proj.weight *= 0.25
     want = Steps(attach(other)).random_steps()
-    got = Steps(attach(model), captured).random_steps(hooks=[Scale()])
+    got = Steps(models.spec("llama"), captured).random_steps(hooks=[Scale()])
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
@@ -250,7 +247,7 @@ def test_hooks_come_one_after_the_other() -> None:
             return hidden * 2 if layer == 1 else None
 
     taps = [Tap() for _ in range(3)]
-    Steps(llama()).random_steps(hooks=[taps[0], Add(), taps[1], Double(), taps[2]])
+    Steps(models.spec("llama")).random_steps(hooks=[taps[0], Add(), taps[1], Double(), taps[2]])
     for (layer, x), (_, y), (_, z) in zip(*(tap.seen for tap in taps), strict=True):
         assert torch.equal(y, x + 1 if layer == 1 else x) and torch.equal(z, y * 2 if layer == 1 else y)
 
@@ -295,7 +292,7 @@ class Max(LayerHook):
 
 
 def test_steps_with_a_hook_that_cannot_be_captured_run_eagerly() -> None:
-    steps = Steps(llama(), captured=True)
+    steps = Steps(models.spec("llama"), captured=True)
     trunk, reader = steps.forest.root(), Max(capturable=False)
     steps.step({trunk: 3})
     assert (steps.graphs.captures, steps.graphs.replays) == (1, 1)
@@ -307,7 +304,7 @@ def test_steps_with_a_hook_that_cannot_be_captured_run_eagerly() -> None:
 
 def test_a_hook_that_only_claims_to_be_capturable_is_refused_by_name() -> None:
     """The model's other steps are captured as before."""
-    steps = Steps(llama(), captured=True)
+    steps = Steps(models.spec("llama"), captured=True)
     trunk = steps.forest.root()
     message = r"^llama: expected hooks that can be captured, .* got RuntimeError from Scale, Max: aten._local_scalar"
     with pytest.raises(InvalidInput, match=message):
@@ -320,7 +317,7 @@ def test_graphs_are_those_of_the_hooks_of_a_step() -> None:
     """Other hooks, other kinds of parameters and larger steps are captured anew, and plain ones are kept."""
     vectors = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(0))
     first, second = (Steer(1, vector) for vector in vectors)
-    plain, hooked = Steps(llama()), Steps(llama(), captured=True)
+    plain, hooked = Steps(models.spec("llama")), Steps(models.spec("llama"), captured=True)
     assert plain.forest.root() == hooked.forest.root() == 0
     dtypes = {first: torch.float32, second: torch.float64}
     for hooks, count, captures in (
@@ -341,7 +338,7 @@ def test_graphs_are_those_of_the_hooks_of_a_step() -> None:
 
 def test_pools_that_grow_and_plans_that_move_take_hooks_along(monkeypatch: pytest.MonkeyPatch) -> None:
     support.pools_of_nan(monkeypatch, first=4)
-    spec, hooks = attach(tiny("gemma2")), [Scale()]
+    spec, hooks = models.spec("gemma2"), [Scale()]
     want, got = Steps(spec).random_steps(hooks=hooks), Steps(spec, captured=True).random_steps(hooks=hooks)
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
@@ -380,7 +377,7 @@ class Forgetful(LayerHook):
     ],
 )
 def test_what_hooks_may_not(options: dict[str, Any], message: str) -> None:
-    steps = Steps(llama())
+    steps = Steps(models.spec("llama"))
     with pytest.raises(InvalidInput, match=message):
         steps.step({steps.forest.root(): 2}, **options)
 
@@ -388,7 +385,7 @@ def test_what_hooks_may_not(options: dict[str, Any], message: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_by_cuda() -> None:
-    want = Steps(llama()).random_steps(hooks=[Scale()])
+    want = Steps(models.spec("llama")).random_steps(hooks=[Scale()])
     steps = Steps(attach(tiny("llama").to("cuda")))
     got = [x.cpu() for x in steps.random_steps(hooks=[Scale()])]
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)

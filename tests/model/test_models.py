@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from forktree.errors import InvalidInput
-from forktree.model import Runner, attach
+from forktree.model.attach import attach
 from forktree.model.positions import NO_LIMIT
+from forktree.model.runner import Runner
 from models import CONFIGS, NUM_SLOTS, VOCAB, Forest, compute, tiny
 
 

@@ -17,7 +17,7 @@ import tiny
 from decoding import decoded, drop_in, plain
 from forktree import Decoder, FunctionReward, search
 from forktree.errors import UnsupportedModel
-from forktree.model import OwnHead
+from forktree.model.head import OwnHead
 from models import tiny as tiny_of
 
 

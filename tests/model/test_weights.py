@@ -17,8 +17,10 @@ import forktree
 import tiny
 from decoding import decoded, drop_in, plain
 from forktree import Decoder, UnsupportedModel, ValueHead, search, sequence_logprobs
-from forktree.model import Fingerprint, LinearHead, attach
+from forktree.model.attach import attach
 from forktree.model.captured import CapturedSteps
+from forktree.model.fingerprint import Fingerprint
+from forktree.model.head import LinearHead
 from forktree.model.runner import Runner
 from forktree.rewards.reward_model import RewardModel
 from graph_fake import FakeGraphs

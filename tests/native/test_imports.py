@@ -36,6 +36,11 @@ def test_searches_load_no_transformers() -> None:
     assert "forktree.search" in modules and "transformers" not in modules
 
 
+def test_digests_of_model_files_load_no_transformers() -> None:
+    modules = loaded("import forktree.model.model_files")
+    assert "forktree.model.model_files" in modules and "transformers" not in modules
+
+
 @pytest.mark.parametrize("name", [*forktree.__all__, *forktree._LAZY])
 def test_every_public_name_is_there(name: str) -> None:
     assert name in forktree.__all__ and name in dir(forktree)

@@ -1,31 +1,43 @@
+"""`ops.append_kv` by every backend that is there, to the bit."""
+
 import pytest
 import torch
 
-from backends import BACKENDS, DENSE, sparse
+from backends import DENSE, FLOATS, ON_GPU, ONE_ISA, each, each_of, on, sparse
 from forktree import ops
 from forktree.ops import KVPool
 
 
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request, monkeypatch):
-    monkeypatch.setenv("FORKTREE_BACKEND", request.param)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64])
-@pytest.mark.parametrize("slots", [[4, 0, 6], [4, -1, 6], [-1, -5, -1], []])
-def test_writes_the_named_slots_only(slots, integer, dtype):
-    k, v = torch.randn(len(slots), 2, 3).to(dtype), torch.randn(len(slots), 2, 5).to(dtype)
-    k_slots, v_slots = torch.full((7, 2, 3), 9.0, dtype=dtype), torch.full((7, 2, 5), 9.0, dtype=dtype)
-    ops.append_kv(k, v, torch.tensor(slots, dtype=integer), KVPool(k_slots, v_slots))
-    for slot in range(7):
-        if slot in slots:
-            assert torch.equal(k_slots[slot], k[slots.index(slot)]) and torch.equal(v_slots[slot], v[slots.index(slot)])
-        else:
-            assert k_slots[slot].eq(9).all() and v_slots[slot].eq(9).all()
+@each_of(
+    ("dtype", "dims"),
+    (
+        (b, dtype, dims)
+        for b in (*ONE_ISA, *ON_GPU)
+        for dtype in FLOATS
+        for dims in [(24, 300), (3, 5), (64, 64), (128, 96)][: 1 if b.interpreted else 4]
+    ),
+)
+def test_writes_the_named_slots_only(backend, dtype, dims, integer):
+    """Of K and V that are views of one projection."""
+    many = torch.randperm(60)[:37]
+    many[::5] = -1
+    for slots in ([4, 0, 6], [4, -1, 6], [-1, -5, -1], [], many.tolist()):
+        room = 60 if len(slots) > 6 else 7
+        (packed,) = on(backend.device, torch.randn(len(slots), 2, 3, max(dims)).to(dtype))
+        k, v = packed[:, 0, :, : dims[0]], packed[:, 1, :, : dims[1]]
+        pools = on(backend.device, *(torch.full((room, 3, dim), 9.0, dtype=dtype) for dim in dims))
+        ops.append_kv(k, v, torch.tensor(slots, dtype=integer, device=backend.device), KVPool(*pools))
+        for pool, x in zip(pools, (k, v), strict=True):
+            for slot in range(room):
+                if slot in slots:
+                    assert torch.equal(pool[slot], x[slots.index(slot)])
+                else:
+                    assert pool[slot].eq(9).all()
 
 
-def test_takes_views():
+@each(*ONE_ISA)
+def test_takes_views(backend):
     packed = torch.randn(4, 3, 2, 3)  # q, k, v of one projection
     k_slots, v_slots = torch.zeros(4, 2, 3), torch.zeros(4, 2, 3)
     ops.append_kv(packed[:, 1], packed[:, 2], torch.tensor([3, 2, 1, 0]), KVPool(k_slots, v_slots))
@@ -39,17 +51,18 @@ def expand(x):
 STRIDES = {**DENSE, "elements apart": lambda x: torch.stack([x, x], 3)[..., 1], "one head for all": expand}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("stride", STRIDES)
-@pytest.mark.parametrize("tokens", [5, 500])  # 500: several threads
-def test_any_strides_any_number_of_threads(tokens, stride, dtype, threads):
+# 500: several threads
+@each_of(("tokens",), ((b, n) for b in ONE_ISA for n in (5, 500)[: 1 if b.interpreted else 2]))
+def test_any_strides_any_number_of_threads(backend, tokens, stride, dtype, threads):
     k, v = torch.randn(tokens, 4, 24).to(dtype), torch.randn(tokens, 4, 40).to(dtype)
     slots = torch.randperm(tokens + 7)[:tokens] - 3
     slots = torch.stack([slots, slots], 1)[:, 0]
     expected = [torch.full((tokens + 7, *x.shape[1:]), 9.0, dtype=dtype) for x in (k, v)]
     for pool, x in zip(expected, (k, v), strict=True):
         pool[slots[slots >= 0]] = (expand(x) if stride == "one head for all" else x)[slots >= 0]
-    for n in threads:
+    for n in threads[: 1 if backend.interpreted else 3]:
         torch.set_num_threads(n)
         pools = [torch.full_like(pool, 9.0) for pool in expected]
         ops.append_kv(STRIDES[stride](k), STRIDES[stride](v), slots, KVPool(*pools))
@@ -58,7 +71,8 @@ def test_any_strides_any_number_of_threads(tokens, stride, dtype, threads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stride", DENSE)
-def test_pools_of_any_strides(stride, dtype):
+@each(*ONE_ISA)
+def test_pools_of_any_strides(backend, stride, dtype):
     k, v = torch.randn(5, 4, 24).to(dtype), torch.randn(5, 4, 40).to(dtype)
     slots = torch.tensor([6, 0, -1, 8, 3])
     expected = [torch.full((9, 4, x.shape[2]), 9.0, dtype=dtype) for x in (k, v)]
@@ -70,7 +84,8 @@ def test_pools_of_any_strides(stride, dtype):
             assert pool._base.ne(9).sum() == x[slots >= 0].ne(9).sum() + (stride == "off alignment")  # nothing else
 
 
-def test_bits_are_copied_not_numbers():
+@each(*ONE_ISA)
+def test_bits_are_copied_not_numbers(backend):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(64, 4, 256)
     for dtype in (torch.bfloat16, torch.float16):
         k, pool = bits.view(dtype), torch.zeros(64, 4, 256, dtype=dtype)
@@ -78,12 +93,15 @@ def test_bits_are_copied_not_numbers():
         assert torch.equal(pool.view(torch.int16), bits)
 
 
-def test_a_slot_named_twice_holds_one_of_both():
-    k, pool = torch.arange(1000.0)[:, None, None].expand(1000, 2, 64), torch.zeros(2, 2, 64)
-    ops.append_kv(k, k, torch.arange(1000) % 2, KVPool(pool, pool.clone()))
+@each(*ONE_ISA)
+def test_a_slot_named_twice_holds_one_of_both(backend):
+    many = 20 if backend.interpreted else 1000
+    k, pool = torch.arange(float(many))[:, None, None].expand(many, 2, 64), torch.zeros(2, 2, 64)
+    ops.append_kv(k, k, torch.arange(many) % 2, KVPool(pool, pool.clone()))
 
 
-def test_pools_beyond_2_31_elements():
+@each(*ONE_ISA)
+def test_pools_beyond_2_31_elements(backend):
     slots = 2**23 + 3
     k_slots, v_slots = (
         sparse(slots, 2, 128, dtype=torch.bfloat16),
@@ -134,7 +152,8 @@ def test_pools_beyond_2_31_elements():
         ),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(change, message):
+@each(*ONE_ISA)
+def test_bad_input_is_refused_before_anything_is_written(backend, change, message):
     arguments = {
         "k": torch.ones(2, 2, 3),
         "v": torch.ones(2, 2, 3),

@@ -2,57 +2,18 @@
 
 import math
 import re
-from dataclasses import replace
 
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
 
+from compiled_layer import DIM, HEADS, SLOTS, Layer, inputs, layout
 from forktree import ops
-from forktree.ops import AttentionOptions, KVPool
-from forktree.plan.plan import plan
-from layouts import chunk
+from forktree.ops import KVPool
+from forktree.plan.plan import plan_attention
 
-SLOTS, HEADS, DIM = 509, 2, 16
 POOL = SLOTS * HEADS * DIM
-
-
-class Layer(torch.nn.Module):
-    """Appends, then computes from what it appended."""
-
-    def __init__(self):
-        super().__init__()
-        self.project = torch.nn.Linear(32, 3 * HEADS * DIM)
-        self.register_buffer("k_slots", torch.zeros(SLOTS, HEADS, DIM))
-        self.register_buffer("v_slots", torch.zeros(SLOTS, HEADS, DIM))
-
-    def forward(self, x, slots, shift, inv_freq, indptr, index, plan):
-        q, k, v = self.project(x).view(-1, 3 * HEADS, DIM).split(HEADS, 1)
-        pool = KVPool(self.k_slots, self.v_slots)
-        ops.append_kv(k, v, slots, pool)
-        q = ops.rotate_rows(q, shift, inv_freq)
-        out, lse = ops.tree_attention(q, pool, plan, AttentionOptions(softcap=20.0), return_lse=True)
-        out, lse = ops.merge_states(out, lse, indptr, index)
-        return out * 2, lse
-
-
-def inputs():
-    return (
-        torch.randn(4, 32),
-        torch.tensor([300, 1, 508, 2]),
-        torch.arange(4),
-        10000.0 ** (-torch.arange(0, DIM, 2) / DIM),
-        torch.tensor([0, 1, 4]),
-        torch.tensor([2, 0, 1, 3]),
-        plan(layout(), num_qo_heads=HEADS, num_kv_heads=HEADS, head_dim=DIM),
-    )
-
-
-def layout():
-    """A chunk of the four tokens, in the slots they are appended to."""
-    return replace(chunk(4), slot_index=[300, 1, 508, 2])
-
 
 def largest_buffer(code):
     """Elements of the largest buffer that generated code allocates."""
@@ -101,7 +62,7 @@ def test_registrations_are_sound(dtype):
     opcheck(registered.rotate_rows.default, (q, torch.arange(3), torch.rand(3), True, 6))
     o, lse = torch.randn(5, HEADS, DIM).to(dtype), torch.randn(5, HEADS)
     opcheck(registered.merge_states.default, (o, lse, torch.tensor([0, 2, 2]), torch.tensor([4, 1])))
-    made = plan(layout(), num_qo_heads=2 * HEADS, num_kv_heads=HEADS, head_dim=DIM)
+    made = plan_attention(layout(), num_qo_heads=2 * HEADS, num_kv_heads=HEADS, head_dim=DIM)
     q, pool = torch.randn(4, 2 * HEADS, DIM).to(dtype), torch.randn(SLOTS, HEADS, DIM).to(dtype)
     for per_head in (None, torch.rand(2 * HEADS)):
         arguments = (q, pool, pool, *made.on(q.device), 4, made.num_partials, 0.3, None, per_head, per_head)
@@ -112,16 +73,3 @@ def test_tokens_may_come_from_the_pool():
     pool = torch.arange(8.0)[:, None, None].repeat(1, 2, 3)
     torch.ops.forktree.append_kv.default(pool[1:3], pool[1:3], torch.tensor([6, -1]), pool, pool.clone())
     assert pool[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 1, 7]
-
-
-def test_backends_must_be_able_to(monkeypatch):
-    monkeypatch.setenv("FORKTREE_BACKEND", "cpu")
-    wide = torch.zeros(2, 1, 4, dtype=torch.float64)
-    shift, inv_freq = torch.arange(2), torch.ones(2)
-    with pytest.raises(ValueError, match=r"FORKTREE_BACKEND=cpu: expected fp32, .* got torch.float64"):
-        ops.rotate_rows(wide, shift, inv_freq)
-    with pytest.raises(ValueError, match=r"FORKTREE_BACKEND=cpu: expected tensors on the CPU, got meta"):
-        ops.rotate_rows(*(x.to("meta") for x in (wide.float(), shift, inv_freq)))
-    monkeypatch.delenv("FORKTREE_BACKEND")
-    with pytest.raises(ValueError, match=r"q must be fp32, bf16 or fp16 .* got torch.float64"):
-        torch.ops.forktree.rotate_rows.default(wide, shift, inv_freq, False, 4)

@@ -14,7 +14,7 @@ from backends import by_reference, specified
 from forktree import _core, ops
 from forktree.ops import AttentionOptions, KVPool
 from forktree.plan.cost_model import CPU
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import KINDS, random_layout
 
 fuzz = settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -186,7 +186,7 @@ def test_tree_attention(data):
     if data.draw(st.integers(0, 3)) == 0:
         slots = case.layout.slot_index.copy()
         slots[data.draw(st.integers(0, slots.size - 1))] = data.draw(st.sampled_from([-1, 2**31 - 1, -(2**31)]))
-        made = plan(replace(case.layout, slot_index=slots), **heads_of(made))
+        made = plan_attention(replace(case.layout, slot_index=slots), **heads_of(made))
     arguments = tampered(data, arguments)
     try:
         got = attend(made, **arguments)
@@ -247,7 +247,7 @@ def attention_arguments(data, dims=(1, 2, 3, 8), value_dims=(0, 1, 2, 3, 8)):
     case = random_layout(data.draw(st.integers(0, 10**4)), data.draw(st.sampled_from(KINDS)), room=1)
     dtype, heads = data.draw(NARROW), kv_heads * group
     sinks = data.draw(st.none() | st.just(torch.linspace(-1, 1, heads)))
-    made = plan(
+    made = plan_attention(
         case.layout,
         num_qo_heads=heads,
         num_kv_heads=kv_heads,

@@ -167,8 +167,8 @@ def test_members_of_score_tokens():
     core, hidden = Core(params.ScoreTokensParams), torch.zeros(5, 9).bfloat16()[:, :8]
     head = LmHead(torch.zeros(40, 8).bfloat16(), torch.zeros(40), 2.0, 30.0)
     edits = [torch.zeros(6, dtype=torch.int32), *torch.zeros(2, 3, dtype=torch.int32), torch.zeros(3)]
-    draw = torch.zeros(5, dtype=torch.long), torch.zeros(4, 5, dtype=torch.double), True, *edits
-    wanted = VocabPass(7, True, *draw, torch.zeros(5, 2, dtype=torch.int32))
+    sample = torch.zeros(5, dtype=torch.long), torch.zeros(4, 5, dtype=torch.double), True, *edits
+    wanted = VocabPass(7, True, *sample, torch.zeros(5, 2, dtype=torch.int32))
     found = params.score_tokens(core, 0, hidden, head, wanted)
     tensors = {name: x.data_ptr() for name, x in wanted._asdict().items() if isinstance(x, torch.Tensor)}
     core.check(

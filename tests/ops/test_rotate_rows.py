@@ -1,14 +1,27 @@
+"""`ops.rotate_rows` by every backend that is there, against rotation of complex numbers in fp64."""
+
 import pytest
 import torch
 
-from backends import BACKENDS, COMPILED, by_reference, off_alignment
+from backends import (
+    DENSE,
+    EXACT,
+    FLOATS,
+    NARROW,
+    ON_GPU,
+    ONE_ISA,
+    REFERENCE,
+    TORCH,
+    by_reference,
+    each,
+    each_of,
+    on,
+    sentinels,
+)
 from forktree import ops
 
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request, monkeypatch):
-    monkeypatch.setenv("FORKTREE_BACKEND", request.param)
-    return request.param
+# on outputs of size 1 on a GPU
+TOLERANCE = {torch.float32: 5e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def rotary(x, position, inv_freq, interleaved):
@@ -25,7 +38,8 @@ def rotary(x, position, inv_freq, interleaved):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotary_dim", [16, 6])
-def test_moves_rows_to_other_positions(rotary_dim, interleaved):
+@each(*ONE_ISA)
+def test_moves_rows_to_other_positions(backend, rotary_dim, interleaved):
     inv_freq = 10000.0 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
     x = torch.randn(4, 3, 16)
     start, shift = [0, 7, 100, 131072], [0, 5, -60, 100000]
@@ -37,10 +51,8 @@ def test_moves_rows_to_other_positions(rotary_dim, interleaved):
     assert torch.equal(q, before) and torch.equal(got[0], q[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@each_of(("dtype",), ((b, d) for b in ONE_ISA for d in (*NARROW, *[torch.float64] * (b in (REFERENCE, TORCH)))))
 def test_keeps_the_dtype(backend, dtype):
-    if backend in COMPILED and dtype == torch.float64:
-        pytest.skip("fp64 is left to the torch backend")
     inv_freq = torch.tensor([1.0, 0.1])
     q = torch.randn(2, 1, 4).to(dtype)
     got = ops.rotate_rows(q, torch.tensor([3, 4], dtype=torch.int32), inv_freq)
@@ -49,24 +61,40 @@ def test_keeps_the_dtype(backend, dtype):
     torch.testing.assert_close(got, expected.to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("rows", [3, 300])  # 300: several threads
-def test_any_strides_any_number_of_threads(rows, interleaved, dtype, threads):
+# 300: several threads
+@each_of(("rows",), ((b, n) for b in ONE_ISA for n in (3, 300)[: 1 if b.interpreted else 2]))
+def test_any_strides_any_number_of_threads(backend, rows, interleaved, dtype, threads):
     packed = torch.randn(rows, 9, 40).to(dtype)
     inv_freq = 10000.0 ** (-torch.arange(0, 32, 2) / 32)
     shift = torch.randint(-(2**20), 2**20, (rows, 2))
     spread = torch.stack([packed, packed], 3)[..., 0]
-    heads_first = packed.transpose(0, 1).contiguous().transpose(0, 1)
-    odd = torch.cat([packed, packed[..., :1]], 2)[..., :-1]
-    for q in (packed, packed[:, 1:7], packed[:, ::3], heads_first, spread, odd, off_alignment(packed)):
+    views = [stride(packed) for stride in DENSE.values()]
+    for q in (packed, packed[:, 1:7], packed[:, ::3], spread, *views):
         expected = by_reference("rotate_rows", q, shift[:, 0], inv_freq, interleaved, 32)
         results = []
-        for n in threads:
+        for n in threads[: 1 if backend.interpreted else 3]:
             torch.set_num_threads(n)
             results.append(ops.rotate_rows(q, shift[:, 0], inv_freq, interleaved=interleaved, rotary_dim=32))
             assert torch.equal(results[-1], results[0])
         torch.testing.assert_close(results[0], expected)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 32), (80, 6)], ids=str)
+@each_of(("dtype",), ((b, dtype) for b in (*EXACT, *ON_GPU) for dtype in FLOATS))
+def test_far_shifts(backend, dtype, dims, interleaved):
+    dim, rotary_dim = dims
+    q = torch.randn(9, 5, dim).to(dtype)
+    shift = torch.tensor([0, 1, -1, 5, -60, 4096, 131072, -131072, 10**6])
+    inv_freq = 10000.0 ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    how = dict(interleaved=interleaved, rotary_dim=rotary_dim)
+    with sentinels(backend.device):
+        got = ops.rotate_rows(*on(backend.device, q, shift, inv_freq), **how).cpu()
+    expected = by_reference("rotate_rows", q.double(), shift, inv_freq, *how.values())
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+    assert torch.equal(got[0], q[0]) and torch.equal(got[..., rotary_dim:], q[..., rotary_dim:])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +110,8 @@ def test_any_strides_any_number_of_threads(rows, interleaved, dtype, threads):
         ({"rotary_dim": 6}, r"rotary_dim must be even and in \[2, 4\] \(D\), got 6"),
     ],
 )
-def test_bad_input_is_refused_by_name(change, message):
+@each(*EXACT)  # Triton, as on a GPU, looks at no values
+def test_bad_input_is_refused_by_name(backend, change, message):
     arguments = {"q": torch.zeros(2, 1, 4), "shift": torch.tensor([0, 1]), "inv_freq": torch.zeros(2)}
     with pytest.raises(ValueError, match=message):
         ops.rotate_rows(**{**arguments, **change})

@@ -1,6 +1,6 @@
-"""Drawing tokens: whole texts follow transformers' own logits and warpers, and every draw is keyed.
+"""Sampling tokens: whole texts follow transformers' own logits and warpers, and every token has its key.
 
-The draw of one token is tested in `test_score_tokens.py`.
+How one token is sampled is tested in `test_score_tokens.py`.
 """
 
 import math
@@ -13,18 +13,19 @@ from scipy import stats
 
 import tiny
 from distributions import by_transformers, chi_square
-from forktree import BestOfN, Decoder, Draw, FunctionReward, InvalidInput, Sample, Sampling, TokenRequest, ops
+from forktree import BestOfN, Decoder, FunctionReward, InvalidInput, KeyedSampling, Sample, Sampling, TokenRequest, ops
 from forktree.ops.sampling import noise
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["exponential", "uniform"])
 def test_noise_is_uniform_and_independent_over_seeds_positions_and_tiles(number: int) -> None:
     seeds = np.arange(300)
-    keys = [torch.from_numpy(Draw(Sampling(), seed=seeds, position=np.full(300, p)).keys.view("int64")) for p in seeds]
+    keyed = (KeyedSampling(Sampling(), seed=seeds, position=np.full(300, p)) for p in seeds)
+    keys = [torch.from_numpy(each.keys.view("int64")) for each in keyed]
     by_position = torch.stack([noise(k, 8)[number][:, 7] for k in keys])
     by_tile = noise(keys[5], 300)[number].T
-    for drawn in (by_position, by_tile):  # [position or tile, seed]
-        grid = (-torch.expm1(-drawn) if number == 0 else drawn).numpy()
+    for sampled in (by_position, by_tile):  # [position or tile, seed]
+        grid = (-torch.expm1(-sampled) if number == 0 else sampled).numpy()
         assert (grid >= 0).all() and (grid < 1).all()
         counts = np.bincount((grid.ravel() * 64).astype(int), minlength=64)
         assert stats.chisquare(counts).pvalue > 1e-4
@@ -40,7 +41,7 @@ def test_noise_is_uniform_and_independent_over_seeds_positions_and_tiles(number:
 
 
 def test_the_two_numbers_of_a_tile_are_independent() -> None:
-    keys = Draw(Sampling(), seed=np.arange(1000), position=np.zeros(1000, int)).keys.view("int64")
+    keys = KeyedSampling(Sampling(), seed=np.arange(1000), position=np.zeros(1000, int)).keys.view("int64")
     exponential, u = noise(torch.from_numpy(keys), 90)
     v = -torch.expm1(-exponential)
     cells = np.bincount((torch.floor(v * 16) * 16 + torch.floor(u * 16)).long().flatten().numpy(), minlength=256)
@@ -87,7 +88,8 @@ def test_numbers_of_numpy_are_numbers() -> None:
         Sampling(np.float32(0.5), np.int64(3), np.float64(0.75), np.float16(0.25)),
     )
     given = [
-        TokenRequest(draw=Draw(s, seed, [0, 1, 2, 3])) for s, seed in ((plain, [1, 2, 3, 4]), (own, np.arange(1, 5)))
+        TokenRequest(sample=KeyedSampling(s, seed, [0, 1, 2, 3]))
+        for s, seed in ((plain, [1, 2, 3, 4]), (own, np.arange(1, 5)))
     ]
     found = [ops.score_tokens(logits, torch.eye(50).double(), request).token for request in given]
     assert torch.equal(*found)
@@ -112,15 +114,16 @@ def test_numbers_of_numpy_are_numbers() -> None:
         (dict(allowed=np.ones((2, 1), np.int32)), "allowed must be an int32 tensor, got ndarray"),
     ],
 )
-def test_bad_draws_are_refused(wrong: dict[str, Any], message: str) -> None:
+def test_bad_keyed_sampling_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
-        _ = Draw(**{"sampling": Sampling(), "seed": [1, 2], "position": [0, 0], **wrong}).keys
+        _ = KeyedSampling(**{"sampling": Sampling(), "seed": [1, 2], "position": [0, 0], **wrong}).keys
 
 
-def test_seeds_of_all_64_bits_draw_as_their_bits_do() -> None:
+def test_seeds_of_all_64_bits_sample_as_their_bits_do() -> None:
     bits = np.array([2**64 - 1, 2**63, 5], np.uint64)
     for seeds in (bits, bits.tolist(), bits.view(np.int64), torch.from_numpy(bits.view(np.int64))):
-        assert np.array_equal(Draw(Sampling(), seeds, [1, 2, 3]).keys, Draw(Sampling(), bits, [1, 2, 3]).keys)
+        found, expected = (KeyedSampling(Sampling(), seed, [1, 2, 3]).keys for seed in (seeds, bits))
+        assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7), Sampling(1.3, top_k=3), Sampling(1.0, top_p=0.8)])

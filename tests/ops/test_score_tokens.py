@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -18,143 +18,205 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from backends import off_alignment
-from distributions import chi_square, draws, shaped, spread
-from forktree import Draw, InvalidInput, LogitEdits, NonFinite, RaggedIds, Sampling, TokenRequest, TokenScores, ops
+from backends import FLOATS, HOST, ON_GPU, REFERENCE, TORCH, Backend, each, each_dtype, each_of, off_alignment
+from distributions import chi_square, shaped, spread
+from forktree import (
+    InvalidInput,
+    KeyedSampling,
+    LogitEdits,
+    NonFinite,
+    RaggedIds,
+    Sampling,
+    TokenRequest,
+    TokenScores,
+    ops,
+)
 from forktree.ops.assemble import VocabPass
+from forktree.ops.token_request import ADD, REPETITION
+from scores import (
+    FREE,
+    GREEDY,
+    KINDS,
+    OPEN,
+    SETTLED,
+    agree,
+    close,
+    compare,
+    exact_logits,
+    given_logits,
+    keyed,
+    problem,
+    same_logits,
+    samples_agree,
+    scored,
+    words,
+)
 
-BACKENDS = ["reference", "torch", "cpu"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-KINDS = [
-    Sampling(),
-    Sampling(0.0),
-    Sampling(0.6),
-    Sampling(0.9, top_k=5),
-    Sampling(1.1, top_p=0.8),
-    Sampling(1.2, min_p=0.05),
-    Sampling(0.9, top_k=50, top_p=0.9, min_p=0.01),
-    Sampling(1.0, top_k=1),
-    Sampling(1.0, top_p=1e-6),
-    Sampling(1.0, top_k=10**6),
-    Sampling(2.0, top_k=200),  # these leave more than 64 tokens
-    Sampling(3.0, top_p=0.9),
-    Sampling(3.0, top_k=150, top_p=0.9),
-    Sampling(3.0, min_p=0.001),
-]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FORKTREE_BACKEND", request.param)
-    return str(request.param)
+FAST = [REFERENCE, TORCH, Backend("cpu")]  # enough for thousands of rows
+WITH_FP64 = [(b, d) for b in FAST for d in (*FLOATS, *[torch.float64] * (b.name != "cpu"))]
+ALL = [b for b in (*HOST, *ON_GPU) if b.name != "cuda"]  # which has none of its own
 
 
-def problem(rows: int, vocab: int, size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
-    torch.manual_seed(seed)
-    return torch.randn(rows, size).to(dtype), (torch.randn(vocab, size) * 2 / size**0.5).to(dtype)
+SHAPES = [(1, 67, 24), (3, 257, 33), (19, 300, 64)]  # T, V, H: rows and tokens in several tiles, in several splits
 
 
-def given_logits(z: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden and lm_head that give these finite logits [T, V] to the bit."""
-    return torch.eye(len(z), dtype=z.dtype), z.T.contiguous()
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_dtype(*ALL)
+def test_everything_at_once(backend, dtype, shape):
+    rows, vocab, _ = shape
+    hidden, lm_head = problem(*shape, dtype, spread=3.0)
+    kinds = [*SETTLED, *OPEN, *FREE]
+    request = TokenRequest(
+        top_k=7,
+        sample=keyed(rows, [kinds[i % len(kinds)] for i in range(rows)]),
+        targets=torch.arange(rows) * 3,
+        select=torch.tensor([1, vocab - 1]),
+        lse=True,
+        entropy=True,
+    )
+    bias = torch.linspace(-1, 1, vocab)
+    compare(backend, hidden, lm_head, request, bias=bias, scale=0.7, softcap=4.0)
 
 
-def same_logits(z: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """hidden and lm_head that give every row these finite logits [V] to the bit."""
-    return z.new_ones(rows, 1), z[:, None].contiguous()
+@pytest.mark.parametrize("part", [dict(lse=True), dict(entropy=True), dict(top_k=1)], ids=str)
+@each(*ALL)
+def test_parts_alone(backend, part):
+    compare(backend, *problem(3, 150, 16, spread=3.0), TokenRequest(**part))
 
 
-def words(allowed: Tensor) -> Tensor:
-    """allowed: bool [T, V], as bits."""
-    bits = F.pad(allowed, (0, -allowed.shape[1] % 32)).unflatten(1, (-1, 32)).long() << torch.arange(32)
-    return bits.sum(dim=2).to(torch.int32)
+@pytest.mark.parametrize("top_k", [2, 16, 17, 64])
+@each(*ALL)
+def test_best_tokens(backend, top_k):
+    compare(backend, *problem(3, 500, 16, spread=3.0), TokenRequest(top_k=top_k))
+    compare(backend, *problem(2, 40, 16, spread=3.0), TokenRequest(top_k=top_k))
 
 
-def logits(
-    hidden: Tensor, lm_head: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
-) -> Tensor:
-    """By PyTorch, in the type given."""
-    z = scale * F.linear(hidden, lm_head, None if bias is None else bias.to(hidden.dtype))
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+@each(*ALL)
+def test_best_tokens_of_equals_and_of_minus_infinity(backend):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (3, 300), generator=g).float()
+    logits[1, ::3], logits[2, 5:] = -0.0, -torch.inf
+    hidden, lm_head = given_logits(logits.nan_to_num(neginf=-1e30))
+    compare(backend, hidden, lm_head, TokenRequest(top_k=64))
+    bias = torch.zeros(300)
+    bias[7:] = -torch.inf
+    request = TokenRequest(top_k=9, entropy=True, sample=keyed(2, Sampling(top_p=0.9)))
+    got = compare(backend, hidden[:2], lm_head, request, bias=bias)
+    assert got.top_log_probs[:, 7:].eq(-torch.inf).all()
 
 
-def exact_logits(hidden: Tensor, lm_head: Tensor, **head: Any) -> tuple[Tensor, float]:
-    """In fp64, and what a number may be off: little more than PyTorch's own are at this type, products not rounded."""
-    z = logits(hidden.double(), lm_head.double(), **head)
-    largest = 1 + float(z[z.isfinite()].abs().max())
-    if hidden.dtype == torch.float64:
-        return z, 1e-14 * largest
-    own = logits(hidden.float(), lm_head.float(), **head).log_softmax(dim=1).double() - z.log_softmax(dim=1)
-    return z, 3 * float(own.nan_to_num().abs().max()) + 4 * torch.finfo(torch.float32).eps * largest
+@each(*ALL)
+def test_zeros_of_both_signs_are_equals(backend):
+    hidden, lm_head = given_logits(torch.tensor([[-1e-25, 1e-25]]).repeat(1, 60))
+    got = scored(backend, hidden, lm_head, TokenRequest(top_k=9), scale=1e-25)
+    assert got.top_ids.tolist() == [list(range(9))]
 
 
-def close(found: Tensor | None, expected: Tensor, off: float) -> None:
-    assert found is not None and found.shape == expected.shape
-    torch.testing.assert_close(found.double(), expected, atol=off, rtol=0)
+@pytest.mark.parametrize("kinds", [SETTLED, OPEN, FREE], ids=["settled", "open", "free"])
+@each(*ALL)
+def test_samples(backend, kinds):
+    rows = 2 * len(kinds)
+    hidden, lm_head = problem(rows, 400, 32, spread=3.0)
+    compare(backend, hidden, lm_head, TokenRequest(sample=keyed(rows, kinds * 2)))
 
 
-def agree(found: TokenScores, request: TokenRequest, z: Tensor, off: float) -> None:
-    """Everything but draws and heads, with exact logits z."""
-    lse = z.logsumexp(dim=1)
-    log_probs = z - lse[:, None]
-    close(found.lse, lse, off)
-    if request.entropy:
-        close(found.entropy, torch.special.entr(log_probs.exp()).sum(dim=1), off * (1 + math.log(z.shape[1])))
-    best, order = z.sort(dim=1, descending=True, stable=True)
-    if request.top_k:
-        k, ids = min(request.top_k, z.shape[1]), found.top_ids
-        assert ids is not None and ids.dtype == torch.long and ids.shape == (len(z), k)
-        assert (ids.sort(dim=1).values.diff(dim=1) > 0).all()
-        torch.testing.assert_close(z.gather(1, ids), best[:, :k], atol=2 * off, rtol=0)
-        close(found.top_log_probs, log_probs.gather(1, ids), off)
-        gap = F.pad(-best.diff(dim=1), (1, 1), value=torch.inf).nan_to_num(nan=0)
-        alone = (torch.minimum(gap[:, 1:], gap[:, :-1]) > 2 * off)[:, :k]
-        assert torch.equal(ids[alone], order[:, :k][alone])
-    if request.targets is not None:
-        close(found.target_log_probs, log_probs.gather(1, request.targets.long()[:, None])[:, 0], off)
-    if isinstance(request.select, RaggedIds):
-        at = torch.arange(len(z)).repeat_interleave(request.select.indptr.long().diff()), request.select.ids.long()
-        close(found.selected_logits, z[at], 2 * off)
-        close(found.selected_log_probs, log_probs[at], off)
-    elif request.select is not None:
-        close(found.selected_logits, z[:, request.select.long()], 2 * off)
-        close(found.selected_log_probs, log_probs[:, request.select.long()], off)
+@pytest.mark.parametrize("kinds", [SETTLED, OPEN, FREE], ids=["settled", "open", "free"])
+@each(*ALL)
+def test_samples_among_equals(backend, kinds):
+    """Tokens that tie with a threshold stay, be they within the best 64 or beyond."""
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randint(0, 4, (len(kinds), 400), generator=g).float() * 2
+    compare(backend, *given_logits(logits), TokenRequest(sample=keyed(len(kinds), kinds)))
 
 
-def is_clear(z: Tensor, draw: Draw, off: float) -> Tensor:
-    """Rows [T] of which rounding by `off` takes or gives no token to draw."""
-    rows = len(z)
-    each = [draw.sampling] * rows if isinstance(draw.sampling, Sampling) else draw.sampling
-    clear = torch.ones(rows, dtype=torch.bool)
-    left = shaped(z, draw) > 0
-    for near in (1 - off, 1 + off):
-        around = [
-            Sampling(s.temperature, s.top_k, s.top_p if s.top_p == 1 else min(s.top_p * near, 1.0), s.min_p * near)
-            for s in each
-        ]
-        other = Draw(around, draw.seed, draw.position, draw.edits, draw.allowed)
-        clear &= ((shaped(z, other) > 0) == left).all(dim=1)
-    everything = Draw(Sampling(), draw.seed, draw.position, draw.edits, draw.allowed)
-    s = shaped(z, everything).log()
-    lowest = s.where(left, torch.inf).amin(dim=1)
-    highest_lost = s.where(~left, -torch.inf).amax(dim=1)
-    return clear & (lowest - highest_lost > 2 * off)
+@pytest.mark.parametrize("kinds", [SETTLED, OPEN, FREE], ids=["settled", "open", "free"])
+@each(*ALL)
+def test_samples_of_edited_and_masked_logits(backend, kinds):
+    rows, vocab, g = len(kinds), 400, np.random.default_rng(0)
+    hidden, lm_head = problem(rows, vocab, 32, seed=3, spread=3.0)
+    texts = [g.integers(0, vocab, n) for n in g.integers(0, 9, rows)]
+    texts[0] = np.arange(120, 140)  # many in one tile
+    bias = {0: 1.5, 64: -np.inf, 256: 2.0, 399: 1.0}  # first of splits, last of all
+    edits = LogitEdits.penalties(texts, repetition=1.3, frequency=0.2, presence=0.5, bias=bias)
+    allowed = words(torch.from_numpy(g.random((rows, vocab)) < 0.7))
+    compare(backend, hidden, lm_head, TokenRequest(sample=keyed(rows, kinds, edits=edits, allowed=allowed), top_k=3))
+    if kinds is FREE:
+        compare(backend, hidden, lm_head, TokenRequest(sample=keyed(rows, kinds, edits=edits)))
 
 
-def draws_agree(found: TokenScores, draw: Draw, z: Tensor, off: float) -> Tensor:
-    """The draws of exact logits z, except where a number is within rounding of where they change. Returns which were
-    compared, [T]."""
-    p = shaped(z, draw)
-    tokens, distance = draws(p.numpy(), draw.keys)
-    assert found.token.dtype == torch.long
-    sure = is_clear(z, draw, off) & (torch.from_numpy(distance) > 10 * off)
-    assert torch.equal(found.token[sure], torch.from_numpy(tokens)[sure])
-    at = found.token[:, None]
-    close(found.log_prob, z.log_softmax(dim=1).gather(1, at)[:, 0], off)
-    # 2e-7 is the resolution of fp32 near 1; temperatures below 1 enlarge what logits are off
-    coldest = min(t for t in [1.0, *draw.settings[0].tolist()] if t > 0)
-    close(found.shaped_log_prob[sure], p.log().gather(1, at)[:, 0][sure], 2 * off / coldest + 2e-7)
-    return sure
+@each(*ALL)
+def test_edits_of_one_token_are_applied_in_their_order(backend):
+    hidden, lm_head = problem(2, 100, 8, spread=3.0)
+    kinds = [ADD, REPETITION, ADD, REPETITION, ADD]
+    edits = LogitEdits([0, 4, 5], [9, 9, 9, 70, 9], kinds, [5.0, 2.0, 30.0, 3.0, 40.0])
+    got = compare(backend, hidden, lm_head, TokenRequest(sample=keyed(2, Sampling(), edits=edits)))
+    assert got.token.tolist() == [9, 9]
+
+
+@each(*ALL)
+def test_one_token_allowed_or_none(backend):
+    rows, vocab = 4, 200
+    hidden, lm_head = problem(rows, vocab, 16, spread=3.0)
+    allowed = torch.zeros(rows, vocab, dtype=torch.bool)
+    allowed[0, 150] = allowed[3, 199] = allowed[2, 64] = True
+    kinds = [Sampling(top_p=0.5), Sampling(top_k=3), Sampling(), GREEDY]
+    request = TokenRequest(sample=keyed(rows, kinds, allowed=words(allowed)))
+    got = compare(backend, hidden, lm_head, request)
+    assert got.token.tolist() == [150, 0, 64, 199]
+    with pytest.raises(InvalidInput, match="row 1: no token is allowed"):
+        scored(backend, hidden, lm_head, request, check=True)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), GREEDY, Sampling(top_k=100)], ids=str)
+@each(*ALL)
+def test_bad_rows_leave_others_alone(backend, sampling):
+    hidden, lm_head = problem(6, 150, 16, spread=3.0)
+    request = TokenRequest(sample=keyed(6, sampling), top_k=4, entropy=True)
+    clean = compare(backend, hidden, lm_head, request)
+    hidden[2], hidden[4, 3] = torch.nan, torch.inf
+    got = scored(backend, hidden, lm_head, request)
+    good = [0, 1, 3, 5]
+    for name, value in vars(clean).items():
+        if value is not None:
+            assert torch.equal(getattr(got, name)[good], value[good]), name
+    assert not got.lse[[2, 4]].isfinite().any()
+    assert got.token[[2, 4]].tolist() == [0, 0] and got.log_prob[[2, 4]].isnan().all()
+    assert got.shaped_log_prob[[2, 4]].isnan().all()
+    with pytest.raises(NonFinite, match="logits of row 2"):
+        got.check()
+    nothing = torch.full((150,), -torch.inf)
+    assert scored(backend, hidden[:1], lm_head, TokenRequest(lse=True), bias=nothing).lse[0] == -torch.inf
+
+
+@each(*ALL)
+def test_a_row_does_not_depend_on_its_neighbours(backend):
+    kinds = [*SETTLED, *OPEN, *FREE][:: 4 if backend.interpreted else 2]
+    rows = len(kinds)
+    hidden, lm_head = problem(rows, 400, 32, spread=3.0)
+    together = scored(backend, hidden, lm_head, TokenRequest(sample=keyed(rows, kinds), entropy=True))
+    again = scored(backend, hidden, lm_head, TokenRequest(sample=keyed(rows, kinds), entropy=True))
+    for name, value in vars(together).items():
+        assert value is None or torch.equal(value, getattr(again, name)), name
+    for t in (1, rows - 2):
+        alone = KeyedSampling(kinds[t], seed=[t], position=[7 * t])
+        found = scored(backend, hidden[t : t + 1], lm_head, TokenRequest(sample=alone))
+        assert found.token[0] == together.token[t]
+
+
+@each(*ALL)
+def test_huge_logits(backend):
+    logits = torch.linspace(-1, 1, 200).expand(3, 200) * torch.tensor([1e4, 1e8, 1e30])[:, None]
+    request = TokenRequest(sample=keyed(3, Sampling(top_p=0.9)), top_k=5, entropy=True)
+    compare(backend, *given_logits(logits), request, tolerance=1e-4)
+
+
+@each(*ALL)
+def test_hidden_states_of_any_strides(backend):
+    hidden, lm_head = problem(5, 100, 16, spread=3.0)
+    apart = torch.stack([hidden, hidden], 2)[..., 0]
+    request = TokenRequest(top_k=3)
+    expected = compare(backend, hidden, lm_head, request).top_ids
+    assert torch.equal(scored(backend, apart, lm_head, request).top_ids, expected)
 
 
 # ---------------------------------------------------------------------- values
@@ -168,11 +230,9 @@ HEADS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head", HEADS, ids=",".join)
-def test_equals_fp64(backend: str, dtype: torch.dtype, head: dict[str, Any]) -> None:
-    if backend == "cpu" and dtype == torch.float64:
-        pytest.skip("fp64 is left to the torch backend")
+@each_of(("dtype",), WITH_FP64)
+def test_equals_fp64(backend: Backend, dtype: torch.dtype, head: dict[str, Any]) -> None:
     rows, vocab, size = 9, 777, 130
     hidden, lm_head = problem(rows, vocab, size, dtype)
     z, off = exact_logits(hidden, lm_head, **head)
@@ -189,16 +249,17 @@ def test_equals_fp64(backend: str, dtype: torch.dtype, head: dict[str, Any]) -> 
         assert found.lse.dtype == real
 
 
-def test_nothing_is_answered_that_was_not_asked_for(backend: str) -> None:
+@each(*FAST)
+def test_nothing_is_answered_that_was_not_asked_for(backend: Backend) -> None:
     hidden, lm_head = problem(3, 100, 8)
     z, off = exact_logits(hidden, lm_head)
-    draw = Draw(Sampling(), [0, 1, 2], [0, 0, 0])
+    sample = KeyedSampling(Sampling(), [0, 1, 2], [0, 0, 0])
     cases: list[tuple[TokenRequest, set[str]]] = [
         (TokenRequest(), set()),
         (TokenRequest(lse=True), {"lse"}),
         (TokenRequest(entropy=True), {"lse", "entropy"}),
         (TokenRequest(top_k=3), {"lse", "top_ids", "top_log_probs"}),
-        (TokenRequest(draw=draw), {"lse", "token", "log_prob", "shaped_log_prob"}),
+        (TokenRequest(sample=sample), {"lse", "token", "log_prob", "shaped_log_prob"}),
         (TokenRequest(targets=torch.tensor([1, 2, 3])), {"lse", "target_log_probs"}),
         (TokenRequest(select=torch.tensor([7, 3])), {"selected_logits"}),
     ]
@@ -213,13 +274,14 @@ def test_nothing_is_answered_that_was_not_asked_for(backend: str) -> None:
             agree(found, request, z, off)
 
 
-def test_select_alone_reads_no_other_row(backend: str) -> None:
+@each(*FAST)
+def test_select_alone_reads_no_other_row(backend: Backend) -> None:
     hidden, lm_head = problem(4, 100, 16)
     z, off = exact_logits(hidden, lm_head)
     some, ragged = torch.tensor([3, 90, 3]), RaggedIds(torch.tensor([0, 2, 2, 3, 5]), torch.tensor([90, 3, 17, 3, 90]))
     unread = torch.ones(100, dtype=torch.bool)
     unread[[3, 17, 90]] = False
-    if backend != "reference":
+    if backend.name != "reference":
         lm_head[unread] = torch.nan
     close(ops.score_tokens(hidden, lm_head, TokenRequest(select=some)).selected_logits, z[:, some], 2 * off)
     rows = torch.tensor([0, 0, 2, 3, 3])
@@ -227,21 +289,23 @@ def test_select_alone_reads_no_other_row(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rewards_are_gathered_at_what_was_found(backend: str, dtype: torch.dtype) -> None:
+@each(*FAST)
+def test_rewards_are_gathered_at_what_was_found(backend: Backend, dtype: torch.dtype) -> None:
     hidden, lm_head = problem(6, 300, 20, dtype)
     rewards = torch.randn(300, 20).to(dtype)
-    draw = Draw(Sampling(), np.arange(6), np.zeros(6, int))
-    found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=70, draw=draw, rewards=rewards))
+    sample = KeyedSampling(Sampling(), np.arange(6), np.zeros(6, int))
+    found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=70, sample=sample, rewards=rewards))
     exact = hidden.double() @ rewards.double().T
     close(found.top_rewards, exact.gather(1, found.top_ids), 1e-4)
     close(found.token_reward, exact.gather(1, found.token[:, None])[:, 0], 1e-4)
 
 
-def test_rows_of_any_stride_and_address(backend: str) -> None:
+@each(*FAST)
+def test_rows_of_any_stride_and_address(backend: Backend) -> None:
     hidden, lm_head = problem(20, 333, 37)
     z, off = exact_logits(hidden, lm_head)
-    draw = Draw([KINDS[i % len(KINDS)] for i in range(20)], np.arange(20), np.arange(20))
-    request = TokenRequest(top_k=7, draw=draw, entropy=True)
+    sample = KeyedSampling([KINDS[i % len(KINDS)] for i in range(20)], np.arange(20), np.arange(20))
+    request = TokenRequest(top_k=7, sample=sample, entropy=True)
     wide = torch.full((20, 50), torch.nan)
     wide[:, 3:40] = hidden
     for states, head in (
@@ -251,12 +315,13 @@ def test_rows_of_any_stride_and_address(backend: str) -> None:
     ):
         found = ops.score_tokens(states, head, request)
         agree(found, request, z, off)
-        assert draws_agree(found, draw, z, off).sum() > 15
+        assert samples_agree(found, sample, z, off).sum() > 15
 
 
-def test_no_rows(backend: str) -> None:
+@each(*FAST)
+def test_no_rows(backend: Backend) -> None:
     hidden, lm_head = problem(0, 70, 8)
-    request = TokenRequest(top_k=3, draw=Draw(Sampling(), [], []), entropy=True, select=torch.tensor([1]))
+    request = TokenRequest(top_k=3, sample=KeyedSampling(Sampling(), [], []), entropy=True, select=torch.tensor([1]))
     found = ops.score_tokens(hidden, lm_head, request)
     assert found.top_ids.shape == (0, 3)
     assert found.token.shape == (0,)
@@ -275,7 +340,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         rows=rows,
         vocab=vocab,
         size=draw(st.sampled_from([1, 2, 7, 33, 64, 129])),
-        dtype=draw(st.sampled_from(DTYPES[:3])),
+        dtype=draw(st.sampled_from(FLOATS)),
         top_k=draw(st.sampled_from([0, 1, 2, 5, 64, 65, vocab - 1, vocab, vocab + 1])),
         seed=draw(st.integers(0, 10**6)),
         head=draw(st.sampled_from([{}, {"scale": 2.5}, {"softcap": 4.0}])),
@@ -286,10 +351,10 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@each(*FAST)
 @given(case=cases())
-@settings(max_examples=40, deadline=None, derandomize=True)
-def test_any_shape(name: str, case: dict[str, Any]) -> None:
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape(backend: Backend, case: dict[str, Any]) -> None:
     rows, vocab, rng = case["rows"], case["vocab"], np.random.default_rng(case["seed"])
     hidden, lm_head = problem(rows, vocab, case["size"], case["dtype"], case["seed"])
     if case["misaligned"]:
@@ -315,31 +380,30 @@ def test_any_shape(name: str, case: dict[str, Any]) -> None:
             bits[torch.arange(rows), torch.from_numpy(rng.integers(0, vocab, rows))] = True
         allowed = words(bits)
     kinds = [KINDS[i] for i in rng.integers(0, len(KINDS), rows)]
-    draw = Draw(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 10**6, rows), edits, allowed)
+    sample = KeyedSampling(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 10**6, rows), edits, allowed)
     request = TokenRequest(
         top_k=max(case["top_k"], 0),
-        draw=draw,
+        sample=sample,
         targets=torch.from_numpy(rng.integers(0, vocab, rows)),
         entropy=True,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FORKTREE_BACKEND", name)
-        found = ops.score_tokens(hidden, lm_head, request, **head)
+    found = ops.score_tokens(hidden, lm_head, request, **head)
     z, off = exact_logits(hidden, lm_head, **head)
     agree(found, request, z, off)
-    sure = draws_agree(found, draw, z, off)
+    sure = samples_agree(found, sample, z, off)
     assert (~sure).sum() <= 1 + 0.05 * rows
 
 
 # ---------------------------------------------------------------------- rows that cannot be answered
 
 
-def test_rows_that_are_not_finite_are_named(backend: str) -> None:
+@each(*FAST)
+def test_rows_that_are_not_finite_are_named(backend: Backend) -> None:
     """NaN, and an overflow to infinity; the other rows are not touched."""
     rows = 12
     hidden, lm_head = problem(rows, 200, 16)
-    draw = Draw([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
-    request = TokenRequest(top_k=70, draw=draw, entropy=True)
+    sample = KeyedSampling([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
+    request = TokenRequest(top_k=70, sample=sample, entropy=True)
     before = ops.score_tokens(hidden, lm_head, request)
     for bad in (torch.nan, torch.inf):
         for row in (0, 4, 10):
@@ -365,18 +429,20 @@ def test_rows_that_are_not_finite_are_named(backend: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_row_without_a_token_is_named(backend: str, kind: Sampling) -> None:
+@each(*FAST)
+def test_a_row_without_a_token_is_named(backend: Backend, kind: Sampling) -> None:
     rows, vocab = 5, 130
     hidden, lm_head = problem(rows, vocab, 16)
     seed, position = np.arange(rows), np.zeros(rows, int)
     bits = torch.ones(rows, vocab, dtype=torch.bool)
     bits[3] = False
     banned = LogitEdits([0, 0, 0, 0, vocab, vocab], np.arange(vocab), np.zeros(vocab, int), np.full(vocab, -np.inf))
-    free = ops.score_tokens(hidden, lm_head, TokenRequest(draw=Draw(kind, seed, position))).token
-    for draw in (Draw(kind, seed, position, allowed=words(bits)), Draw(kind, seed, position, banned)):
+    free = ops.score_tokens(hidden, lm_head, TokenRequest(sample=KeyedSampling(kind, seed, position))).token
+    for changes in ({"allowed": words(bits)}, {"edits": banned}):
+        sample = KeyedSampling(kind, seed, position, **changes)
         with pytest.raises(InvalidInput, match="row 3: no token is allowed, mask and edits leave none"):
-            ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
-        found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw), check=False)
+            ops.score_tokens(hidden, lm_head, TokenRequest(sample=sample))
+        found = ops.score_tokens(hidden, lm_head, TokenRequest(sample=sample), check=False)
         assert found.lse is not None and free is not None
         assert found.lse.isfinite().all() and found.token[3] == 0
         others = torch.arange(rows) != 3
@@ -384,18 +450,21 @@ def test_a_row_without_a_token_is_named(backend: str, kind: Sampling) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_one_token_allowed_is_the_one_drawn(backend: str, kind: Sampling) -> None:
+@each(*FAST)
+def test_one_token_allowed_is_the_one_sampled(backend: Backend, kind: Sampling) -> None:
     vocab = 200
     hidden, lm_head = problem(vocab, vocab, 8)
-    draw = Draw(kind, np.arange(vocab), np.zeros(vocab, int), allowed=words(torch.eye(vocab, dtype=torch.bool)))
-    found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
+    allowed = words(torch.eye(vocab, dtype=torch.bool))
+    sample = KeyedSampling(kind, np.arange(vocab), np.zeros(vocab, int), allowed=allowed)
+    found = ops.score_tokens(hidden, lm_head, TokenRequest(sample=sample))
     assert torch.equal(found.token, torch.arange(vocab))
     assert torch.equal(found.shaped_log_prob, torch.zeros(vocab))
     z, off = exact_logits(hidden, lm_head)
     close(found.log_prob, z.log_softmax(dim=1).diagonal(), off)
 
 
-def test_huge_and_infinite_logits(backend: str) -> None:
+@each(*FAST)
+def test_huge_and_infinite_logits(backend: Backend) -> None:
     z = torch.randn(3, 150, generator=torch.Generator().manual_seed(0))
     z[0, 17], z[0, 70] = 1e30, 0.999e30
     z[1] *= 1e30
@@ -404,8 +473,8 @@ def test_huge_and_infinite_logits(backend: str) -> None:
     bias[[0, 5, 64, 149]] = -torch.inf
     hidden, lm_head = given_logits(z)
     for kind in (Sampling(), Sampling(0.5, top_k=3), Sampling(1.0, top_p=0.9), Sampling(2.0, min_p=0.5), Sampling(0.0)):
-        draw = Draw(kind, [1, 2, 3], [0, 0, 0])
-        request = TokenRequest(top_k=150, draw=draw, entropy=True)
+        sample = KeyedSampling(kind, [1, 2, 3], [0, 0, 0])
+        request = TokenRequest(top_k=150, sample=sample, entropy=True)
         found = ops.score_tokens(hidden, lm_head, request, bias=bias)
         exact = z.double() + bias
         assert found.top_ids[0, 0] == 17 and found.top_ids[1, 0] == exact[1].argmax()
@@ -416,7 +485,7 @@ def test_huge_and_infinite_logits(backend: str) -> None:
         close(found.entropy, torch.special.entr(exact.softmax(dim=1)).sum(dim=1), 1e-6)
 
 
-# ---------------------------------------------------------------------- draws
+# ---------------------------------------------------------------------- sampling
 
 
 def flat(vocab: int, temperature: float = 1.0) -> Tensor:
@@ -425,7 +494,8 @@ def flat(vocab: int, temperature: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.temperature], ids=str)
 @pytest.mark.parametrize("changes", [False, True], ids=["as they are", "edited and masked"])
-def test_draws_follow_the_distribution_of_transformers(backend: str, kind: Sampling, changes: bool) -> None:
+@each(*FAST)
+def test_samples_follow_the_distribution_of_transformers(backend: Backend, kind: Sampling, changes: bool) -> None:
     rows, vocab = 1500, 70
     z = 2 * flat(vocab)
     edits = allowed = None
@@ -433,9 +503,9 @@ def test_draws_follow_the_distribution_of_transformers(backend: str, kind: Sampl
         texts = [[3, 3, 50, 69, 0]] * rows
         edits = LogitEdits.penalties(texts, repetition=1.5, presence=0.5, frequency=0.3, bias={7: 3.0})
         allowed = words((torch.arange(vocab) % 3 > 0).expand(rows, -1))
-    draw = Draw(kind, np.arange(rows), np.full(rows, 5), edits, allowed)
-    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(draw=draw))
-    alone = Draw(
+    sample = KeyedSampling(kind, np.arange(rows), np.full(rows, 5), edits, allowed)
+    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(sample=sample))
+    alone = KeyedSampling(
         kind,
         [0],
         [0],
@@ -461,19 +531,21 @@ def columns(edits: LogitEdits) -> tuple[np.ndarray, ...]:
     ],
     ids=str,
 )
-def test_draws_from_flat_distributions(backend: str, kind: Sampling) -> None:
+@each(*FAST)
+def test_samples_from_flat_distributions(backend: Backend, kind: Sampling) -> None:
     """Hundreds of tokens are left: more than any list of candidates holds."""
     rows, vocab = 1500, 3000
     z = flat(vocab)
-    draw = Draw(kind, np.full(rows, 11), np.arange(rows))
-    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(draw=draw))
-    p = shaped(z.double()[None], Draw(kind, [0], [0]))[0]
+    sample = KeyedSampling(kind, np.full(rows, 11), np.arange(rows))
+    found = ops.score_tokens(*same_logits(z, rows), TokenRequest(sample=sample))
+    p = shaped(z.double()[None], KeyedSampling(kind, [0], [0]))[0]
     close(found.shaped_log_prob, p.log()[found.token], 1e-5)
     assert spread(np.bincount(found.token.numpy(), minlength=vocab).astype(float), rows * p.numpy()) > 1e-4
 
 
-def test_rows_drawn_in_all_ways_at_once(backend: str) -> None:
-    """Each row as an independent computation in fp64 draws it; so all backends draw the same."""
+@each(*FAST)
+def test_rows_sampled_in_all_ways_at_once(backend: Backend) -> None:
+    """Each row as an independent computation in fp64 samples it; so all backends sample the same."""
     for vocab, seed in ((50, 0), (777, 1), (2500, 2)):
         rows = 4 * len(KINDS)
         hidden, lm_head = problem(rows, vocab, 24, seed=seed)
@@ -489,38 +561,41 @@ def test_rows_drawn_in_all_ways_at_once(backend: str) -> None:
         kinds = [KINDS[i % len(KINDS)] for i in range(rows)]
         z, off = exact_logits(hidden, lm_head)
         for changes in ((None, None), (edits, None), (None, allowed), (edits, allowed)):
-            draw = Draw(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 100, rows), *changes)
-            found = ops.score_tokens(hidden, lm_head, TokenRequest(draw=draw))
-            sure = draws_agree(found, draw, z, off)
+            sample = KeyedSampling(kinds, rng.integers(0, 2**63, rows), rng.integers(0, 100, rows), *changes)
+            found = ops.score_tokens(hidden, lm_head, TokenRequest(sample=sample))
+            sure = samples_agree(found, sample, z, off)
             assert sure.double().mean() > 0.9
 
 
-def test_a_row_draws_the_same_alone_and_among_256_others(backend: str) -> None:
+@each(*FAST)
+def test_a_row_samples_the_same_alone_and_among_256_others(backend: Backend) -> None:
     rows, vocab = 257, 500
     hidden, lm_head = problem(rows, vocab, 16)
     kinds = [KINDS[i % len(KINDS)] for i in range(rows)]
     seed, position = np.arange(rows) * 7, np.arange(rows) % 13
-    among = ops.score_tokens(hidden, lm_head, TokenRequest(draw=Draw(kinds, seed, position)))
+    among = ops.score_tokens(hidden, lm_head, TokenRequest(sample=KeyedSampling(kinds, seed, position)))
     z, off = exact_logits(hidden, lm_head)
-    clear = draws_agree(among, Draw(kinds, seed, position), z, off)
+    clear = samples_agree(among, KeyedSampling(kinds, seed, position), z, off)
     checked = [*range(0, rows, 16), *range(len(KINDS))]
     for row in checked:
         at = slice(row, row + 1)
-        draw = Draw(kinds[row], seed[at], position[at])
-        alone = ops.score_tokens(hidden[at], lm_head, TokenRequest(draw=draw))
+        sample = KeyedSampling(kinds[row], seed[at], position[at])
+        alone = ops.score_tokens(hidden[at], lm_head, TokenRequest(sample=sample))
         assert among.token is not None and alone.token is not None
         assert alone.token[0] == among.token[row] or not clear[row]
     assert clear[checked].double().mean() > 0.9
 
 
-def test_draws_are_independent_over_seeds_and_positions(backend: str) -> None:
+@each(*FAST)
+def test_samples_are_independent_over_seeds_and_positions(backend: Backend) -> None:
     """Two tokens of two tiles, equally likely; and two of one tile."""
     n = 100
     seeds, positions = (x.reshape(-1) for x in np.meshgrid(np.arange(n), np.arange(n), indexing="ij"))
     for pair in ((0, 64), (3, 40)):
         z = torch.full((65,), -1e30)
         z[list(pair)] = 0
-        found = ops.score_tokens(*same_logits(z, n * n), TokenRequest(draw=Draw(Sampling(), seeds, positions)))
+        request = TokenRequest(sample=KeyedSampling(Sampling(), seeds, positions))
+        found = ops.score_tokens(*same_logits(z, n * n), request)
         assert set(found.token.tolist()) == set(pair)
         first = (found.token.numpy() == pair[0]).reshape(n, n)
         assert stats.binomtest(int(first.sum()), n * n).pvalue > 1e-4
@@ -528,17 +603,18 @@ def test_draws_are_independent_over_seeds_and_positions(backend: str) -> None:
             assert stats.chisquare(np.bincount((2 * a + b).reshape(-1), minlength=4)).pvalue > 1e-4
         for table in (first, first.T):  # whole rows: the largest of 4,950 correlations
             assert np.abs(np.corrcoef(table)[np.triu_indices(n, 1)]).max() < 6 / math.sqrt(n)
-        again = ops.score_tokens(*same_logits(z, n * n), TokenRequest(draw=Draw(Sampling(), seeds, positions)))
+        again = ops.score_tokens(*same_logits(z, n * n), request)
         assert torch.equal(found.token, again.token)
 
 
-def test_ties_with_a_threshold_stay(backend: str) -> None:
+@each(*FAST)
+def test_ties_with_a_threshold_stay(backend: Backend) -> None:
     """Also those that no list of candidates holds: 100 equal tokens."""
     z = torch.cat([torch.tensor([2.0]), torch.ones(100), torch.zeros(20)])
     rows = 1000
     for kind in (Sampling(1.0, top_k=2), Sampling(1.0, top_k=80), Sampling(1.0, min_p=0.36), Sampling(1.0, top_p=0.5)):
         found = ops.score_tokens(
-            *same_logits(z, rows), TokenRequest(draw=Draw(kind, np.arange(rows), np.zeros(rows, int)))
+            *same_logits(z, rows), TokenRequest(sample=KeyedSampling(kind, np.arange(rows), np.zeros(rows, int)))
         )
         expected = z[:101].double().softmax(dim=0)
         close(found.shaped_log_prob, expected.log()[found.token], 1e-5)
@@ -546,7 +622,8 @@ def test_ties_with_a_threshold_stay(backend: str) -> None:
         assert len(observed) == 101 and chi_square(observed, rows * expected.numpy()) > 1e-4
 
 
-def test_equal_logits_come_in_the_order_of_their_ids(backend: str) -> None:
+@each(*FAST)
+def test_equal_logits_come_in_the_order_of_their_ids(backend: Backend) -> None:
     z = torch.zeros(2, 300)
     z[0, [5, 70, 299]] = 1.0
     z[1, 200:] = -0.0
@@ -556,17 +633,19 @@ def test_equal_logits_come_in_the_order_of_their_ids(backend: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-4, 1e-6, 1e-20, 0.0])
-def test_low_temperatures_come_to_the_most_likely_token(backend: str, temperature: float) -> None:
+@each(*FAST)
+def test_low_temperatures_come_to_the_most_likely_token(backend: Backend, temperature: float) -> None:
     z = torch.tensor([[5.0, 90.0, 70.0, 0.0], [-3e4, -2e4, -4e4, -3e38]])
     for kind in (Sampling(temperature), Sampling(temperature, top_p=0.9), Sampling(temperature, top_k=2)):
         for seed in range(20):
-            draw = Draw(kind, [seed, seed], [0, 1])
-            found = ops.score_tokens(*given_logits(z), TokenRequest(draw=draw))
+            sample = KeyedSampling(kind, [seed, seed], [0, 1])
+            found = ops.score_tokens(*given_logits(z), TokenRequest(sample=sample))
             assert found.token.tolist() == [1, 1]
             close(found.shaped_log_prob, torch.zeros(2).double(), 0)
 
 
-def test_temperature_zero_is_the_first_of_the_most_likely_after_edits_and_mask(backend: str) -> None:
+@each(*FAST)
+def test_temperature_zero_is_the_first_of_the_most_likely_after_edits_and_mask(backend: Backend) -> None:
     z = torch.zeros(3, 200)
     z[0, [190, 100]] = 3.0
     z[1, [150, 20]] = 5.0
@@ -575,8 +654,8 @@ def test_temperature_zero_is_the_first_of_the_most_likely_after_edits_and_mask(b
     bits[0, 100] = False
     greedy, mixed = Sampling(0.0, top_k=3, top_p=0.5, min_p=0.3), [Sampling(0.0), Sampling(0.0), Sampling(1.0, top_k=1)]
     for kind in (greedy, mixed):
-        draw = Draw(kind, [1, 2, 3], [0, 0, 0], edits, words(bits))
-        found = ops.score_tokens(*given_logits(z), TokenRequest(draw=draw))
+        sample = KeyedSampling(kind, [1, 2, 3], [0, 0, 0], edits, words(bits))
+        found = ops.score_tokens(*given_logits(z), TokenRequest(sample=sample))
         assert found.token.tolist() == [190, 150, 7]
         close(found.log_prob, z.double().log_softmax(dim=1)[[0, 1, 2], found.token], 1e-5)
         close(found.shaped_log_prob, torch.zeros(3).double(), 0)
@@ -589,8 +668,9 @@ def test_temperature_zero_is_the_first_of_the_most_likely_after_edits_and_mask(b
 @pytest.mark.parametrize("frequency", [0.0, 0.4])
 @pytest.mark.parametrize("presence", [0.0, -0.6])
 @pytest.mark.parametrize("biased", [False, True])
+@each(*FAST)
 def test_penalties_change_the_logits_of_every_token_as_a_loop_does(
-    backend: str, repetition: float, frequency: float, presence: float, biased: bool
+    backend: Backend, repetition: float, frequency: float, presence: float, biased: bool
 ) -> None:
     rng = np.random.default_rng(3)
     rows, vocab = 6, 90
@@ -623,12 +703,12 @@ def test_penalties_change_the_logits_of_every_token_as_a_loop_does(
     bits = torch.zeros(len(row), vocab, dtype=torch.bool)
     bits[torch.arange(len(row)), other] = True
     bits[:, anchor] = True
-    draw = Draw(Sampling(), np.arange(len(row)), np.zeros(len(row), int), repeated, words(bits))
-    found = ops.score_tokens(*given_logits(z[row]), TokenRequest(draw=draw))
+    sample = KeyedSampling(Sampling(), np.arange(len(row)), np.zeros(len(row), int), repeated, words(bits))
+    found = ops.score_tokens(*given_logits(z[row]), TokenRequest(sample=sample))
     pair = torch.stack([expected[row, other], expected[row, anchor]], dim=1).log_softmax(dim=1)
     close(found.shaped_log_prob, pair[torch.arange(len(row)), (found.token == anchor).long()], 1e-5)
-    greedy = Draw(Sampling(0.0), np.arange(rows), np.zeros(rows, int), edits)
-    best = ops.score_tokens(*given_logits(z), TokenRequest(draw=greedy)).token
+    greedy = KeyedSampling(Sampling(0.0), np.arange(rows), np.zeros(rows, int), edits)
+    best = ops.score_tokens(*given_logits(z), TokenRequest(sample=greedy)).token
     assert best is not None and torch.equal(best, expected.argmax(dim=1))
 
 
@@ -694,8 +774,8 @@ def asked(**parts: Any) -> dict[str, Any]:
     return {"request": TokenRequest(**parts)}
 
 
-def drawing(**parts: Any) -> dict[str, Any]:
-    return asked(draw=Draw(**{"sampling": Sampling(), "seed": [1, 2], "position": [0, 0], **parts}))
+def sampling(**parts: Any) -> dict[str, Any]:
+    return asked(sample=KeyedSampling(**{"sampling": Sampling(), "seed": [1, 2], "position": [0, 0], **parts}))
 
 
 @pytest.mark.parametrize(
@@ -733,16 +813,16 @@ def drawing(**parts: Any) -> dict[str, Any]:
             r"ids of select must be in \[0, 40\), got 40 to 40",
         ),
         (asked(top_k=1, rewards=torch.zeros(40, 5)), r"rewards must be .*\[40, 4\].* got .*\[40, 5\]"),
-        (asked(rewards=torch.zeros(40, 4)), "rewards are gathered at tokens: expected top_k or draw with them"),
-        (drawing(seed=[1, 2, 3], position=[0, 0, 0]), "seed and position must be one a row, 2, got 3"),
-        (drawing(sampling=[Sampling()]), "sampling must be one, or one for each of 2 rows, got 1"),
-        (drawing(edits=LogitEdits([0, 0], [], [], [])), r"indptr of edits must be \[3\], got \[2\]"),
-        (drawing(edits=LogitEdits([0, 1, 1], [40], [0], [1])), r"ids of edits must be in \[0, 40\), got 40 to 40"),
+        (asked(rewards=torch.zeros(40, 4)), "rewards are gathered at tokens: expected top_k or sample with them"),
+        (sampling(seed=[1, 2, 3], position=[0, 0, 0]), "seed and position must be one a row, 2, got 3"),
+        (sampling(sampling=[Sampling()]), "sampling must be one, or one for each of 2 rows, got 1"),
+        (sampling(edits=LogitEdits([0, 0], [], [], [])), r"indptr of edits must be \[3\], got \[2\]"),
+        (sampling(edits=LogitEdits([0, 1, 1], [40], [0], [1])), r"ids of edits must be in \[0, 40\), got 40 to 40"),
         (
-            drawing(allowed=torch.zeros(2, 1, dtype=torch.int32)),
+            sampling(allowed=torch.zeros(2, 1, dtype=torch.int32)),
             r"allowed must be int32 \[2, 2\], got torch.int32 \[2, 1\]",
         ),
-        (drawing(allowed=torch.zeros(2, 2).long()), r"allowed must be int32 \[2, 2\], got torch.int64 \[2, 2\]"),
+        (sampling(allowed=torch.zeros(2, 2).long()), r"allowed must be int32 \[2, 2\], got torch.int64 \[2, 2\]"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(change: dict[str, Any], message: str) -> None:
@@ -770,18 +850,18 @@ def registered(hidden: Tensor, lm_head: Tensor, request: TokenRequest) -> tuple[
 def requests(rows: int, vocab: int) -> list[TokenRequest]:
     edits = LogitEdits.penalties([[1, 2]] * rows, repetition=1.2, presence=0.1)
     allowed = words(torch.ones(rows, vocab, dtype=torch.bool))
-    every = Draw(Sampling(1.0, top_k=5), np.arange(rows), np.zeros(rows, int), edits, allowed)
+    every = KeyedSampling(Sampling(1.0, top_k=5), np.arange(rows), np.zeros(rows, int), edits, allowed)
     return [
         TokenRequest(lse=True),
         TokenRequest(top_k=5, entropy=True),
-        TokenRequest(top_k=5, draw=Draw(Sampling(), np.arange(rows), np.zeros(rows, int))),
-        TokenRequest(top_k=0, draw=every, entropy=True),
+        TokenRequest(top_k=5, sample=KeyedSampling(Sampling(), np.arange(rows), np.zeros(rows, int))),
+        TokenRequest(top_k=0, sample=every, entropy=True),
     ]
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
+@each(*FAST[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_registration_is_sound(backend: str, dtype: torch.dtype) -> None:
+def test_registration_is_sound(backend: Backend, dtype: torch.dtype) -> None:
     hidden, lm_head = problem(3, 50, 8, dtype)
     for request in requests(3, 50):
         opcheck(torch.ops.forktree.score_tokens.default, registered(hidden, lm_head, request))
@@ -797,10 +877,11 @@ def test_shapes_are_known_without_values() -> None:
         assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"], indirect=True)
-def test_compiles_into_one_graph(backend: str) -> None:
+@each(*FAST[1:])
+def test_compiles_into_one_graph(backend: Backend) -> None:
     hidden, lm_head = problem(4, 300, 16)
-    request = TokenRequest(top_k=5, draw=Draw(Sampling(1.0, top_p=0.9), np.arange(4), np.zeros(4, int)), entropy=True)
+    sample = KeyedSampling(Sampling(1.0, top_p=0.9), np.arange(4), np.zeros(4, int))
+    request = TokenRequest(top_k=5, sample=sample, entropy=True)
     wanted = VocabPass.of(request, hidden, 300)
 
     def step(states: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -857,7 +938,7 @@ def test_scratch_is_a_twentieth_of_the_logits(
     monkeypatch.setenv("FORKTREE_BACKEND", "torch")
     vocab = 151_936
     hidden, lm_head = problem(rows, vocab, 4, dtype)
-    request = TokenRequest(top_k=64, draw=Draw(kind, np.arange(rows), np.arange(rows)), entropy=True)
+    request = TokenRequest(top_k=64, sample=KeyedSampling(kind, np.arange(rows), np.arange(rows)), entropy=True)
     with Live() as live:
         ops.score_tokens(hidden, lm_head, request)
     assert live.most < 0.05 * rows * vocab * 4
@@ -880,9 +961,9 @@ def test_scratch_stays_below_16_mb(
     monkeypatch.setenv("FORKTREE_BACKEND", "torch")
     hidden, lm_head = problem(rows, vocab, size, dtype)
     kinds = [Sampling(3.0, top_p=0.9), Sampling(1.0, top_k=30), Sampling()]
-    draw = Draw([kinds[i % 3] for i in range(rows)], np.arange(rows), np.arange(rows))
+    sample = KeyedSampling([kinds[i % 3] for i in range(rows)], np.arange(rows), np.arange(rows))
     with Live() as live:
-        found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=top_k, draw=draw))
+        found = ops.score_tokens(hidden, lm_head, TokenRequest(top_k=top_k, sample=sample))
     answer = found.top_ids.nbytes + 2 * found.top_log_probs.nbytes  # the logits before the log-probs
     assert live.most - answer < 16e6
 
@@ -891,26 +972,26 @@ def test_nothing_is_read_back() -> None:
     """Tensors without values are answered as well: the host never looks at them."""
     hidden, lm_head = torch.empty(5, 8, device="meta"), torch.empty(300, 8, device="meta")
     allowed = torch.empty(5, 10, dtype=torch.int32, device="meta")
-    draw = Draw([Sampling(0.0), *[Sampling(0.7)] * 4], np.arange(5), np.arange(5), allowed=allowed)
-    request = TokenRequest(top_k=70, draw=draw, entropy=True, targets=torch.empty(5, device="meta").long())
+    sample = KeyedSampling([Sampling(0.0), *[Sampling(0.7)] * 4], np.arange(5), np.arange(5), allowed=allowed)
+    request = TokenRequest(top_k=70, sample=sample, entropy=True, targets=torch.empty(5, device="meta").long())
     found = ops.score_tokens(hidden, lm_head, request, check=False)
     assert (found.token.shape, found.token.dtype) == ((5,), torch.long)
     assert found.top_ids.shape == (5, 70)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
 def test_logits_that_are_there_already(dtype: torch.dtype) -> None:
     rows, vocab = 30, 700
     hidden, lm_head = problem(rows, vocab, 16, dtype)
     own = F.linear(hidden, lm_head)
     rewards = torch.randn(vocab, 16).to(dtype)
-    draw = Draw([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
+    sample = KeyedSampling([KINDS[i % len(KINDS)] for i in range(rows)], np.arange(rows), np.arange(rows))
     ragged = RaggedIds(torch.arange(rows + 1), torch.arange(rows) * 3)
     before = own.clone()
     for select in (torch.tensor([5, 1, 600]), ragged):
         request = TokenRequest(
             top_k=70,
-            draw=draw,
+            sample=sample,
             select=select,
             targets=torch.arange(rows),
             entropy=True,
@@ -919,7 +1000,7 @@ def test_logits_that_are_there_already(dtype: torch.dtype) -> None:
         found = ops.score_logits(own, request, hidden)
         off = 1e-13 if dtype == torch.float64 else 1e-5
         agree(found, request, own.double(), off)
-        draws_agree(found, draw, own.double(), off)
+        samples_agree(found, sample, own.double(), off)
         every = hidden.double() @ rewards.double().T
         close(found.token_reward, every.gather(1, found.token[:, None])[:, 0], 1e-4)
     assert torch.equal(own, before)

@@ -1,17 +1,13 @@
 """`ops.score_tokens` by the compiled kernel: every instruction set, threads, rows in company, scratch, addresses."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from backends import off_alignment
-from forktree import Draw, LogitEdits, Sampling, TokenRequest, TokenScores, _core, ops
+from backends import ISAS, each_dtype, off_alignment
+from forktree import KeyedSampling, LogitEdits, Sampling, TokenRequest, _core, ops
+from scores import by_specification, problem
 
-ISAS = [name for name, why_not in _core.isas() if not why_not]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = [
     Sampling(),
     Sampling(0.0),
@@ -25,19 +21,6 @@ KINDS = [
 ]
 
 
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _core.isa()
-    _core.use_isa(request.param)
-    yield request.param
-    _core.use_isa(before)
-
-
-def problem(rows: int, vocab: int, size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(rows + vocab + size)
-    return torch.randn(rows, size).to(dtype), (torch.randn(vocab, size) * 2 / size**0.5).to(dtype)
-
-
 def request(rows: int, vocab: int, *, top_k: int = 7, reordered: bool = False) -> TokenRequest:
     """Everything at once, every kind of sampling in turn."""
     rng = np.random.default_rng(rows + vocab)
@@ -49,18 +32,10 @@ def request(rows: int, vocab: int, *, top_k: int = 7, reordered: bool = False) -
         words[:, 0] |= 1
         allowed = torch.from_numpy(words)
     kinds = [KINDS[i % len(KINDS)] for i in range(rows)]
-    draw = Draw(kinds, rng.integers(0, 2**62, rows), np.arange(rows), edits, allowed)
-    return TokenRequest(top_k=top_k, draw=draw, entropy=True)
+    sample = KeyedSampling(kinds, rng.integers(0, 2**62, rows), np.arange(rows), edits, allowed)
+    return TokenRequest(top_k=top_k, sample=sample, entropy=True)
 
 
-def by_reference(hidden: Tensor, lm_head: Tensor, asked: TokenRequest, monkeypatch, **head) -> TokenScores:
-    monkeypatch.setenv("FORKTREE_BACKEND", "reference")
-    expected = ops.score_tokens(hidden.double(), lm_head.double(), asked, **head)
-    monkeypatch.delenv("FORKTREE_BACKEND")
-    return expected
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "vocab", "size", "reordered", "head"),
     [
@@ -69,14 +44,15 @@ def by_reference(hidden: Tensor, lm_head: Tensor, asked: TokenRequest, monkeypat
         (70, 777, 130, False, dict(softcap=10.0, bias=torch.linspace(-1, 1, 777))),
     ],
 )
-def test_every_instruction_set_agrees_with_fp64(isa, dtype, rows, vocab, size, reordered, head, monkeypatch):
+@each_dtype(*ISAS)
+def test_every_instruction_set_agrees_with_fp64(backend, dtype, rows, vocab, size, reordered, head):
     hidden, lm_head = problem(rows, vocab, size, dtype)
     asked = request(rows, vocab, reordered=reordered)
     found = ops.score_tokens(hidden, lm_head, asked, **head)
-    expected = by_reference(hidden, lm_head, asked, monkeypatch, **head)
+    expected = by_specification(hidden.double(), lm_head.double(), asked, **head)
     for name in ("lse", "entropy", "top_log_probs"):
         torch.testing.assert_close(getattr(found, name).double(), getattr(expected, name), atol=3e-5, rtol=0)
-    # The draws are those of exact arithmetic unless a number lies within rounding of where they change.
+    # The samples are those of exact arithmetic unless a number lies within rounding of where they change.
     same = found.token == expected.token
     assert same.double().mean() > 0.95
     for name in ("log_prob", "shaped_log_prob"):
@@ -85,19 +61,20 @@ def test_every_instruction_set_agrees_with_fp64(isa, dtype, rows, vocab, size, r
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_is_the_same_to_the_bit_alone_and_among_others(isa, dtype):
+@each_dtype(*ISAS)
+def test_a_row_is_the_same_to_the_bit_alone_and_among_others(backend, dtype):
     rows, vocab = 150, 900
     hidden, lm_head = problem(rows, vocab, 48, dtype)
     asked = request(rows, vocab, reordered=True)
     among = ops.score_tokens(hidden, lm_head, asked)
-    draw, edits = asked.draw, asked.draw.edits
+    sample, edits = asked.sample, asked.sample.edits
     for row in (0, 1, 6, 7, 8, 63, 64, 149):
         at = slice(row, row + 1)
         own = slice(edits.indptr[row], edits.indptr[row + 1])
         alone_edits = LogitEdits([0, own.stop - own.start], edits.ids[own], edits.ops[own], edits.values[own])
-        alone_draw = Draw(draw.sampling[at], draw.seed[at], draw.position[at], alone_edits, draw.allowed[at])
-        alone = ops.score_tokens(hidden[at], lm_head, TokenRequest(top_k=7, draw=alone_draw, entropy=True))
+        of_row = (x[at] for x in (sample.sampling, sample.seed, sample.position))
+        alone_sample = KeyedSampling(*of_row, alone_edits, sample.allowed[at])
+        alone = ops.score_tokens(hidden[at], lm_head, TokenRequest(top_k=7, sample=alone_sample, entropy=True))
         for name in ("lse", "entropy", "top_ids", "top_log_probs", "token", "log_prob", "shaped_log_prob"):
             assert torch.equal(getattr(alone, name), getattr(among, name)[at]), (row, name)
 
@@ -146,8 +123,8 @@ def test_scratch_is_a_twentieth_of_the_logits(rows, kind, monkeypatch, threads):
     torch.set_num_threads(2)
     vocab, size = 151_936, 8
     hidden, lm_head = problem(rows, vocab, size)
-    draw = Draw(kind, np.arange(rows), np.arange(rows))
-    ops.score_tokens(hidden, lm_head, TokenRequest(top_k=64, draw=draw, entropy=True))
+    sample = KeyedSampling(kind, np.arange(rows), np.arange(rows))
+    ops.score_tokens(hidden, lm_head, TokenRequest(top_k=64, sample=sample, entropy=True))
     packed = rows * 4096 * 2  # bf16
     assert scratch.taken[0] + packed < 0.05 * rows * vocab * 4
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from forktree import Draw, Sampling, TokenRequest, ops
+from forktree import KeyedSampling, Sampling, TokenRequest, ops
 from forktree.ops import KVPool
 from forktree.plan.cost_model import CPU
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import shared_prompt
 
 
@@ -42,7 +42,7 @@ def merged() -> Tensor:
 def attended() -> Tensor:
     """Several items, and partials to be merged."""
     layout = shared_prompt(1, 2, 6000, 70)
-    made = plan(layout, num_qo_heads=8, num_kv_heads=4, head_dim=64, cost_model=replace(CPU, grain=10**7))
+    made = plan_attention(layout, num_qo_heads=8, num_kv_heads=4, head_dim=64, cost_model=replace(CPU, grain=10**7))
     assert len(made.item) > 4 and made.num_partials
     k, v = torch.randn(2, layout.slot_index.size, 4, 64).bfloat16()
     out = ops.tree_attention(torch.randn(2, 8, 64).bfloat16(), KVPool(k, v), made)
@@ -51,12 +51,12 @@ def attended() -> Tensor:
 
 
 def scored() -> Tensor:
-    """Draws of one pass and of several."""
+    """Samples of one pass and of several."""
     rows, vocab, size = 80, 6000, 64
     kinds = [Sampling(), Sampling(0.0), Sampling(0.7, top_p=0.9), Sampling(3.0, top_p=0.95)]
-    draw = Draw([kinds[i % 4] for i in range(rows)], torch.arange(rows), torch.arange(rows))
+    sample = KeyedSampling([kinds[i % 4] for i in range(rows)], torch.arange(rows), torch.arange(rows))
     scores = ops.score_tokens(
-        torch.randn(rows, size), torch.randn(vocab, size) / 4, TokenRequest(top_k=9, draw=draw, entropy=True)
+        torch.randn(rows, size), torch.randn(vocab, size) / 4, TokenRequest(top_k=9, sample=sample, entropy=True)
     )
     columns = (scores.lse, scores.entropy, scores.token, scores.log_prob, scores.shaped_log_prob)
     numbers = torch.stack([x.double() for x in columns if x is not None], dim=1)

@@ -7,7 +7,7 @@ import pytest
 
 from forktree.plan import format as plan_format
 from forktree.plan.format import SECTIONS, Header, generated, sections
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import KINDS, random_layout
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ def test_generated_files_are_up_to_date(path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_sections_fill_the_buffer_in_order(kind):
     layout = random_layout(3, kind).layout
-    buffer = plan(layout, num_qo_heads=4, num_kv_heads=2, head_dim=8).buffer
+    buffer = plan_attention(layout, num_qo_heads=4, num_kv_heads=2, head_dim=8).buffer
     parts = sections(buffer)
     assert [x.size for x in parts.values()] == np.diff([*(buffer[s.offset] for s in SECTIONS), buffer.size]).tolist()
     assert buffer[Header.ITEM_OFFSET] == len(Header) and buffer[Header.SIZE] == buffer.size

@@ -1,4 +1,3 @@
-import importlib
 from dataclasses import fields, replace
 
 import numpy as np
@@ -10,15 +9,15 @@ from forktree.plan.check import check_plan
 from forktree.plan.cost_model import CPU, CostModel
 from forktree.plan.format import LIVE, Item, Row, Seg
 from forktree.plan.layout import TreeLayout
+from forktree.plan.plan import plan_attention
 from layouts import KINDS, random_layout, shared_prompt
 
-planning = importlib.import_module("forktree.plan.plan")  # the package may export the function by this name
 HEADS = dict(num_qo_heads=4, num_kv_heads=2, head_dim=8)
 FREE = replace(CPU, item=0, segment=0, partial=0, grain=0)  # cutting costs nothing, so it is done
 
 
 def plan(layout, **options):
-    return planning.plan(layout, **HEADS, **options)
+    return plan_attention(layout, **HEADS, **options)
 
 
 @pytest.mark.slow
@@ -336,7 +335,7 @@ def test_empty_plans():
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        planning.plan(shared_prompt(1, 2, 3, 3), **{**HEADS, **options})
+        plan_attention(shared_prompt(1, 2, 3, 3), **{**HEADS, **options})
 
 
 @pytest.mark.parametrize(
@@ -355,7 +354,7 @@ def test_prices_that_overflow():
     cost_model = replace(CPU, item=1 << 40, lanes=1 << 16, mac=1 << 20, memory=1 << 20)
     with pytest.raises(ValueError, match="cost_model must price this step below"):
         heads = dict(num_qo_heads=8, num_kv_heads=8, head_dim=8192)
-        planning.plan(shared_prompt(1, 2000, 10**6, 1), **heads, cost_model=cost_model)
+        plan_attention(shared_prompt(1, 2000, 10**6, 1), **heads, cost_model=cost_model)
 
 
 def edited(made, name, row, column, value):

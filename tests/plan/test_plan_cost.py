@@ -10,7 +10,7 @@ from forktree import _core
 from forktree.plan.cost_model import CostModel
 from forktree.plan.format import Item, Seg
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 
 DIM = 8
 
@@ -155,7 +155,7 @@ def test_plans_of_tiny_trees_are_within_a_tenth_of_the_best():
         layout, model = tiny_tree(rng), random_model(rng)
         options = dict(num_qo_heads=model.heads * model.group, num_kv_heads=model.heads, head_dim=DIM)
         options |= dict(value_dim=model.value_dim, bytes_per_token=model.bytes_per_token)
-        whole = plan(layout, **options, cost_model=CostModel(**{**vars(model.cost_model), "grain": 1 << 40}))
+        whole = plan_attention(layout, **options, cost_model=CostModel(**{**vars(model.cost_model), "grain": 1 << 40}))
         assert (whole.item[:, Item.PARTIAL] < 0).all()
         stretches = [
             (int(s[Seg.ROW_LO]), int(s[Seg.ROW_HI]), int(tokens))
@@ -166,7 +166,7 @@ def test_plans_of_tiny_trees_are_within_a_tenth_of_the_best():
         if len(stretches) > 6 or choices > 3000:
             continue
         trees += 1
-        made = plan(layout, **options, cost_model=model.cost_model)
+        made = plan_attention(layout, **options, cost_model=model.cost_model)
         items = made.item.tolist()
         counts = _core.plan_stats(made.buffer, model.cost_model.values)
         assert sum(of_plan(made, items, model)) * model.heads == counts[6]

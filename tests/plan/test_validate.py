@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from forktree import _core
 from forktree.plan.cost_model import CPU
 from forktree.plan.format import LIVE, MAGIC, Header, Item, Row, Seg, sections
-from forktree.plan.plan import plan
+from forktree.plan.plan import plan_attention
 from layouts import KINDS, random_layout, shared_prompt
 
 HEADS = dict(num_qo_heads=4, num_kv_heads=2, head_dim=8)
@@ -66,7 +66,7 @@ def walk(buffer):
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS), data=st.data())
 def test_hostile_buffers_are_refused_or_harmless(seed, kind, data):
     layout = random_layout(seed, kind, num_nodes=4, num_contexts=4).layout
-    made = plan(layout, **HEADS, window=data.draw(st.sampled_from([None, 6])), cost_model=TINY)
+    made = plan_attention(layout, **HEADS, window=data.draw(st.sampled_from([None, 6])), cost_model=TINY)
     buffer = made.buffer.copy()
     walk(buffer)
     values = (
@@ -86,7 +86,7 @@ def test_hostile_buffers_are_refused_or_harmless(seed, kind, data):
 
 def place(section, entry, field=0):
     """Where a field of the n-th entry of a section lies, in a buffer of `shared_prompt(1, 3, 20, 10)`."""
-    buffer = plan(shared_prompt(1, 3, 20, 10), **HEADS).buffer
+    buffer = plan_attention(shared_prompt(1, 3, 20, 10), **HEADS).buffer
     part = sections(buffer)[section]
     return int(buffer[Header[f"{section.upper()}_OFFSET"]]) + entry * (part.shape[1] if part.ndim == 2 else 1) + field
 
@@ -118,7 +118,7 @@ def place(section, entry, field=0):
     ],
 )
 def test_refusals_say_why(at, value, message):
-    made = plan(shared_prompt(1, 3, 20, 10), **HEADS)
+    made = plan_attention(shared_prompt(1, 3, 20, 10), **HEADS)
     buffer = made.buffer.copy()
     buffer[place(*at) if isinstance(at, tuple) else at] = value
     with pytest.raises(ValueError, match=f"plan must {message}"):
@@ -128,7 +128,7 @@ def test_refusals_say_why(at, value, message):
 
 
 def test_a_plan_is_read_only_once_it_was_validated():
-    made = plan(shared_prompt(1, 3, 20, 10), **HEADS)
+    made = plan_attention(shared_prompt(1, 3, 20, 10), **HEADS)
     grown = made.grow(made.layout.node_len, made.layout.row_pos + 1)
     ours = made.buffer.copy()
     for held in (made, grown, replace(made, buffer=ours), replace(made, buffer=made.buffer[:])):
@@ -143,7 +143,7 @@ def test_a_plan_is_read_only_once_it_was_validated():
 
 
 def test_plans_of_other_layouts_are_refused():
-    made = plan(shared_prompt(1, 3, 20, 10), **HEADS)
+    made = plan_attention(shared_prompt(1, 3, 20, 10), **HEADS)
     layout = made.layout
     for other, message in (
         (shared_prompt(1, 4, 20, 10), "buffer must have the rows, tokens and nodes of its layout"),
@@ -159,6 +159,6 @@ def test_positions_stay_below_2_31():
     with pytest.raises(ValueError, match=r"node_len\[0\] must be such that positions are below 2\*\*31, got 20"):
         replace(layout, node_pos=np.array([2**31 - 5, 20, 20, 20], np.int32))
     high = replace(layout, node_pos=np.array([2**31 - 1 - 20, 20, 20, 20], np.int32), slot_index=np.arange(90))
-    made = plan(high, **HEADS)
+    made = plan_attention(high, **HEADS)
     with pytest.raises(ValueError, match=r"node_len\[0\] must be such that positions are below 2\*\*31, got 21"):
         made.grow(np.append(21, high.node_len[1:]), high.row_pos)

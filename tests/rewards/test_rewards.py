@@ -1,7 +1,6 @@
 """Rewards: their values are those of transformers run from scratch, and their failures cost what they should."""
 
 import contextlib
-import copy
 import math
 import threading
 from collections.abc import Callable
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.nn import functional as F
 
 import tiny
@@ -36,7 +34,6 @@ from forktree import (
 from forktree.engine.engine import Engine
 from forktree.engine.worker import ModelWorker
 from forktree.rewards.base import PendingReward, RewardInput, Rewards
-from forktree.rewards.value_head import ValueMlp
 from forktree.search.request import reward_branches
 
 HIDDEN = 32
@@ -133,41 +130,6 @@ def test_a_head_that_is_not_there_is_an_error_never_a_random_head(tmp_path: Path
     with pytest.raises(InvalidInput) as error:
         ValueHead.load(tmp_path / "head.safetensors")
     assert all(part in str(error.value) for part in parts), error.value
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "identity", "two outputs"])
-def test_a_value_mlp_is_the_same_as_torch_modules_in_fp64(dtype: torch.dtype, activation: str) -> None:
-    outputs = 2 if activation == "two outputs" else 1
-    end = {"sigmoid": nn.Sigmoid(), "tanh": nn.Tanh(), "identity": nn.Identity(), "two outputs": nn.Softmax(dim=1)}
-    hidden = tensor(5, 12).to(dtype)
-    for modules in ([nn.Linear(12, outputs, bias=False)], [nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, outputs)]):
-        named = "identity" if outputs == 2 else activation
-        layers = [(m.weight.detach(), m.bias) for m in modules if isinstance(m, nn.Linear)]
-        found = ValueMlp(layers, named)(hidden)
-        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        with torch.no_grad():
-            expected = nn.Sequential(*copy.deepcopy(modules), end[activation]).double()(hidden.double())[:, -1]
-        torch.testing.assert_close(found.detach().double(), expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("layers", "activation", "message"),
-    [
-        ([], "sigmoid", "1 or 2 layers, got 0"),
-        ([(torch.zeros(1, 4), None)], "relu", "activation must be one of sigmoid, tanh, identity, got 'relu'"),
-        ([(torch.zeros(3, 4), None)], "tanh", "1 or 2 outputs, got 3"),
-        ([(torch.zeros(3, 4), None), (torch.zeros(1, 5), None)], "tanh", "second layer must take 3 inputs, got 5"),
-        ([(torch.zeros(4), None)], "tanh", r"floating-point tensor \[out, in\], got torch.float32 \[4\]"),
-        ([(torch.zeros(1, 4, dtype=torch.int64), None)], "tanh", "floating-point tensor .* got torch.int64"),
-        ([([[1.0]], None)], "tanh", "floating-point tensor .* got list"),
-        ([(torch.zeros(1, 4), torch.zeros(2))], "tanh", r"bias of a value head must be \[1\], got \[2\]"),
-        ([(torch.zeros(1, 4), 0.5)], "tanh", r"bias of a value head must be \[1\], got float"),
-    ],
-)
-def test_bad_heads_are_refused(layers: list[Any], activation: str, message: str) -> None:
-    with pytest.raises(InvalidInput, match=message):
-        ValueMlp(layers, activation)
 
 
 def test_unreadable_heads_are_named(tmp_path: Path) -> None:

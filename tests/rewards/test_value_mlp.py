@@ -32,6 +32,7 @@ def test_value_heads(dtype: torch.dtype, activation: str) -> None:
         with torch.no_grad():
             expected = torch.nn.Sequential(*modules).double()(hidden.double())[:, -1]
         found = ValueMlp(layers, named)(hidden)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
         for module in modules:
             module.float()

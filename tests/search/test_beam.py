@@ -13,6 +13,7 @@ from forktree.search.algorithms import beam
 from forktree.search.algorithms.beam import BeamRules, beam_search
 from forktree.search.request import NextLogits, ScoreTokens
 from forktree.search.trace import SearchTrace
+from searches import traced_tokens
 
 VOCAB = 7
 WAYS: dict[str, Any] = {"whole rows": [lambda rows, scores: scores], "the best alone": []}  # processors
@@ -135,6 +136,101 @@ def test_reassigned_beams_are_those_of_the_table(processors: Any) -> None:
     found = ended.value.value
     assert [tuple(row) for row in found.rows[0, :10, 2:].tolist()] == best
     torch.testing.assert_close(found.scores[0, :10].double(), torch.tensor([exact[b] for b in best]).double())
+
+
+# ---------------------------------------------------------------- groups
+
+
+def grouped(rules: BeamRules, prompts: list[list[int]], last: int, eos: int = -1) -> Any:
+    """What a beam search over the table finds."""
+    tree = Tree(4000)
+    stops = lambda rows: (rows[:, -1] == eos) | (rows.shape[1] >= last)  # noqa: E731
+    search = beam_search([tree.root(p) for p in prompts], torch.tensor(prompts), rules, fill=0, stops=stops)
+    with pytest.raises(StopIteration) as ended:
+        request = search.send(None)
+        while True:
+            assert len(request.branches) == rules.num_beams * len(prompts)
+            logits = torch.stack([chances(b.tokens.tolist()) for b in request.branches])
+            request = search.send(answer(request, logits))
+    return ended.value.value
+
+
+def diverse(prompt: list[int], groups: int, each: int, penalty: float, steps: int, eos: int) -> list[tuple]:
+    """Diverse beam search in plain Python: a list of (text, score) a group, and a table of log-probs.
+
+    It never stops early, and a text's score is its sum: the best finished ones are those of `early_stopping="never"`.
+    """
+    running = [[((), 0.0)] for _ in range(groups)]
+    finished: list[list[tuple]] = [[] for _ in range(groups)]
+    for step in range(steps):
+        taken = [0] * VOCAB
+        for g in range(groups):
+            found = [
+                ((*text, token), total + float(p) - penalty * taken[token])
+                for text, total in running[g]
+                for token, p in enumerate(chances([*prompt, *text]).double().log_softmax(dim=-1))
+            ]
+            found = sorted(found, key=lambda one: -one[1])[: 2 * each]
+            over = [one for one in found[:each] if one[0][-1] == eos or step == steps - 1]
+            finished[g] = sorted([*finished[g], *over], key=lambda one: -one[1])[:each]
+            running[g] = [one for one in found if one[0][-1] != eos][:each]
+            for text, _ in running[g] if step < steps - 1 else found[:each]:
+                taken[text[-1]] += 1
+    return sorted([one for some in finished for one in some], key=lambda one: -one[1])
+
+
+@pytest.mark.parametrize("penalty", [0.3, 1.7])
+@pytest.mark.parametrize(("groups", "each"), [(2, 2), (3, 1), (2, 3), (1, 4)])
+@pytest.mark.parametrize("eos", [-1, 2])
+def test_groups_are_those_of_diverse_beam_search_in_plain_python(
+    groups: int, each: int, penalty: float, eos: int
+) -> None:
+    """Two prompts at once; sums, texts and their order."""
+    steps, prompts, k = 4, [[1, 3], [5, 4]], groups * each
+    rules = BeamRules(k, 2 * k, 0.0, "never", steps, num_beam_groups=groups, diversity_penalty=penalty)
+    found = grouped(rules, prompts, 2 + steps, eos)
+    for i, prompt in enumerate(prompts):
+        expected = diverse(prompt, groups, each, penalty, steps, eos)
+        lengths = (found.beam_indices[i] >= 0).sum(dim=-1).tolist()
+        texts = [tuple(row[2 : 2 + n].tolist()) for row, n in zip(found.rows[i], lengths, strict=True)]
+        assert found.done[i].tolist() == [True] * len(expected) + [False] * (k - len(expected))
+        assert texts[: len(expected)] == [text for text, _ in expected]
+        np.testing.assert_allclose(found.scores[i, : len(expected)], [total for _, total in expected], rtol=1e-5)
+
+
+def test_one_group_is_a_beam_and_a_high_penalty_makes_all_first_tokens_differ() -> None:
+    plain = BeamRules(4, 8, 1.0, False, 5)
+    one = BeamRules(4, 8, 1.0, False, 5, num_beam_groups=1, diversity_penalty=0.0)
+    a, b = grouped(plain, [[1, 2]], 7), grouped(one, [[1, 2]], 7)
+    assert torch.equal(a.rows, b.rows) and torch.equal(a.scores, b.scores)
+    apart = BeamRules(4, 8, 1.0, False, 5, num_beam_groups=4, diversity_penalty=1e4)
+    rows = grouped(apart, [[1, 2]], 7).rows[0, :, 2:]
+    for position in range(5):
+        assert len(set(rows[:, position].tolist())) == 4
+
+
+def test_groups_of_one_search_and_its_record() -> None:
+    decoder = tiny.decoder()
+    search = BeamSearch(num_beams=6, num_beam_groups=3, diversity_penalty=2.0, num_return_sequences=6)
+    (result,) = decoder.search([[2, 5]], search, max_new_tokens=5)
+    tiny.assert_all_returned(decoder.worker)
+    assert len(result.candidates) == 6
+    scores = [c.score for c in result.candidates]
+    assert scores == sorted(scores, reverse=True)
+    for node, c in zip(result.trace.events[-1]["nodes"], result.candidates, strict=True):
+        assert traced_tokens(result.trace, node) == c.token_ids
+    plain = decoder.search([[2, 5]], BeamSearch(num_beams=6, num_return_sequences=6), max_new_tokens=5)[0]
+    assert len({c.token_ids[0] for c in result.candidates}) >= len({c.token_ids[0] for c in plain.candidates})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("num_beam_groups", 3), ("num_beam_groups", 0), ("diversity_penalty", 0.5)]
+)
+def test_groups_must_divide_the_beams_and_have_a_penalty(setting: str, value: Any) -> None:
+    with pytest.raises(InvalidInput, match=setting):
+        BeamSearch(num_beams=4, **{setting: value})
+    with pytest.raises(InvalidInput, match=r"diversity_penalty must be .* more than 0 for several groups"):
+        BeamSearch(num_beams=4, num_beam_groups=2)
 
 
 # ---------------------------------------------------------------- processors

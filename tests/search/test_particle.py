@@ -25,7 +25,7 @@ from forktree import (
     TokenRequest,
     TokenScores,
 )
-from forktree.model import Runner
+from forktree.model.runner import Runner
 from forktree.rewards.base import PendingReward, RewardInput, Rewards
 from forktree.search.selection import CLIP, RESAMPLERS, log_weights, softmax
 
@@ -195,13 +195,13 @@ def test_a_judge_on_the_models_own_logits_estimates_its_posterior() -> None:
 
 
 def test_no_random_number_is_used_twice_in_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of different lengths: a particle put back to a shorter text must not draw what it drew before."""
+    """Steps of different lengths: a particle put back to a shorter text must not sample what it sampled before."""
     used: list[int] = []
     score = Runner.score
 
     def recording(runner: Runner, hidden: torch.Tensor, request: TokenRequest) -> TokenScores:
-        if request.draw is not None:
-            used.extend(request.draw.keys.tolist())
+        if request.sample is not None:
+            used.extend(request.sample.keys.tolist())
         return score(runner, hidden, request)
 
     monkeypatch.setattr(Runner, "score", recording)
@@ -254,7 +254,7 @@ def test_stopped_particles_keep_their_last_reward_and_compete_on(favoured: bool)
     )
     candidates = run(search).candidates
     assert len(candidates) == 48
-    # at the last step, which is not resampled any more, about one in four live ones has drawn a "5"
+    # at the last step, which is not resampled any more, about one in four live ones has sampled a "5"
     assert np.mean([("5" in c.text[:7]) == favoured for c in candidates]) > 0.95
     for c in candidates:
         assert c.score == c.hypothesis.step_rewards[-1]
@@ -268,7 +268,7 @@ def test_stopped_particles_keep_their_last_reward_and_compete_on(favoured: bool)
 
 
 def count_steps(candidate: Candidate, step_tokens: int) -> int:
-    """Steps of a text: each ends with a "5" or after so many tokens; one more if EOS is all that it drew."""
+    """Steps of a text: each ends with a "5" or after so many tokens; one more if EOS is all that it sampled."""
     steps, in_step = 0, 0
     for character in candidate.text:
         in_step += 1
@@ -289,11 +289,11 @@ def test_never_more_steps_or_tokens_than_allowed() -> None:
         )
         for c in run(search, seed=seed, max_new_tokens=tokens).candidates:
             hypothesis = c.hypothesis
-            drawn = len(c.token_ids) + (hypothesis.finish_reason == "eos")
-            assert 1 <= drawn <= tokens
+            sampled = len(c.token_ids) + (hypothesis.finish_reason == "eos")
+            assert 1 <= sampled <= tokens
             assert len(hypothesis.step_rewards) == count_steps(c, step_tokens) <= steps
             if hypothesis.finish_reason == "length":
-                assert drawn == tokens or len(hypothesis.step_rewards) == steps
+                assert sampled == tokens or len(hypothesis.step_rewards) == steps
             assert tiny.EOS not in tiny.tokenizer().decode(c.token_ids)
             reasons.add(hypothesis.finish_reason)
     assert reasons == {"length", "eos"}

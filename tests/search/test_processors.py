@@ -155,7 +155,7 @@ def test_states_of_branches_that_wait_are_there_when_they_go_on() -> None:
 @pytest.mark.parametrize("num_beams", [1, 4])
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_the_drop_in_tells_forks_too(num_beams: int, do_sample: bool) -> None:
-    """Against transformers itself with the grammar that reads rows again; sampling draws by the same calls."""
+    """Against transformers itself with the grammar that reads rows again; sampling makes the same calls."""
     model = tiny.model()
     ids = torch.tensor([[0, 0, 5, 6, 7], [0, 9, 10, 11, 12], [5, 6, 7, 8, 9]])
     outputs = []

@@ -37,6 +37,7 @@ class MadeUp(BestOfN):
     rule: Callable[[int], int] = abs
     exact: bool = False
     table: dict[str, int] | None = None
+    limit: int | None = None
 '''
 
 
@@ -52,11 +53,13 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Se
 
 def test_a_new_file_is_a_new_search(made_up: type[Search]) -> None:
     assert list(registry.searches()) == [
-        "beam", "best-of-n", "greedy", "made-up", "majority-vote", "particle", "sample"
+        "beam", "best-of-n", "dvts", "entropic-particle", "ets", "greedy", "made-up", "majority-vote",
+        "parallel-tempering", "particle", "particle-gibbs", "prm-beam", "rebase", "sample", "smc-steering", "step-beam",
+        "twisted-smc",
     ]  # fmt: skip
     assert registry.reward_of(made_up) == "reward"
     settings = registry.settings_of(made_up)
-    assert list(settings)[:8] == ["rate", "depth", "names", "rule", "exact", "table", "reward", "num_samples"]
+    assert list(settings)[:9] == ["rate", "depth", "names", "rule", "exact", "table", "limit", "reward", "num_samples"]
     assert list(settings)[-3:] == ["stop", "logits_processor", "drafter"]
     assert settings["depth"].meaning == "how deep it goes, in steps." and settings["depth"].default == 3
     assert settings["rate"].default is MISSING and settings["num_samples"].meaning == "number of samples."
@@ -68,6 +71,9 @@ def test_settings_are_read_by_their_types(made_up: type[Search]) -> None:
     values = registry.read_settings(made_up, [*given, ("temperature", "1e-1"), ("stop", "a=b")])
     assert values.pop("rule")(2.5) == 2
     assert values == {"rate": 0.5, "depth": 7, "names": ("x", ""), "exact": True, "temperature": 0.1, "stop": ("a=b",)}
+    assert registry.settings_of(made_up)["limit"].kind == "an integer, or none"
+    for text, value in (("3", 3), ("None", None)):
+        assert registry.read_settings(made_up, [("limit", text)]) == {"limit": value}
     head = forktree.TokenProbability([1, 2])
     assert made_up(**values, reward=head).names == ("x", "")  # type: ignore[call-arg]
 
@@ -76,6 +82,7 @@ def test_settings_are_read_by_their_types(made_up: type[Search]) -> None:
     ("name", "text", "message"),
     [
         ("depth", "2.5", "depth must be an integer, got '2.5'"),
+        ("limit", "2.5", "limit must be an integer, got '2.5'"),
         ("rate", "fast", "rate must be a number, got 'fast'"),
         ("exact", "yes", "exact must be true or false, got 'yes'"),
         ("rule", "floor", "rule must be module:name, got 'floor'"),
@@ -83,7 +90,7 @@ def test_settings_are_read_by_their_types(made_up: type[Search]) -> None:
         ("table", "{}", "table cannot be given as a text"),
         ("dept", "1", r"made-up has no setting 'dept', did you mean depth\? Its settings are rate, depth, "),
         ("num_beams", "1", "made-up has no setting 'num_beams', it belongs to beam"),
-        ("weight_temperature", "1", "no setting 'weight_temperature', it belongs to particle"),
+        ("balance_temperature", "1", "no setting 'balance_temperature', it belongs to ets and rebase"),
     ],
 )
 def test_what_is_no_setting_is_said(made_up: type[Search], name: str, text: str, message: str) -> None:
@@ -115,7 +122,7 @@ def test_a_search_may_be_named_from_anywhere() -> None:
 def test_types_that_only_python_can_give_say_so() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Odd(Sample):
-        when: Callable[..., Any] | None = None
+        when: Callable[..., Any] | str = "never"
 
     with pytest.raises(InvalidInput, match="when cannot be given as a text: it is of type"):
         registry.read_settings(Odd, [("when", "x")])

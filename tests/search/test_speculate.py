@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import tiny
 from drafting import Always, Knowing, RandomTrees
-from forktree import Decoder, FunctionReward, Greedy, InvalidInput, OutOfMemory, Sampling
+from forktree import Decoder, FunctionReward, Greedy, InvalidInput, OutOfMemory, Sample, Sampling
 from forktree.engine.counters import Counters
 from forktree.search import DraftTree, PromptLookup, SearchContext, SuffixDraft, TokenTable
 from forktree.search.payoff import Payoff
@@ -312,6 +312,19 @@ def test_a_drafter_changes_no_search(
 def ids_of(events: list[dict[str, Any]]) -> list[Any]:
     """What of a trace does not depend on rounding."""
     return [[e.get(k) for k in ("event", "nodes", "parents", "tokens", "ends", "ancestors")] for e in events]
+
+
+@pytest.mark.parametrize("budget", [5, 40])
+def test_budgets_are_kept(decoder: Decoder, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that drafts gave count like any others."""
+    monkeypatch.setattr(Payoff, "tries", Always.tries)
+    monkeypatch.setattr(Payoff, "choose", Always.choose)
+    found = []
+    for drafter in (None, PromptLookup(), RandomTrees(tiny.VOCAB)):
+        search = Sample(num_return_sequences=3, drafter=drafter)
+        (result,) = decoder.search([PLAIN], search, max_new_tokens=NEW, seed=5, max_model_tokens=budget)
+        found.append(([c.token_ids for c in result.candidates], result.counters.sampled_tokens))
+    assert found[1:] == found[:1] * 2 and found[0][1] <= budget
 
 
 def test_greedy_and_samplers_take_drafters() -> None:

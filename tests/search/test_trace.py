@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,17 @@ from forktree import (
     Decoder,
     FunctionReward,
     Greedy,
+    Hypothesis,
     MajorityVote,
     ParticleFilter,
     Reward,
     Sample,
+    Sampling,
     SearchResult,
 )
 from forktree.rewards.base import PendingReward, RewardInput
-from forktree.search import Search
+from forktree.search import Search, SearchContext
+from forktree.search.request import extend
 from forktree.search.selection import log_weights, softmax
 from forktree.search.trace import SearchTrace
 
@@ -218,3 +222,71 @@ def test_traces_of_searches_side_by_side_are_their_own() -> None:
         kinds = [e.get("nodes") for e in result.trace.events]
         assert kinds == [e.get("nodes") for e in alone.trace.events]
         assert [e.get("tokens") for e in result.trace.events] == [e.get("tokens") for e in alone.trace.events]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_tree_says_what_became_of_every_step(name: str) -> None:
+    """Texts, rewards and fates, against the events; what was returned is where the candidates say."""
+    result, events = traced(SEARCHES[name](), seed=1)
+    tree, steps = result.tree(), Steps(events)
+    assert len(tree) == len(steps.parent)
+    inner = {node.parent for node in tree}
+    for i, node in enumerate(tree):
+        assert (node.parent, node.tokens, node.end) == (steps.parent[i], steps.tokens[i], steps.end[i])
+        assert "".join(tree[n].text or "" for n in steps.path(i)) == steps.text(i)
+        assert node.reward == steps.reward.get(i)
+        assert (node.error is not None) == (i in steps.reward and node.reward is None)
+        assert (node.fate == "grown") == (i in inner) and (node.why is not None) == (node.fate == "dropped")
+    returned = sorted((node for node in tree if node.rank is not None), key=lambda node: node.rank or 0)
+    assert all(node.fate == "returned" for node in returned)
+    at = {node: rank for rank, node in reversed(list(enumerate(events[-1]["nodes"])))}
+    assert [node.rank for node in returned] == sorted(at.values())
+    visits = [0] * len(tree)
+    for event in events:
+        if event["event"] == "select":
+            for place in event["ancestors"]:
+                if event["nodes"][place] >= 0:
+                    visits[event["nodes"][place]] += 1
+            for node in event["dropped"]:
+                assert node < 0 or (tree[node].fate, tree[node].why) == ("dropped", event["why"])
+    assert [node.visits for node in tree] == visits
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_shared_fraction_is_that_of_the_texts(name: str) -> None:
+    """Against every text that was grown, written out; distinct tokens are those of the tree of all texts' steps."""
+    result, events = traced(SEARCHES[name](), seed=1)
+    steps = Steps(events)
+    leaves = [node for node in steps.parent if node not in steps.parent.values()]
+    alone = sum(len(PROMPT) + sum(len(steps.tokens[n]) for n in steps.path(leaf)) for leaf in leaves)
+    distinct = len(PROMPT) + sum(map(len, steps.tokens.values()))
+    assert result.shared_fraction == pytest.approx(1 - distinct / alone)
+    assert (result.shared_fraction > 0) == (len(leaves) > 1)
+
+
+def test_the_bill_adds_up() -> None:
+    """Tokens by whose they are, passes, peaks and phases of two searches that run side by side."""
+
+    @dataclass(frozen=True)
+    class Judging(Search):
+        """Two samples; a judge is asked in a text of its own."""
+
+        async def run(self, context: SearchContext) -> list[Hypothesis]:
+            await extend(context.root.fork(2), Sampling(), max_tokens=6)
+            judge = context.open("a+b=c")
+            await extend([judge], Sampling(), max_tokens=4)
+            return []
+
+    made = tiny.decoder()
+    judged, other = made.search_iter([PROMPT, "9-1="], [Judging(), Sample()], max_new_tokens=5)
+    judged, other = sorted((judged, other), key=lambda result: result.index)
+    bill = judged.counters
+    assert bill.sampled_tokens == 2 * 6 + 4 and other.counters.sampled_tokens <= 5
+    assert bill.opened_tokens == len("a+b=c") + 3, "the last token is not computed"
+    assert bill.model_tokens == len(PROMPT) + 2 * 5 + bill.opened_tokens
+    assert bill.passes == 6 + 4 and made.worker.forwards <= bill.passes + other.counters.passes
+    assert bill.model_tokens + other.counters.model_tokens == made.worker.tokens_computed
+    assert bill.peak_tokens == bill.model_tokens <= bill.peak_slots, "nothing was dropped"
+    for counters in (bill, other.counters):
+        phases = counters.model_seconds, counters.reward_seconds, counters.search_seconds
+        assert min(phases[0], phases[2]) > 0 == phases[1] and sum(phases) <= counters.seconds

@@ -222,6 +222,16 @@ def test_processors_go_before_the_trie(decoder: Decoder) -> None:
     assert isinstance(result.error, InvalidInput) and "leave no entry" in str(result.error)
 
 
+def test_a_budget_leaves_fewer_beams(decoder: Decoder) -> None:
+    """Every text is an entry all the same."""
+    entries = list(itertools.product(range(1, 6), repeat=3))
+    search = BeamSearch(trie=TokenTrie(entries), num_beams=5, num_return_sequences=5)
+    (result,) = decoder.search(PROMPT, search, max_new_tokens=3, max_model_tokens=7)
+    assert result.counters.sampled_tokens <= 7 and {tuple(c.token_ids) for c in result.candidates} <= set(entries)
+    (result,) = decoder.search(PROMPT, search, max_new_tokens=3, max_model_tokens=1)
+    assert len(result.candidates) in (0, 5) and result.counters.sampled_tokens <= 1
+
+
 def test_a_model_of_nan_is_named() -> None:
     model = tiny.new_model()
     broken = Decoder(model, num_slots=128)

@@ -1,4 +1,4 @@
-"""What tokens should be drawn: distributions by transformers' own processors, and the draws themselves in fp64."""
+"""What tokens should be sampled: distributions by transformers' own processors, and the tokens themselves in fp64."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from forktree import Draw, Sampling
+from forktree import KeyedSampling, Sampling
 from forktree.ops.splitmix import splitmix64
 
 TILE = 64
@@ -33,7 +33,7 @@ def by_transformers(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
     """p-value of counts against expected counts; cells too rare to count are pooled. Impossible ones must be 0."""
-    assert observed[expected == 0].sum() == 0, "something impossible was drawn"
+    assert observed[expected == 0].sum() == 0, "something impossible was sampled"
     order = np.argsort(expected)
     expected, observed = expected[order], observed[order]
     rare = max(int(np.searchsorted(np.cumsum(expected), 5)) + 1, 1)
@@ -44,31 +44,30 @@ def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
 def spread(observed: np.ndarray, expected: np.ndarray) -> float:
     """`chi_square` of many cells, too rare to be counted one by one: the lesser p-value of the counts by tile of 64 and
     by place in the tile."""
-    assert observed[expected == 0].sum() == 0, "something impossible was drawn"
+    assert observed[expected == 0].sum() == 0, "something impossible was sampled"
     folded = [np.pad(x, (0, -len(x) % TILE)).reshape(-1, TILE) for x in (observed, expected)]
     return min(chi_square(*(x.sum(axis=axis) for x in folded)) for axis in (0, 1))
 
 
-def changed(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
+def changed(logits: torch.Tensor, sample: KeyedSampling) -> torch.Tensor:
     """logits `[T, V]` with edits and mask, token by token."""
-    changed = logits.clone()
-    if draw.edits is not None:
-        e = draw.edits
+    changed = logits.numpy().copy()
+    if sample.edits is not None:
+        e = sample.edits
         for row in range(len(logits)):
             for at in range(e.indptr[row], e.indptr[row + 1]):
                 z, value = float(changed[row, e.ids[at]]), float(e.values[at])
                 changed[row, e.ids[at]] = z + value if e.ops[at] == 0 else z / value if z > 0 else z * value
-    if draw.allowed is not None:
-        for row, words in enumerate(draw.allowed.tolist()):
-            banned = [v for v in range(logits.shape[1]) if not words[v // 32] >> v % 32 & 1]
-            changed[row, banned] = -torch.inf
-    return changed
+    if sample.allowed is not None:
+        bits = np.unpackbits(sample.allowed.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
+        changed[bits[:, : logits.shape[1]] == 0] = -np.inf
+    return torch.from_numpy(changed)
 
 
-def shaped(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
-    """Of logits `[T, V]` the probabilities that are drawn from, `[T, V]`."""
-    rows, z = len(logits), changed(logits, draw)
-    each = [draw.sampling] * rows if isinstance(draw.sampling, Sampling) else list(draw.sampling)
+def shaped(logits: torch.Tensor, sample: KeyedSampling) -> torch.Tensor:
+    """Of logits `[T, V]` the probabilities that tokens are sampled with, `[T, V]`."""
+    rows, z = len(logits), changed(logits, sample)
+    each = [sample.sampling] * rows if isinstance(sample.sampling, Sampling) else list(sample.sampling)
     probabilities = torch.zeros_like(z)
     for kind in set(each):
         at = [row for row in range(rows) if each[row] == kind]
@@ -79,9 +78,9 @@ def shaped(logits: torch.Tensor, draw: Draw) -> torch.Tensor:
     return probabilities
 
 
-def draws(probabilities: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens drawn from `[T, V]` as `Draw` says, `[T]`, and how far each is from another: the lesser of the lead of the
-    winning tile, and of the distance of the uniform number from where the token begins and ends."""
+def sampled(probabilities: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens sampled from `[T, V]` as `KeyedSampling` says, `[T]`, and how far each is from another: the lesser of the
+    lead of the winning tile, and of the distance of the uniform number from where the token begins and ends."""
     tokens, distance = [], []
     for p, key in zip(probabilities, keys, strict=True):
         tiles = np.pad(p, (0, -len(p) % TILE)).reshape(-1, TILE)

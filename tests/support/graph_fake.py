@@ -5,7 +5,8 @@ as it is with CUDA; what a capture forbids raises.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class FakeGraphs:
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         with NoHostReads():
             function()
-        with _NoReads(), _Recording() as recording:
+        with _no_collection(), _NoReads(), _Recording() as recording:
             result = function()
         self.captures += 1
 
@@ -52,8 +53,7 @@ class _Recording(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # what exists before a capture stays where it is; what appears during one without an operation was made by host
-        self.known = {_address(x) for x in gc.get_objects() if issubclass(type(x), Tensor)}
+        self.known: set[int] = set()  # storages that were there before, and those of results
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,7 +64,10 @@ class _Recording(TorchDispatchMode):
             return result
         for x in _tensors((args, kwargs)):
             if x.ndim and _address(x) not in self.known:  # CUDA takes single numbers of the host by value
-                raise RuntimeError(f"{operation} reads a tensor {list(x.shape)} that the host made during the capture")
+                if _made_since(x):
+                    shape = list(x.shape)
+                    raise RuntimeError(f"{operation} reads a tensor {shape} that the host made during the capture")
+                self.known.add(_address(x))
         result = operation(*args, **kwargs)
         self.known |= {_address(x) for x in _tensors(result)}
         self.calls.append((operation, args, kwargs, result))
@@ -86,6 +89,27 @@ class _NoReads(TorchFunctionMode):
         if function in (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu, Tensor.item):
             raise RuntimeError(f"{function} reads a tensor during the capture")
         return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What is made within stays in the youngest generation of Python's collector, in which nothing else is."""
+    gc.collect(1)
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _made_since(x: Tensor) -> bool:
+    """Whether no tensor from before `_no_collection` has the storage of x."""
+    if not any(other is x for other in gc.get_objects(generation=0)):
+        return False
+    before = (other for generation in (1, 2) for other in gc.get_objects(generation))
+    return not any(issubclass(type(other), Tensor) and _address(other) == _address(x) for other in before)
 
 
 def _address(x: Tensor) -> int:

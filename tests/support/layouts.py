@@ -206,28 +206,30 @@ def chunk(tokens: int) -> TreeLayout:
 
 
 def naive_attention(case, q, k_slots, v_slots, *, window=None, scale=None, softcap=None, sinks=None, alibi_slopes=None):
-    """fp64 softmax over the tracked lists, a token and a head at a time: out [T, Hq, Dv], lse [T, Hq]."""
+    """fp64 softmax over the tracked lists, a token at a time: out [T, Hq, Dv], lse [T, Hq]."""
     q, k_slots, v_slots = (x.double().numpy() for x in (q, k_slots, v_slots))
     heads, group = q.shape[1], q.shape[1] // k_slots.shape[1]
+    kv_head = np.arange(heads) // group
     out = np.zeros((case.layout.num_tokens, heads, v_slots.shape[2]))
     lse = np.full((case.layout.num_tokens, heads), -np.inf)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     for token, rows in enumerate(case.tokens()):
         pairs = [(row, slot, pos - int(case.layout.row_pos[row])) for row in rows for slot, pos in case.seen[row]]
         pairs = [(row, slot, d) for row, slot, d in pairs if window is None or -window < d <= 0]
-        for head in range(heads):
-            scores = []
-            for row, slot, distance in pairs:
-                s = scale * float(q[row, head] @ k_slots[slot, head // group])
-                s = softcap * np.tanh(s / softcap) if softcap else s
-                scores.append(s + (float(alibi_slopes[head]) * distance if alibi_slopes is not None else 0.0))
-            values = [v_slots[slot, head // group] for _, slot, _ in pairs]
-            if sinks is not None and sinks[head] > -np.inf:
-                scores.append(float(sinks[head]))
-                values.append(np.zeros(v_slots.shape[2]))
-            if scores:
-                top = max(scores)
-                weights = np.exp(np.array(scores) - top)
-                out[token, head] = weights @ np.array(values) / weights.sum()
-                lse[token, head] = top + np.log(weights.sum())
+        row, slot, distance = np.array(pairs, np.int64).reshape(-1, 3).T
+        scores = scale * np.einsum("phd,phd->ph", q[row], k_slots[slot][:, kv_head])  # of pairs and heads
+        values = v_slots[slot][:, kv_head]
+        if softcap:
+            scores = softcap * np.tanh(scores / softcap)
+        if alibi_slopes is not None:
+            scores = scores + distance[:, None] * alibi_slopes.double().numpy()
+        if sinks is not None:
+            scores = np.concatenate([scores, sinks.double().numpy()[None]])
+            values = np.concatenate([values, np.zeros((1, *values.shape[1:]))])
+        top = scores.max(axis=0, initial=-np.inf)
+        seen = top > -np.inf  # by these heads
+        weights = np.exp(scores[:, seen] - top[seen])
+        total = weights.sum(axis=0)
+        out[token, seen] = np.einsum("ph,phd->hd", weights, values[:, seen]) / total[:, None]
+        lse[token, seen] = top[seen] + np.log(total)
     return out, lse

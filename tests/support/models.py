@@ -1,12 +1,15 @@
 """Small models of every supported architecture, and forests of tokens run through them."""
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
 import transformers as hf
 
-from forktree.model import Runner
+from forktree.model.attach import attach
+from forktree.model.model_spec import ModelSpec
+from forktree.model.runner import Runner
 from forktree.plan.layout import TreeLayout
 
 VOCAB = 99
@@ -116,12 +119,26 @@ if hasattr(hf, "Gemma4TextConfig"):
     )
 
 
-def tiny(name: str) -> hf.PreTrainedModel:
-    config_class, options = CONFIGS[name]
+def build(
+    config_class: type[hf.PreTrainedConfig], *, attention: str | None = None, **options: object
+) -> hf.PreTrainedModel:
+    """A random fp32 model of `SIZES`. attention: the implementation, else transformers' choice."""
     torch.manual_seed(0)
     config = config_class(**{**SIZES, **options})
-    config._attn_implementation = "eager"
+    if attention is not None:
+        config._attn_implementation = attention
     return hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def tiny(name: str) -> hf.PreTrainedModel:
+    config_class, options = CONFIGS[name]
+    return build(config_class, attention="eager", **options)
+
+
+@cache
+def spec(name: str, dtype: torch.dtype = torch.float32) -> ModelSpec:
+    """A tiny model that was verified, shared by many tests: not to be changed."""
+    return attach(tiny(name).to(dtype))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from forktree import (
     Hypothesis,
     ParticleFilter,
     Reward,
+    RewardError,
     Sample,
     Sampling,
     SearchResult,
@@ -81,6 +83,24 @@ def alone(prompts: Sequence[str], searches: Sequence[Search], **options: Any) ->
     return found
 
 
+MIXED_PROMPTS = tiny.prompts(4, seed=8)
+
+
+def random_mix(seed: int) -> tuple[list[tuple[int, int]], dict[str, Any]]:
+    """Numbers of searches of `mixed` and of `MIXED_PROMPTS`, and options of a decoder with little room for them."""
+    rng = np.random.default_rng(seed)
+    picks = [(int(rng.integers(len(mixed()))), int(rng.integers(4))) for _ in range(rng.integers(2, 9))]
+    slots, budget = int(rng.integers(30, 120)), int(rng.choice([2, 5, 17, 512]))
+    return picks, dict(num_slots=slots, max_batch_tokens=budget, prefix_cache=bool(rng.integers(2)))
+
+
+@cache
+def with_plenty(search: int, prompt: int) -> SearchResult:
+    """What one search of a mix finds alone, with plenty of everything. Computed once."""
+    decoder = tiny.decoder(prefix_cache=False)
+    return decoder.search([MIXED_PROMPTS[prompt]], mixed()[search], max_new_tokens=9, seed=1)[0]
+
+
 def together(
     decoder: Decoder, prompts: Sequence[str], searches: Sequence[Search], **options: Any
 ) -> list[SearchResult]:
@@ -139,3 +159,37 @@ class Custom(Reward):
 
     def start(self, given: RewardInput) -> Any:
         return self._begin(given)
+
+
+def by_text(value: Callable[[str], float]) -> Reward:
+    """The reward of a response is what a function says of its text, at once, in the same thread; NaN is a failure."""
+
+    def begin(given: RewardInput) -> PendingReward:
+        values = np.array([value(text) for text in given.responses()], float)
+        errors = [RewardError(f"no reward (branch {i})") if np.isnan(v) else None for i, v in enumerate(values)]
+        return Rewarding(len(values), read=lambda: Rewards(values, errors))
+
+    return Custom(begin)
+
+
+def traced_tokens(trace: SearchTrace, node: int) -> list[int]:
+    """The tokens of a text of which the newest step is `node`, from the events alone."""
+    grown: dict[int, list[int]] = {}
+    parent: dict[int, int] = {}
+    for event in trace.events:
+        if event["event"] == "grow":
+            grown |= dict(zip(event["nodes"], event["tokens"], strict=True))
+            parent |= dict(zip(event["nodes"], event["parents"], strict=True))
+    tokens: list[int] = []
+    while node != -1:
+        tokens, node = [*grown[node], *tokens], parent[node]
+    return tokens
+
+
+def alike(last: str, characters: str, count: int) -> list[str]:
+    """Different prompts after which a Markov chain goes on alike: all end with `last`."""
+    rng = np.random.default_rng(count)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found["".join(rng.choice(list(characters), 12)) + last] = None
+    return list(found)

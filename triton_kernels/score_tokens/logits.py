@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
 from forktree.ops.token_request import REPETITION as REPEATED
+from forktree.triton_kernels.device import WIDEN
 
 REPETITION = tl.constexpr(REPEATED)
 NO_TOKEN = tl.constexpr(2**31 - 1)  # above every token
 # The alignment of these depends on the number of rows: no reason to compile anew.
 PER_ROW = ["keys", "settings", "edit_indptr", "edit_ids", "edit_ops", "edit_values", "allowed"]
-# Triton's interpreter multiplies bf16 as the integers it keeps them in.
-WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit

@@ -128,11 +128,11 @@ def _search_again(
     row = tl.minimum(row, rows - 1)
     todo = tl.where(real, tl.load(record + row), 0)
     if tl.max(todo) > 0:
-        seeking, drawing = (todo == SEEK_TOP_K) | (todo == SEEK_TOP_P), todo == SAMPLE
+        seeking, sampling = (todo == SEEK_TOP_K) | (todo == SEEK_TOP_P), todo == SAMPLE
         digits = tl.load(record + rows + row)
         prefix = tl.load(record + 2 * rows + row)
         floor = tl.load(record + 5 * rows + row)
-        floor = tl.where(drawing, floor, tl.where(todo == SEEK_TOP_P, tl.load(record + 4 * rows + row), 0))
+        floor = tl.where(sampling, floor, tl.where(todo == SEEK_TOP_P, tl.load(record + 4 * rows + row), 0))
         high = (tl.load(record + 6 * rows + row) - 2147483648).to(tl.int32)
         high = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         shift, width = _digit_bits(digits)
@@ -155,11 +155,11 @@ def _search_again(
                 bin = (bits >> shift[None, :]) & ((1 << width) - 1)[None, :]
                 share = tl.where((todo == SEEK_TOP_P)[None, :], tl.exp(s - high[None, :]) * MASS_ONE, 1.0).to(tl.int64)
                 tl.atomic_add(counts + row[None, :] * BINS + bin, share, mask=counted, sem="relaxed")
-            if tl.max(drawing.to(tl.int32)) > 0:
-                s = tl.where(kept & drawing[None, :], s, float("-inf"))
+            if tl.max(sampling.to(tl.int32)) > 0:
+                s = tl.where(kept & sampling[None, :], s, float("-inf"))
                 argmax = _gumbel_argmax(s, first, key, greedy, argmax, BLOCK_V, BLOCK_T)
         zero = tl.zeros([BLOCK_T], tl.float32)
-        _store_state(state, rows, splits, row, split, drawing, (zero, zero, zero), argmax)
+        _store_state(state, rows, splits, row, split, sampling, (zero, zero, zero), argmax)
 
         tl.debug_barrier()  # all threads' stores come before the counting
         if tl.atomic_add(arrivals + program % row_tiles, 1, sem="acq_rel", scope="gpu") == splits - 1:
@@ -167,7 +167,7 @@ def _search_again(
             tl.store(arrivals + program % row_tiles, 0)  # for the next pass
             if tl.max(seeking.to(tl.int32)) > 0:
                 _find_digit(record, counts, settings, row, rows, real, todo, BLOCK_B)
-            if tl.max(drawing.to(tl.int32)) > 0:
+            if tl.max(sampling.to(tl.int32)) > 0:
                 best = tl.full([BLOCK_T], float("-inf"), tl.float32)
                 top, mass, chosen, sampled = best, zero, zero, tl.zeros([BLOCK_T], tl.int32)
                 for first in range(0, splits, BLOCK_B):
@@ -186,7 +186,7 @@ def _search_again(
                     lm_head,
                     bias,
                     row,
-                    drawing,
+                    sampling,
                     sampled,
                     chosen - top - tl.log(mass),
                     mass == 0,
@@ -197,4 +197,4 @@ def _search_again(
                     BLOCK_B,
                     SOFTCAP,
                 )
-                tl.store(record + row, 0, mask=drawing)
+                tl.store(record + row, 0, mask=sampling)

@@ -12,7 +12,8 @@ from forktree.cli.models import Device, Dtype, MaxBatchTokens, ModelDirectory, O
 from forktree.cli.report import Outcome, json_number, say, write_outcomes
 from forktree.cli.results import ResultFile
 from forktree.cli.searches import SEARCH_HELP, choose, show_search
-from forktree.errors import InvalidInput
+from forktree.errors import BudgetSpent, InvalidInput
+from forktree.model.model_files import digest, digests
 from forktree.terminal import one_line
 
 GENERATE_HELP = """Searches for an answer to every prompt of a JSON Lines file.
@@ -65,6 +66,12 @@ def generate(
         str | None, typer.Option(help="A head file, a reward-model directory or module:function.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 256,
+    max_model_tokens: Annotated[
+        int | None, typer.Option(help="Maximum number of tokens that a prompt's search generates in all (no limit).")
+    ] = None,
+    max_reward_calls: Annotated[
+        int | None, typer.Option(help="Maximum number of texts that a prompt's search has rewarded (no limit).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed and prompt give the same text.")] = 0,
     escape: Annotated[
         bool, typer.Option("--escape", help=r"Read \n, \t, \\, \u00e9 in texts of options as in JSON.")
@@ -106,9 +113,9 @@ def generate(
     # what can be checked without loading a model is checked first
     chosen = choose(search, settings or (), reward, escape=escape)
     inputs = read_inputs("--prompts", prompts, [("prompt",)])
-    from forktree.model.model_files import digests  # transformers takes seconds to import
-
     described = {"search": search, **chosen.described, "max_new_tokens": max_new_tokens, "seed": seed, "dtype": dtype}
+    limits = dict(max_model_tokens=max_model_tokens, max_reward_calls=max_reward_calls)
+    described |= {name: value for name, value in limits.items() if value is not None}
     made_with = {"settings": described, "model": digests(model, code=trust_remote_code)}
     if trace:
         described["trace"] = True
@@ -141,7 +148,9 @@ def generate(
                 trust_remote_code=trust_remote_code,
             )
         texts = [inputs[i]["prompt"] for i in todo]
-        results = decoder.search_iter(texts, chosen.kind(**given), max_new_tokens=max_new_tokens, seed=seed)
+        results = decoder.search_iter(
+            texts, chosen.kind(**given), max_new_tokens=max_new_tokens, seed=seed, **limits
+        )
         write_outcomes("prompt", (_outcome(todo[result.index], result, keys) for result in results), output)
 
 
@@ -155,7 +164,8 @@ def _outcome(index: int, result: Any, keys: tuple[str, ...]) -> Outcome:
         "counters": vars(result.counters),
         "trace": result.trace.events,
     }
-    errors = [f", candidate {i}: {e}" for i, c in enumerate(result.candidates) if (e := c.hypothesis.error) is not None]
+    failed = [(i, c.hypothesis.error) for i, c in enumerate(result.candidates)]
+    errors = [f", candidate {i}: {e}" for i, e in failed if e is not None and not isinstance(e, BudgetSpent)]
     return Outcome(index, {key: record[key] for key in keys}, errors[0] if errors else None)
 
 
@@ -198,8 +208,6 @@ def _reward_format(name: str | None, fed: dict[str, str | None], reward: str | N
 
 def _reward_digests(reward: str, *, code: bool) -> dict[str, str]:
     """Of what --reward names: the files of a head or reward model, or the file that a function lies in."""
-    from forktree.model.model_files import digest, digests
-
     path = Path(reward)
     if path.is_dir():
         return digests(path, code=code)
@@ -213,7 +221,5 @@ def _reward_digests(reward: str, *, code: bool) -> dict[str, str]:
 
 def _source_digest(spec: str) -> str:
     """Of the file that `module:name` was imported from."""
-    from forktree.model.model_files import digest
-
     source = sys.modules[spec.partition(":")[0]].__file__
     return digest(Path(source)) if source else "built in"

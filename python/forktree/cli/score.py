@@ -13,6 +13,7 @@ from forktree.cli.inputs import read_inputs
 from forktree.cli.models import Device, Dtype, MaxBatchTokens, ModelDirectory, Output, Resume, TrustRemoteCode, load
 from forktree.cli.report import Outcome, json_number, say, write_outcomes
 from forktree.cli.results import ResultFile
+from forktree.model.model_files import digests
 from forktree.terminal import one_line
 
 SCORE_HELP = """Log-probs of the texts of a JSON Lines file under a model: perplexity, reranking, p(response | prompt).
@@ -51,8 +52,6 @@ def score(
 ) -> None:
     """See `SCORE_HELP`."""
     inputs = read_inputs("--texts", texts, [("text",), ("prompt", "response")])
-    from forktree.model.model_files import digests  # transformers takes seconds to import
-
     made_with = {"settings": {"dtype": dtype}, "model": digests(model, code=trust_remote_code)}
     with ResultFile("score", out, texts, inputs, made_with, SCORE_KEYS, resume=resume) as output:
         todo = output.missing()

@@ -17,8 +17,9 @@ tokens stay and are computed again later.
 from collections.abc import Sequence
 from typing import Any
 
+from forktree.engine.counters import timed
 from forktree.engine.extend_state import ExtendState
-from forktree.engine.request_state import RequestState
+from forktree.engine.request_state import RequestState, RewardState
 from forktree.engine.sampler import Failures, Sampler
 from forktree.engine.scheduler import Compute, Exhausted, Preempt, ReadFirst, schedule
 from forktree.engine.task import Task
@@ -57,9 +58,11 @@ class Loop:
         """One forward pass. That of a reward model, if it fails, ends the searches that wait for it."""
         try:
             if chunks := self._schedule(worker):
-                worker.forward(chunks)
-                for state in self._waiting(worker).values():
-                    state.take_computed()
+                waiting = self._waiting(worker)
+                with timed(self.workers.phase(worker), [task.counters for task in waiting]):
+                    worker.forward(chunks)
+                    for state in waiting.values():
+                        state.take_computed()
             return bool(chunks)
         except Exception as failure:
             if not self._end_unanswerable():
@@ -93,13 +96,19 @@ class Loop:
     def _answer_extends(self) -> bool:
         """Samples one token for every ready row of every `extend`; those that are done are answered."""
         extends = {t: t.state for t in self.tasks if isinstance(t.state, ExtendState)}
-        ready = [state for task, state in extends.items() if not task.preempted and len(state.ready())]
+        sampled = False
         for worker in self.workers:
-            self._fail(self._sampler.sample(worker, [s for s in ready if s.worker is worker], ahead=self.ahead))
+            own = {t: s for t, s in extends.items() if s.worker is worker and not t.preempted}
+            with timed("model", [task.counters for task in own]):
+                any_ready, failed = self._sampler.sample(worker, [*own.values()], ahead=self.ahead)
+            self._fail(failed)
+            sampled |= any_ready or bool(failed)
         finished = [t for t, s in extends.items() if t.state is s and not (s.open.any() or self._sampler.owes(s))]
         for task in finished:
-            self._resume(task, extends[task].answer())
-        return bool(ready or finished)
+            extension = extends[task].answer()
+            task.counters.sampled_tokens += int(extension.num_tokens.sum())
+            self._resume(task, extension)
+        return sampled or bool(finished)
 
     def _answer_rest(self) -> bool:
         """Answers what needs all its rows at once: rewards, scores of tokens, rows of logits."""
@@ -108,7 +117,8 @@ class Loop:
             if task.state is None or isinstance(task.state, ExtendState):
                 continue
             try:
-                found = task.state.answer()
+                with timed("reward" if isinstance(task.state, RewardState) else "model", [task.counters]):
+                    found = task.state.answer()
             except Exception as failure:  # the request, what the model gave, or a reward of the user's own
                 self._resume(task, None, failure)
             else:
@@ -147,7 +157,8 @@ class Loop:
         try:
             task.close_state()
             try:
-                request = task.coroutine.throw(error) if error is not None else task.coroutine.send(value)
+                with timed("search", [task.counters]):
+                    request = task.coroutine.throw(error) if error is not None else task.coroutine.send(value)
             except StopIteration as stop:
                 return self._finish(task, result=stop.value)
             task.state = self.workers.begin(task, request)

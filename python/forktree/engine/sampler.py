@@ -15,10 +15,11 @@ from forktree.device.transfer import Download, upload
 from forktree.engine.extend_state import ExtendState
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
-from forktree.ops.token_request import Draw, TokenRequest
+from forktree.ops.token_request import KeyedSampling, TokenRequest
 from forktree.search.processors import sample_processed
 from forktree.types import BoolArray, Int32Array, Int64Array
 
+Rows = dict[ExtendState, Int64Array]  # of each `extend`, some of its branches
 Failures = dict[ExtendState, Exception]
 
 
@@ -27,8 +28,7 @@ class SampledTokens:
     """One token for every row of some `extend`s, sampled on the device; the host has yet to read them."""
 
     worker: ModelWorker
-    states: list[ExtendState]
-    rows: list[Int64Array]  # of each state, in the order of the tokens
+    rows: Rows  # in the order of the tokens
     ids: Int64Array  # branches whose tokens they are, [n]
     length: Int32Array  # of these before, [n]
     hidden: Tensor  # [n, H], what they were sampled from
@@ -73,12 +73,12 @@ class SampledTokens:
     def _parts(self) -> Iterator[tuple[ExtendState, Int64Array, slice]]:
         """Each state, its rows, and where these are among all."""
         first = 0
-        for state, rows in zip(self.states, self.rows, strict=True):
+        for state, rows in self.rows.items():
             yield state, rows, slice(first, first := first + len(rows))
 
     def _unchanged(self) -> BoolArray:
         """Whether each branch is alive and as long as sampling left it, `[n]`."""
-        alive = np.concatenate([state.alive(rows) for state, rows in zip(self.states, self.rows, strict=True)])
+        alive = np.concatenate([state.alive(rows) for state, rows in self.rows.items()])
         return alive & (self.worker.tree.branch_length[self.ids] == self.length + self.appended)
 
 
@@ -95,20 +95,21 @@ class Sampler:
 
     def owes(self, state: ExtendState) -> bool:
         """Whether some of them are of this request."""
-        return any(state in sampled.states for sampled in self._unread)
+        return any(state in sampled.rows for sampled in self._unread)
 
-    def sample(self, worker: ModelWorker, states: Sequence[ExtendState], *, ahead: bool) -> Failures:
-        """A token for each ready row of each state. ahead: they are not read yet, if any branch goes on."""
-        if not states:
-            return {}
+    def sample(self, worker: ModelWorker, states: Sequence[ExtendState], *, ahead: bool) -> tuple[bool, Failures]:
+        """A token for each ready row of each state. ahead: they are not read yet, if any branch goes on.
+
+        Returns whether any row was ready, and failures.
+        """
         sampled, failed = _sample(worker, states)
         if sampled is None:
-            return failed
-        if ahead and any(state.open.any() for state in sampled.states):
+            return False, failed
+        if ahead and any(state.open.any() for state in sampled.rows):
             sampled.append()
             self._unread.append(sampled)
-            return failed
-        return failed | sampled.read()
+            return True, failed
+        return True, failed | sampled.read()
 
     def read(self) -> Failures:
         """Reads all tokens that the host has yet to read."""
@@ -120,7 +121,7 @@ class Sampler:
 
 
 def _sample(worker: ModelWorker, states: Sequence[ExtendState]) -> tuple[SampledTokens | None, Failures]:
-    """Samples a token for each ready row of each state, and counts it; None if that fails for all there is.
+    """Samples a token for each ready row of each state, and counts it; None if no row is ready, or all that is fails.
 
     All states without processors share one product with the head.
     """
@@ -132,8 +133,9 @@ def _sample(worker: ModelWorker, states: Sequence[ExtendState]) -> tuple[Sampled
     for group in groups:
         how = _sample_processed if group[0].request.processors else _sample_fused
         try:
-            rows = [state.ready() for state in group]
-            parts.append((group, rows, *how(worker, group, rows)))
+            if rows := {state: at for state in group if len(at := state.ready())}:
+                ids = np.concatenate([state.ids[at] for state, at in rows.items()])
+                parts.append((rows, ids, *how(worker, rows, ids)))
         except Exception as failure:  # a processor may be the user's own
             if len(group) > 1:
                 groups += [[state] for state in group]  # each alone: whose fault is it?
@@ -141,52 +143,41 @@ def _sample(worker: ModelWorker, states: Sequence[ExtendState]) -> tuple[Sampled
                 failed[group[0]] = failure
     if not parts:
         return None, failed
-    chosen, rows = [s for group, *_ in parts for s in group], [at for _, some, *_ in parts for at in some]
+    rows = {state: at for some, *_ in parts for state, at in some.items()}
+    ids = np.concatenate([part[1] for part in parts])
     columns = zip(*(part[2:] for part in parts), strict=True)
     hidden, tokens, log_probs = (torch.cat(c) if len(c) > 1 else c[0] for c in columns)
-    for state in chosen:
+    for state in rows:
         state.check()  # a processor may have dropped anything
-    ids = _ids(chosen, rows)
-    for state, at in zip(chosen, rows, strict=True):
+    for state, at in rows.items():
         state.count(at)
     outcome = Download(torch.stack([tokens, log_probs.double()]))
     length = worker.tree.branch_length[ids]
-    return SampledTokens(worker, chosen, rows, ids, length, hidden, tokens, outcome), failed
+    return SampledTokens(worker, rows, ids, length, hidden, tokens, outcome), failed
 
 
-def _sample_fused(
-    worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Int64Array]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows of states without processors: hidden states, tokens, log-probs (NaN for bad logits)."""
-    ids = _ids(states, rows)
-    if any(state.has_own_hidden for state in states):
-        hidden = torch.cat([state.hidden(at) for state, at in zip(states, rows, strict=True)])
+def _sample_fused(worker: ModelWorker, rows: Rows, ids: Int64Array) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows of states without processors, ids their branches: hidden states, tokens, log-probs (NaN: bad logits)."""
+    if any(state.has_own_hidden for state in rows):
+        hidden = torch.cat([state.hidden(at) for state, at in rows.items()])
     else:
         hidden = worker.hidden(ids)
-    scores = worker.runner.score(hidden, TokenRequest(draw=_keyed(worker, states, rows)))
+    scores = worker.runner.score(hidden, TokenRequest(sample=_keyed(worker, rows, ids)))
     return hidden, scores.token, scores.log_prob
 
 
-def _sample_processed(
-    worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Int64Array]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sample_processed(worker: ModelWorker, rows: Rows, ids: Int64Array) -> tuple[Tensor, Tensor, Tensor]:
     """Like `_sample_fused`, of one state with processors. Rows left without a token have log-prob `NO_TOKEN`."""
-    (state,), (at,) = states, rows
+    ((state, at),) = rows.items()
     branches, request = [state.branches[i] for i in at], state.request
     hidden = state.hidden(at)
-    draw = _keyed(worker, states, rows)
+    sample = _keyed(worker, rows, ids)
     logits = worker.runner.logits(hidden)
-    token, log_prob = sample_processed(request.processors, branches, logits, draw, request.pad_token_id)
+    token, log_prob = sample_processed(request.processors, branches, logits, sample, request.pad_token_id)
     return hidden, token, log_prob
 
 
-def _keyed(worker: ModelWorker, states: Sequence[ExtendState], rows: Sequence[Int64Array]) -> Draw:
+def _keyed(worker: ModelWorker, rows: Rows, ids: Int64Array) -> KeyedSampling:
     """How the tokens that follow rows are sampled."""
-    tree, ids = worker.tree, _ids(states, rows)
-    sampling = [state.sampling[i] for state, at in zip(states, rows, strict=True) for i in at.tolist()]
-    return Draw(sampling, seed=tree.branch_key[ids], position=tree.branch_length[ids])
-
-
-def _ids(states: Sequence[ExtendState], rows: Sequence[Int64Array]) -> Int64Array:
-    """Branches of rows of each state."""
-    return np.concatenate([state.ids[at] for state, at in zip(states, rows, strict=True)])
+    sampling = [state.sampling[i] for state, at in rows.items() for i in at.tolist()]
+    return KeyedSampling(sampling, seed=worker.tree.branch_key[ids], position=worker.tree.branch_length[ids])

@@ -10,28 +10,30 @@ from torch import Tensor
 from forktree.checks import integers
 from forktree.device.transfer import upload
 from forktree.ops.sampling import Sampling
-from forktree.ops.token_request import Draw, LogitEdits, RaggedIds, TokenRequest, TokenScores
+from forktree.ops.token_request import KeyedSampling, LogitEdits, RaggedIds, TokenRequest, TokenScores
 from forktree.plan.layout import ranges
 from forktree.types import Int64Array
 
 
 def rows_of(request: TokenRequest, rows: Int64Array) -> TokenRequest:
     """What `request` asks of some of its rows, `[n]`. Waits for a GPU that has ragged ids."""
-    targets, select, draw = request.targets, request.select, request.draw
+    targets, select, sample = request.targets, request.select, request.sample
     if targets is not None:
         targets = targets[upload(rows, targets.device)]
     if isinstance(select, RaggedIds):
         at, count = _ragged(select, rows)
         indptr = np.concatenate([[0], np.cumsum(count)])
         select = RaggedIds(upload(indptr, select.ids.device), select.ids[upload(at, select.ids.device)])
-    return replace(request, targets=targets, select=select, draw=None if draw is None else _rows_of_draw(draw, rows))
+    if sample is not None:
+        sample = _rows_of_sample(sample, rows)
+    return replace(request, targets=targets, select=select, sample=sample)
 
 
-def _rows_of_draw(draw: Draw, rows: Int64Array) -> Draw:
-    sampling, edits, allowed = draw.sampling, draw.edits, draw.allowed
+def _rows_of_sample(sample: KeyedSampling, rows: Int64Array) -> KeyedSampling:
+    sampling, edits, allowed = sample.sampling, sample.edits, sample.allowed
     seed, position = (
         integers(name, values, -(2**63), 2**64 - 1, kind=np.uint64)[rows]
-        for name, values in (("seed", draw.seed), ("position", draw.position))
+        for name, values in (("seed", sample.seed), ("position", sample.position))
     )
     if not isinstance(sampling, Sampling):
         sampling = [sampling[row] for row in rows]
@@ -41,7 +43,7 @@ def _rows_of_draw(draw: Draw, rows: Int64Array) -> Draw:
         edits = LogitEdits(np.concatenate([[0], np.cumsum(count)]), edits.ids[at], edits.ops[at], edits.values[at])
     if allowed is not None:
         allowed = allowed[upload(rows, allowed.device)]
-    return Draw(sampling, seed, position, edits, allowed)
+    return KeyedSampling(sampling, seed, position, edits, allowed)
 
 
 def _ragged(select: RaggedIds, rows: Int64Array) -> tuple[Int64Array, Int64Array]:

@@ -35,11 +35,6 @@ class Users:
         self._left: deque[Run] = deque()  # runs that are over, whose searches have yet to be cancelled
         self._thread = 0  # of the last run
 
-    @property
-    def any(self) -> bool:
-        """Whether a run uses the engine, or a call of one is under way."""
-        return bool(self._runs) or self._critical.occupied
-
     @contextmanager
     def run(self) -> Iterator[Run]:
         """A run: what is left of its searches is cancelled when it ends, by whatever way.

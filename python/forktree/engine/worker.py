@@ -18,7 +18,10 @@ from forktree.device.transfer import upload
 from forktree.errors import DecoderInUse, InvalidInput
 from forktree.kv import Branch, Chunk, PrefixIndex, Tree, tree_layout
 from forktree.kv.tree import NO_OWNER, PENDING_TOKEN
-from forktree.model import Fingerprint, ModelSpec, Runner, attach
+from forktree.model.attach import attach
+from forktree.model.fingerprint import Fingerprint
+from forktree.model.model_spec import ModelSpec
+from forktree.model.runner import Runner
 from forktree.ops.checks import check_token_request
 from forktree.ops.token_request import TokenRequest
 from forktree.types import BoolArray, Int32Array, Int64Array

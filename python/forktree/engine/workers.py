@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forktree.checks import shown
-from forktree.engine.counters import charge, update_peaks
+from forktree.engine.counters import Counters, Phase, charge, timed, update_peaks
 from forktree.engine.extend_state import ExtendState
 from forktree.engine.request_state import RequestState, RewardState, TokensState
 from forktree.engine.task import NUMBERS, Root, Task
@@ -38,6 +38,10 @@ class Workers:
     def __iter__(self) -> Iterator[ModelWorker]:
         return iter(list(self._all))
 
+    def phase(self, worker: ModelWorker) -> Phase:
+        """Whose wall time a pass of `worker` is."""
+        return "model" if worker in self.named.values() else "reward"
+
     def open(self, task: Task, tokens: Int64Array, text: str, model: str) -> Branch:
         """A further root of a search, on the longest prefix that the model's tree has."""
         if model not in self.named:
@@ -65,7 +69,8 @@ class Workers:
             )
         worker = self._worker_of(request.branches)
         if isinstance(request, RewardBranches):
-            return self._begin_reward(task, request, worker)
+            with timed("reward", [task.counters]):
+                return self._begin_reward(task, request, worker)
         state: RequestState
         if isinstance(request, Extend):
             state = ExtendState(request, worker)
@@ -100,9 +105,16 @@ class Workers:
         for task in tasks:
             by_owner.setdefault(task.index, task.counters)
         model = next((name for name, named in self.named.items() if named is worker), None)
-        charge(worker.tree, chunks, by_owner, lambda counters, tokens: counters.count_tokens(model, tokens))
+        first = {task.index for task in tasks}
+
+        def count(counters: Counters, owner: int, tokens: int) -> None:
+            counters.count_tokens(model, tokens, opened=owner not in first)
+
+        charged = charge(worker.tree, chunks, by_owner, count)
         if worker is self.main:
-            update_peaks(worker.tree, by_owner)
+            update_peaks(worker.tree, chunks, by_owner)
+            for counters in charged:
+                counters.passes += 1
 
 
 def _key(seed: int, tokens: NDArray[np.integer], nth: int) -> int:

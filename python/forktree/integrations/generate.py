@@ -1,7 +1,7 @@
 """Drop-in for transformers: `model.generate(..., custom_generate=forktree.generate)`.
 
 Greedy decoding and beams give transformers' own output, token for token and score for score (the scores of a greedy
-row after its EOS mean nothing); sampling draws from the same distribution with torch's global generator. The prompt
+row after its EOS mean nothing); sampling follows the same distribution with torch's global generator. The prompt
 is computed once, whatever `num_beams` or `num_return_sequences`, and beams share what they have in common.
 
 In bf16 and fp16, tokens are chosen by logits that the model's own head has rounded, as in transformers. The hidden
@@ -31,10 +31,10 @@ from forktree.engine.engine import Engine
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
 from forktree.kv import Branch, append
-from forktree.model import attached
+from forktree.model.attached import attached
 from forktree.model.runner import MAX_SLOTS
 from forktree.ops.sampling import Sampling
-from forktree.ops.token_request import Draw, TokenRequest
+from forktree.ops.token_request import KeyedSampling, TokenRequest
 from forktree.search.algorithms.beam import BeamRules, Finished, beam_search
 from forktree.search.processors import process
 from forktree.search.request import next_logits, score_tokens
@@ -204,7 +204,7 @@ class _Run:
             rows = torch.cat([rows, tokens[:, None]], dim=1)
             stopped = self._criteria(rows, self._score_history())
             open_rows = open_rows & ~stopped
-            drawn, goes_on = torch.stack([tokens, open_rows]).cpu().numpy()
+            sampled, goes_on = torch.stack([tokens, open_rows]).cpu().numpy()
             if not goes_on.any():
                 return rows
             if pad is not None:
@@ -212,13 +212,13 @@ class _Run:
                     for i in live[goes_on[live] == 0]:
                         branches[i].drop()
                 live = live[goes_on[live] == 1]
-            append([branches[i] for i in live], drawn[live])
+            append([branches[i] for i in live], sampled[live])
 
     async def _most_likely(self, branches: Sequence[Branch]) -> Tensor:
         """Returns the most likely next token of each branch, `[n]`."""
         nothing = np.zeros(len(branches), np.int64)
-        greedy = Draw(Sampling(temperature=0), seed=nothing, position=nothing)
-        tokens = (await score_tokens(branches, TokenRequest(draw=greedy))).token
+        greedy = KeyedSampling(Sampling(temperature=0), seed=nothing, position=nothing)
+        tokens = (await score_tokens(branches, TokenRequest(sample=greedy))).token
         assert tokens is not None
         return tokens
 

@@ -23,6 +23,7 @@ from forktree.model.decoder_layers import find_decoder_layers, watched
 from forktree.model.fingerprint import autocast_dtype
 from forktree.model.replica import Replica
 from forktree.model.step import Step
+from forktree.ops import AttentionOptions
 
 IMPLEMENTATION = "forktree"
 
@@ -52,7 +53,7 @@ class Window:
         return self
 
 
-_current_step: ContextVar[Step] = ContextVar("forktree_step")
+_current: ContextVar[tuple["PackedModel", Step]] = ContextVar("forktree_step")
 
 
 def _attention(
@@ -67,21 +68,15 @@ def _attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     """What every layer calls: query [1, Hq, T, Dk], key [1, Hk, T, Dk], value [1, Hk, T, Dv] -> [1, T, Hq, Dv]."""
-    step = _current_step.get()
+    packed, step = _current.get()
     q, k, v = (_autocast(x)[0].transpose(0, 1) for x in (query, key, value))
     tokens, padding = step.num_tokens, q.shape[0] - step.num_tokens
     if padding:
         q, k, v = q[:tokens], k[:tokens], v[:tokens]
-    out = step.attend(
-        module.layer_idx,  # type: ignore[arg-type]  # torch types every attribute as Tensor | Module
-        q.contiguous(),  # no copy in most models, which rotate in this order
-        k,
-        v,
-        attention_mask,
-        scale=q.shape[2] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-        sinks=s_aux,
-    )
+    layer: int = module.layer_idx  # type: ignore[assignment]  # torch types every attribute as Tensor | Module
+    options = packed.options_of(layer, scaling, softcap, s_aux)
+    # contiguous: no copy in most models, which rotate in this order
+    out = step.attend(layer, q.contiguous(), k, v, attention_mask, options)
     return F.pad(out[None], (0, 0, 0, 0, 0, padding)) if padding else out[None], None
 
 
@@ -148,6 +143,7 @@ class PackedModel:
         self.autocast = autocast_dtype(self.device.type)  # as it is while the model is verified
         # the modules of a model need not share a dtype
         self.min_rows = FP32_MIN_ROWS if any(p.dtype == torch.float32 for p in model.parameters()) else 1
+        self._options: dict[int, AttentionOptions] = {}  # by layer
 
     def read_buffers(self) -> None:
         """Copies what was written into buffers of the model, whose memory has stayed."""
@@ -179,6 +175,15 @@ class PackedModel:
             _answer.reset(token)
         return logits
 
+    def options_of(
+        self, layer: int, scale: float | None, softcap: float | None, sinks: Tensor | None
+    ) -> AttentionOptions:
+        """A layer's options; they are made, and the sinks looked at, only where it passes others than last time."""
+        options = self._options.get(layer)
+        if options is None or options.scale != scale or options.softcap != softcap or options.sinks is not sinks:
+            options = self._options[layer] = AttentionOptions(scale, softcap, sinks)
+        return options
+
     def padded(self, values: Tensor) -> Tensor:
         """Appends zeros to values [T], up to the fewest rows that a pass has."""
         return F.pad(values, (0, max(0, self.min_rows - values.shape[0])))
@@ -192,7 +197,7 @@ class PackedModel:
         """`forward`, but the result is an inference tensor."""
         rows = tokens.shape[0]
         tokens, positions = self.padded(tokens), self.padded(step.rows.positions)
-        before = _current_step.set(step)
+        before = _current.set((self, step))
         try:
             # inference_mode is a tenth faster than no_grad where T is small
             with torch.inference_mode(), watched(self.layers, step.residual) if step.sees_residual else nullcontext():
@@ -205,7 +210,7 @@ class PackedModel:
                 )
                 hidden: Tensor = output.last_hidden_state[0, :rows]
         finally:
-            _current_step.reset(before)
+            _current.reset(before)
         return hidden
 
 

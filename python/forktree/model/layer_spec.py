@@ -8,7 +8,7 @@ from torch import Tensor
 from forktree.ops import AttentionOptions, KVFormat, KVPool, append_kv, tree_attention
 from forktree.ops.dispatch import PYTORCH, select_backend
 from forktree.plan.layout import TreeLayout
-from forktree.plan.plan import AttentionPlan, plan
+from forktree.plan.plan import AttentionPlan, plan_attention
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LayerSpec:
         It is invariant, so that a prompt's result does not depend on what else is in the batch, unless max_partials
         limits it: that limit is shared with strangers.
         """
-        return plan(
+        return plan_attention(
             layout,
             num_qo_heads=self.num_qo_heads,
             num_kv_heads=self.format.num_kv_heads,
@@ -56,14 +56,11 @@ def append_and_attend(
     slots: Tensor,
     pool: KVPool,
     plan: AttentionPlan,
-    *,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    options: AttentionOptions,
 ) -> Tensor:
     """Takes query [T, Hq, Dk], key [T, Hk, Dk], value [T, Hk, Dv] and slots [T]; returns [T, Hq, Dv]."""
     append_kv(key, value, slots, pool)
-    out = tree_attention(query, pool, plan, AttentionOptions(scale, softcap, sinks))
+    out = tree_attention(query, pool, plan, options)
     assert isinstance(out, Tensor)  # not (out, lse)
     return out
 
@@ -75,17 +72,15 @@ def append_and_attend_captured(
     slots: Tensor,
     pool: KVPool,
     plan: tuple[Tensor, Tensor],
+    options: AttentionOptions,
     *,
     max_partials: int,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
 ) -> Tensor:
     """`append_and_attend` of a captured step: plan is the memory that plans will be in, max_partials their limit."""
     if (backend := select_backend("tree_attention", query, pool)) in PYTORCH:
         raise RuntimeError(f"the {backend} backend follows plans on the host")
     torch.ops.forktree.append_kv.default(key, value, slots, pool.k, pool.v)
     out, _ = torch.ops.forktree.tree_attention.default(
-        query, pool.k, pool.v, *plan, query.shape[0], max_partials, scale, softcap, sinks, None
+        query, pool.k, pool.v, *plan, query.shape[0], max_partials, *options.values
     )
     return out

@@ -11,7 +11,7 @@ from forktree.errors import InvalidInput
 from forktree.model.decoder_layers import hidden_of
 from forktree.model.hooks import LayerHook, Rows, overrides
 from forktree.model.layer_spec import append_and_attend, append_and_attend_captured
-from forktree.ops import KVPool
+from forktree.ops import AttentionOptions, KVPool
 from forktree.plan.plan import AttentionPlan
 
 Inspect = Callable[[int, Tensor, Tensor, Tensor, Any], None]
@@ -21,7 +21,14 @@ class PlanSource(Protocol):
     """Where a step finds the plan of each layer."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, pool: KVPool, **options: Any
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        pool: KVPool,
+        options: AttentionOptions,
     ) -> Tensor:
         """Stores key [T, Hk, Dk] and value [T, Hk, Dv], then attends from query [T, Hq, Dk].
 
@@ -40,10 +47,17 @@ class HostPlans:
     by_layer: Sequence[AttentionPlan] | Mapping[int, AttentionPlan]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, pool: KVPool, **options: Any
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        pool: KVPool,
+        options: AttentionOptions,
     ) -> Tensor:
         """See `PlanSource.attend`."""
-        return append_and_attend(query, key, value, slots, pool, self.by_layer[layer], **options)
+        return append_and_attend(query, key, value, slots, pool, self.by_layer[layer], options)
 
 
 @dataclass(frozen=True)
@@ -59,11 +73,18 @@ class DevicePlans:
     max_partials: Sequence[int]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, slots: Tensor, pool: KVPool, **options: Any
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slots: Tensor,
+        pool: KVPool,
+        options: AttentionOptions,
     ) -> Tensor:
         """See `PlanSource.attend`."""
         plan, limit = self.by_layer[layer], self.max_partials[layer]
-        return append_and_attend_captured(query, key, value, slots, pool, plan, max_partials=limit, **options)
+        return append_and_attend_captured(query, key, value, slots, pool, plan, options, max_partials=limit)
 
 
 class Step:
@@ -101,10 +122,7 @@ class Step:
         key: Tensor,
         value: Tensor,
         window: Any,
-        *,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
+        options: AttentionOptions,
     ) -> Tensor:
         """Takes query [T, Hq, Dk], key [T, Hk, Dk] and value [T, Hk, Dv], rotated already; returns [T, Hq, Dv]."""
         if self._inspect is not None:
@@ -113,9 +131,7 @@ class Step:
             changed = hook.before_attend(layer, query, key, value, self.rows)
             if changed is not None:
                 query, key, value = _replaced(hook, "before_attend", layer, (query, key, value), tuple(changed))
-        out = self._plans.attend(
-            layer, query, key, value, self.rows.slots, self._pools[layer], scale=scale, softcap=softcap, sinks=sinks
-        )
+        out = self._plans.attend(layer, query, key, value, self.rows.slots, self._pools[layer], options)
         for hook in self._hooks:
             found = hook.after_attend(layer, out, self.rows)
             if found is not None:

@@ -66,7 +66,7 @@ def tree_attention(
     Args:
         q: [R, Hq, Dk], rows in the order of the layout; fp32, bf16, fp16 or fp64.
         pool: keys and values, in the dtype and on the device of q.
-        plan: made by `forktree.plan.plan.plan` for these head counts and head_dim = Dk.
+        plan: made by `forktree.plan_attention` for these head counts and head_dim = Dk.
         options: scale, soft cap, sinks and ALiBi slopes; tensors on the device of q.
         return_lse: also return the log-sum-exp.
 

@@ -35,10 +35,10 @@ class VocabPass(NamedTuple):
 
     top_k: int = 0  # at most V
     entropy: bool = False
-    keys: Tensor | None = None  # [T] int64, bits of `Draw.keys`; None: nothing is drawn
-    settings: Tensor | None = None  # [4, T] fp64, `Draw.settings`
+    keys: Tensor | None = None  # [T] int64, bits of `KeyedSampling.keys`; None: nothing is sampled
+    settings: Tensor | None = None  # [4, T] fp64, `KeyedSampling.settings`
     has_truncation: bool = False
-    edit_indptr: Tensor | None = None  # [T + 1] int32, `Draw.edits` by its columns
+    edit_indptr: Tensor | None = None  # [T + 1] int32, `KeyedSampling.edits` by its columns
     edit_ids: Tensor | None = None  # [E] int32
     edit_ops: Tensor | None = None  # [E] int32
     edit_values: Tensor | None = None  # [E] fp32
@@ -47,17 +47,16 @@ class VocabPass(NamedTuple):
     @classmethod
     def of(cls, request: TokenRequest, hidden: Tensor, vocab: int) -> VocabPass:
         """What `request` asks of hidden [T, H] and V logits each."""
-        top_k, draw, device = min(request.top_k, vocab), request.draw, hidden.device
-        if draw is None:
+        top_k, sample, device = min(request.top_k, vocab), request.sample, hidden.device
+        if sample is None:
             return cls(top_k, request.entropy)
-        numbers = upload(np.vstack([draw.keys.view(np.float64), draw.settings]), device)  # of 8 bytes all: one copy
-        wanted = cls(top_k, request.entropy, numbers[0].view(torch.int64), numbers[1:], draw.has_truncation)
-        if draw.allowed is not None:
-            wanted = wanted._replace(allowed=draw.allowed.to(device, non_blocking=True).contiguous())
-        if draw.edits is not None and len(draw.edits.ids):
-            indptr, ids, ops, values = (
-                upload(x, device) for x in (draw.edits.indptr, draw.edits.ids, draw.edits.ops, draw.edits.values)
-            )
+        numbers = upload(np.vstack([sample.keys.view(np.float64), sample.settings]), device)  # of 8 bytes all: one copy
+        wanted = cls(top_k, request.entropy, numbers[0].view(torch.int64), numbers[1:], sample.has_truncation)
+        if sample.allowed is not None:
+            wanted = wanted._replace(allowed=sample.allowed.to(device, non_blocking=True).contiguous())
+        if sample.edits is not None and len(sample.edits.ids):
+            edits = sample.edits
+            indptr, ids, ops, values = (upload(x, device) for x in (edits.indptr, edits.ids, edits.ops, edits.values))
             wanted = wanted._replace(edit_indptr=indptr, edit_ids=ids, edit_ops=ops, edit_values=values)
         return wanted
 
@@ -82,15 +81,15 @@ class VocabPassResult(NamedTuple):
     def empty(cls, like: Tensor, wanted: VocabPass) -> VocabPassResult:
         """Room for it, on the device of `like [T, ...]`."""
         rows, real = like.shape[0], math_dtype(like)
-        drawn = 0 if wanted.keys is None else rows
+        sampled = 0 if wanted.keys is None else rows
         return cls(
             lse=like.new_empty(rows, dtype=real),
             entropy=like.new_empty(rows if wanted.entropy else 0, dtype=real),
             top_ids=like.new_empty(rows, wanted.top_k, dtype=torch.long),
             top_logits=like.new_empty(rows, wanted.top_k, dtype=real),
-            token=like.new_empty(drawn, dtype=torch.long),
-            token_logit=like.new_empty(drawn, dtype=real),
-            shaped_log_prob=like.new_empty(drawn, dtype=real),
+            token=like.new_empty(sampled, dtype=torch.long),
+            token_logit=like.new_empty(sampled, dtype=real),
+            shaped_log_prob=like.new_empty(sampled, dtype=real),
         )
 
 
@@ -136,7 +135,7 @@ def assemble_scores(
         if request.top_k:
             ids = found["top_ids"]
             found["top_rewards"] = gather_dot(hidden, request.rewards, every()[:, None].expand_as(ids), ids)
-        if request.draw is not None:
+        if request.sample is not None:
             found["token_reward"] = gather_dot(hidden, request.rewards, every(), found["token"])
     return TokenScores(**found)
 
@@ -148,7 +147,7 @@ def _of_vocabulary(found: VocabPassResult, request: TokenRequest) -> dict[str, T
     if request.top_k:
         scores["top_ids"] = found.top_ids
         scores["top_log_probs"] = found.top_logits - found.lse[:, None]
-    if request.draw is not None:
+    if request.sample is not None:
         scores["token"] = found.token
         scores["log_prob"] = found.token_logit - found.lse
         scores["shaped_log_prob"] = found.shaped_log_prob

@@ -186,26 +186,26 @@ def check_token_request(request: TokenRequest, hidden: Tensor, vocab: int) -> No
         check_ids("select", request.select, vocab)
     if request.rewards is not None:
         check_tensor("rewards", request.rewards, (vocab, size), device)
-        if not request.top_k and request.draw is None:
-            raise ValueError("rewards are gathered at tokens: expected top_k or draw with them, got neither")
-    draw = request.draw
-    if draw is None:
+        if not request.top_k and request.sample is None:
+            raise ValueError("rewards are gathered at tokens: expected top_k or sample with them, got neither")
+    sample = request.sample
+    if sample is None:
         return
-    if draw.keys.shape != (rows,):
-        raise ValueError(f"seed and position must be one a row, {rows}, got {len(draw.keys)}")
-    if draw.settings.shape != (4, rows):
-        raise ValueError(f"sampling must be one, or one for each of {rows} rows, got {draw.settings.shape[1]}")
-    if draw.edits is not None:
-        if len(draw.edits.indptr) != rows + 1:
-            raise ValueError(f"indptr of edits must be [{rows + 1}], got [{len(draw.edits.indptr)}]")
-        edited = draw.edits.ids
+    if sample.keys.shape != (rows,):
+        raise ValueError(f"seed and position must be one a row, {rows}, got {len(sample.keys)}")
+    if sample.settings.shape != (4, rows):
+        raise ValueError(f"sampling must be one, or one for each of {rows} rows, got {sample.settings.shape[1]}")
+    if sample.edits is not None:
+        if len(sample.edits.indptr) != rows + 1:
+            raise ValueError(f"indptr of edits must be [{rows + 1}], got [{len(sample.edits.indptr)}]")
+        edited = sample.edits.ids
         if len(edited) and not 0 <= edited.min() <= edited.max() < vocab:
             raise ValueError(f"ids of edits must be in [0, {vocab}), got {edited.min()} to {edited.max()}")
-    if draw.allowed is not None:
+    if sample.allowed is not None:
         words = (vocab + 31) // 32
-        if draw.allowed.dtype != torch.int32 or draw.allowed.shape != (rows, words):
+        if sample.allowed.dtype != torch.int32 or sample.allowed.shape != (rows, words):
             raise ValueError(
-                f"allowed must be int32 [{rows}, {words}], got {draw.allowed.dtype} {list(draw.allowed.shape)}"
+                f"allowed must be int32 [{rows}, {words}], got {sample.allowed.dtype} {list(sample.allowed.shape)}"
             )
 
 
@@ -217,7 +217,7 @@ def check_vocab_pass(hidden: Tensor, vocab: int, wanted: VocabPass) -> None:
     keys, settings, allowed, edits = wanted.keys, wanted.settings, wanted.allowed, wanted.edits
     if keys is None or settings is None:
         if not keys is settings is allowed is edits[0]:
-            raise ValueError("keys and settings must both be there for a draw, or neither, nor edits, nor allowed")
+            raise ValueError("keys and settings must both be there to sample, or neither, nor edits, nor allowed")
         return
     check_tensor("keys", keys, (rows,), device, torch.int64)
     check_tensor("settings", settings, (4, rows), device, torch.float64)

@@ -166,8 +166,7 @@ def through_torch(operation: str, *arguments: Any) -> Any:
 
 
 def _attend_through_torch(q: Tensor, pool: KVPool, plan: PlanTensors, options: AttentionOptions) -> Any:
-    values = [getattr(options, name) for name in OPTIONS]
-    return torch.ops.forktree.tree_attention.default(q, pool.k, pool.v, *plan[:4], *values)
+    return torch.ops.forktree.tree_attention.default(q, pool.k, pool.v, *plan[:4], *options.values)
 
 
 THROUGH: dict[str, Callable[..., Any]] = {

@@ -304,8 +304,8 @@ def score_tokens(core: Core, how: int, hidden: Tensor, lm_head: LmHead, wanted: 
     if hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     (rows, size), bias, found = hidden.shape, _fp32(lm_head.bias), VocabPassResult.empty(hidden, wanted)
-    draw = wanted.keys, wanted.settings, *wanted.edits, wanted.allowed
-    draw = tuple(None if x is None else x.contiguous() for x in draw)
+    sample = wanted.keys, wanted.settings, *wanted.edits, wanted.allowed
+    sample = tuple(None if x is None else x.contiguous() for x in sample)
     params = SCORE_TOKENS.pack(
         hidden.data_ptr(),
         hidden.stride(0),
@@ -317,7 +317,7 @@ def score_tokens(core: Core, how: int, hidden: Tensor, lm_head: LmHead, wanted: 
         lm_head.scale,
         lm_head.softcap or 0.0,
         wanted.top_k,
-        *(_address(x) for x in draw),
+        *(_address(x) for x in sample),
         *(x.data_ptr() if x.numel() else 0 for x in found),
         dtype,
     )

@@ -129,6 +129,11 @@ class AttentionOptions:
         if slopes is not None and type(slopes) in READABLE and slopes.is_cpu and not bool(slopes.isfinite().all()):
             raise ValueError(f"alibi_slopes must be finite, got {slopes.tolist()}")
 
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The options in order, `OPTIONS` their names."""
+        return tuple(getattr(self, name) for name in OPTIONS)
+
     def scale_of(self, k_dim: int) -> float:
         """The factor on q·k."""
         return 1 / math.sqrt(k_dim) if self.scale is None else self.scale

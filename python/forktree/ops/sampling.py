@@ -1,4 +1,4 @@
-"""How tokens are drawn. Every draw is keyed, so it does not depend on what else is in the batch."""
+"""How tokens are sampled. Sampling is keyed: a token does not depend on what else is in the batch."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ TILE = 64  # tokens whose mass shares one Gumbel number
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one token is drawn. Names and order of application are those of transformers' `GenerationConfig`.
+    """How one token is sampled. Names and order of application are those of transformers' `GenerationConfig`.
 
     temperature: divides the logits; 0 takes the most likely token.
     top_k: keep the k most likely tokens (0 = all).
@@ -34,10 +34,11 @@ class Sampling:
 
 
 def noise(keys: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
-    """What the draw of a row needs for each tile of its vocabulary: an exponential and a uniform number, fp64.
+    """What sampling a row needs for each tile of its vocabulary: an exponential and a uniform number, fp64.
 
-    keys: int64 `[T]`, the bits of `Draw.keys`. Returns `[T, tiles]` each: E = -log1p(-v), so that -log E is a Gumbel
-    number, with v = (h + 1/2) / 2^32; and u = l / 2^32 in [0, 1). h and l are the halves of `splitmix64(key ^ tile)`.
+    keys: int64 `[T]`, the bits of `KeyedSampling.keys`. Returns `[T, tiles]` each: E = -log1p(-v), so that -log E is a
+    Gumbel number, with v = (h + 1/2) / 2^32; and u = l / 2^32 in [0, 1). h and l are the halves of
+    `splitmix64(key ^ tile)`.
     """
     return noise_of(keys, torch.arange(tiles, device=keys.device))
 

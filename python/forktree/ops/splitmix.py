@@ -1,4 +1,4 @@
-"""SplitMix64: counter-based random numbers that key the draws of branches, on the host and on a device."""
+"""SplitMix64: counter-based random numbers that key the sampling of branches, on the host and on a device."""
 
 import numpy as np
 from torch import Tensor

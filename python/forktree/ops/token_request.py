@@ -111,8 +111,8 @@ class LogitEdits:
 
 
 @dataclass(frozen=True, eq=False)
-class Draw:
-    """One token for every row.
+class KeyedSampling:
+    """One token for every row, sampled with a key of its own.
 
     The distribution of a row is softmax(s) over the tokens that are left, where s are the logits, edited, then divided
     by the temperature. Left are those that `allowed` names and that reach the highest of the thresholds of top-k, top-p
@@ -120,11 +120,11 @@ class Draw:
 
     sampling: one for all rows, or one a row. Temperature 0 (and below 1e-5) takes the most likely token, the lowest id
         among equals; nothing else then counts.
-    seed, position: int `[T]`. They key the draw: same logits, seed and position, same token, whatever else is drawn.
+    seed, position: int `[T]`, the row's key: same logits, seed and position, same token, whatever else is sampled.
     edits: changes to single logits, first of all.
     allowed: int32 `[T, ceil(V / 32)]`, bit v % 32 of word v // 32 set where token v is allowed.
 
-    How it is drawn, exactly, with two numbers for each tile of 64 tokens (`sampling.noise`): the tile with the
+    The token is found exactly, with two numbers for each tile of 64 tokens (`sampling.noise`): the tile with the
     highest log-mass plus Gumbel noise wins, as in the Gumbel-max trick; in it the inverse CDF finds the token.
     """
 
@@ -193,16 +193,16 @@ class TokenRequest:
     """What to find out; what is not asked for costs nothing.
 
     top_k: this many most likely tokens; lower ids first among equals.
-    draw: one token a row.
+    sample: one token a row.
     select: token ids `[n]`, the same for all rows, or `RaggedIds`: their logits, for which no other row of lm_head is
         read. Their log-probs too if something else takes the whole vocabulary (such as `lse`).
     targets: int `[T]`: the log-prob of one token a row.
     lse, entropy: log-sum-exp of the logits, and entropy in nats.
-    rewards: `[V, H]`, a reward for every token (multifurcation): gathered at the top_k tokens and at the drawn one.
+    rewards: `[V, H]`, a reward for every token (multifurcation): gathered at the top_k tokens and at the sampled one.
     """
 
     top_k: int = 0
-    draw: Draw | None = None
+    sample: KeyedSampling | None = None
     select: Tensor | RaggedIds | None = None
     targets: Tensor | None = None
     lse: bool = False
@@ -212,7 +212,7 @@ class TokenRequest:
     @property
     def needs_vocabulary(self) -> bool:
         """Whether all of lm_head is read."""
-        whole = self.top_k or self.draw or self.targets is not None or self.lse or self.entropy
+        whole = self.top_k or self.sample or self.targets is not None or self.lse or self.entropy
         return bool(whole)
 
 
@@ -230,9 +230,9 @@ class TokenScores:
         entropy: `[T]`.
         top_ids: `[T, min(k, V)]`, best first.
         top_log_probs: likewise.
-        token: `[T]`, drawn.
-        log_prob: `[T]`, of the drawn token under the logits as they are.
-        shaped_log_prob: `[T]`, under the distribution drawn from.
+        token: `[T]`, the sampled one.
+        log_prob: `[T]`, of that token under the logits as they are.
+        shaped_log_prob: `[T]`, under the distribution it is sampled from.
         selected_logits: `[T, n]`, or `[S]` if ragged.
         selected_log_probs: likewise.
         target_log_probs: `[T]`.

@@ -18,7 +18,8 @@ class CostModel:
 
         max(bytes of K and V, multiply-adds and exponentials) + rescaled sums, once every 64 tokens,
 
-    bytes as `plan` was told the pool has them, arithmetic for r rows x heads of the group rounded up to full lanes.
+    bytes as `plan_attention` was told the pool has them, arithmetic for r rows x heads of the group rounded up to full
+    lanes.
 
     Attributes:
         units: units of work that keep all workers busy; a constant, so that bits do not depend on threads.

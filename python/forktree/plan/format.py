@@ -4,8 +4,8 @@ The buffer begins with a header of sizes and section offsets, so that whoever re
 `sections` here, `plan_view` in C++ and CUDA, constants in Triton. Kernels read the offsets on the device, so a captured
 graph follows whatever plan lies at its address.
 
-Kernels trust a plan that `forktree.plan` made. `torch.ops.forktree.tree_attention` is given bare tensors: on the CPU it
-validates them at every call, on a GPU it believes them, as looking would wait for the device. Whoever did not get a
+Kernels trust a plan that `plan_attention` made. `torch.ops.forktree.tree_attention` is given bare tensors: on the CPU
+it validates them at every call, on a GPU it believes them, as looking would wait for the device. Whoever did not get a
 buffer from `AttentionPlan.on` validates it first, by `forktree._core.check_plan_buffer`.
 
     python -m forktree.plan.format [ROOT]

@@ -71,7 +71,7 @@ class PlanStats:
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """Work items of one step, for layers of one head shape and window. Made by `plan`.
+    """Work items of one step, for layers of one head shape and window. Made by `plan_attention`.
 
     A plan is validated once, when it is made: by `_core.plan`, or here if it is put together otherwise. Kernels then
     trust its buffer, which is read-only from there on. Growing rewrites `node_len` and `row_pos` alone, and checks
@@ -79,8 +79,8 @@ class AttentionPlan:
 
     Attributes:
         layout: what rows may see.
-        num_qo_heads, num_kv_heads, head_dim, window: what the plan is for, see `plan`.
-        value_dim, bytes_per_token: format of K and V that it was priced for, see `plan`.
+        num_qo_heads, num_kv_heads, head_dim, window: what the plan is for, see `plan_attention`.
+        value_dim, bytes_per_token: format of K and V that it was priced for, see `plan_attention`.
         device: where it will be executed.
         cost_model: prices that it was made with.
         buffer: all of it, int32, as `forktree.plan.format` says.
@@ -170,7 +170,6 @@ class AttentionPlan:
 
     @cached_property
     def num_partials(self) -> int:
-        """P, partial attention states that are merged."""
         """P, rows of partials."""
         return int(self.buffer[Header.NUM_PARTIALS])
 
@@ -264,7 +263,7 @@ class AttentionPlan:
         )
 
 
-def plan(
+def plan_attention(
     layout: TreeLayout,
     *,
     num_qo_heads: int,

@@ -2,26 +2,40 @@
 
 from forktree.search.algorithms.beam import BeamSearch
 from forktree.search.algorithms.particle import ParticleFilter
+from forktree.search.algorithms.particle_entropic import EntropicParticleFilter
+from forktree.search.algorithms.particle_gibbs import ParallelTempering, ParticleGibbs
+from forktree.search.algorithms.particle_smc import SMCSteering, TwistedSMC
 from forktree.search.algorithms.sample import BestOfN, Greedy, MajorityVote, Sample
+from forktree.search.algorithms.steptree import DVTS, ETS, REBASE, PRMBeamSearch, StepBeamSearch
 from forktree.search.base import Hypothesis, Search, SearchContext
 from forktree.search.drafters import PromptLookup, SuffixDraft, TokenTable
 from forktree.search.speculate import Drafter, DraftTree
 from forktree.search.trie import TokenTrie
 
 __all__ = [
+    "DVTS",
+    "ETS",
+    "REBASE",
     "BeamSearch",
     "BestOfN",
     "DraftTree",
     "Drafter",
+    "EntropicParticleFilter",
     "Greedy",
     "Hypothesis",
     "MajorityVote",
+    "PRMBeamSearch",
+    "ParallelTempering",
     "ParticleFilter",
+    "ParticleGibbs",
     "PromptLookup",
+    "SMCSteering",
     "Sample",
     "Search",
     "SearchContext",
+    "StepBeamSearch",
     "SuffixDraft",
     "TokenTable",
     "TokenTrie",
+    "TwistedSMC",
 ]

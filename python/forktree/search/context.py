@@ -10,6 +10,7 @@ import torch
 from forktree.engine.counters import Counters
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
+from forktree.search.budget import Budget
 from forktree.search.payoff import Payoff
 from forktree.search.request import Stop
 from forktree.search.trace import SearchTrace
@@ -33,6 +34,7 @@ class SearchContext:
         opens: gives a branch for a prompt and a model's name, see `open`.
         counters: what the search has cost so far.
         trace: what it has done so far; the search appends to it.
+        budget: what it may still cost; `grow`, `complete` and `judged` keep to it.
         payoff: what it knows of costs and gains of drafts, if it has a drafter.
     """
 
@@ -48,6 +50,7 @@ class SearchContext:
     opens: Callable[[Any, str], Branch]
     counters: Counters = field(default_factory=Counters)
     trace: SearchTrace = field(default_factory=SearchTrace)
+    budget: Budget = field(default_factory=Budget)
     payoff: Payoff = field(default_factory=Payoff)
 
     def open(self, prompt: Any, model: str = "main") -> Branch:

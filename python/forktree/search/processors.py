@@ -2,7 +2,7 @@
 
 A processor is called as transformers calls it: with `input_ids [n, L]`, int64, left-padded, and `scores [n, V]`, fp32.
 It returns scores of that shape. It needs whole rows of logits, so this is the slow way: biases, penalties and sets of
-allowed tokens that are known beforehand belong in `forktree.Draw`.
+allowed tokens that are known beforehand belong in `forktree.KeyedSampling`.
 
 Every row is a branch. Branches are forked, dropped and resampled, and they stop at different times, so row i of one
 call says nothing about row i of the next. A processor that keeps a state for every row, such as the place in a grammar,
@@ -39,7 +39,7 @@ from torch import Tensor
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
 from forktree.ops import score_logits
-from forktree.ops.token_request import Draw, TokenRequest
+from forktree.ops.token_request import KeyedSampling, TokenRequest
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -85,7 +85,11 @@ def left_padded(branches: Sequence[Branch], pad_token_id: int, device: torch.dev
 
 
 def sample_processed(
-    processors: Sequence[Processor], branches: Sequence[Branch], logits: Tensor, draw: Draw, pad_token_id: int
+    processors: Sequence[Processor],
+    branches: Sequence[Branch],
+    logits: Tensor,
+    sample: KeyedSampling,
+    pad_token_id: int,
 ) -> tuple[Tensor, Tensor]:
     """Samples the token after each branch from logits that processors change.
 
@@ -93,7 +97,7 @@ def sample_processed(
         processors: in their order.
         branches: whose rows these are, `[n]`.
         logits: the model's own, fp32 `[n, V]`.
-        draw: how tokens are sampled, of n rows.
+        sample: how tokens are sampled, of n rows.
         pad_token_id: fills rows that processors look at.
 
     Returns:
@@ -102,7 +106,7 @@ def sample_processed(
     """
     input_ids = left_padded(branches, pad_token_id, logits.device)
     scores = process(processors, branches, input_ids, logits.clone())
-    sampled = score_logits(scores, TokenRequest(draw=draw), logits)  # no reward is asked of hidden states
+    sampled = score_logits(scores, TokenRequest(sample=sample), logits)  # no reward is asked of hidden states
     log_prob = logits.gather(1, sampled.token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
     none_left = sampled.shaped_log_prob.isnan() & log_prob.isfinite()
     return sampled.token, log_prob.masked_fill(none_left, NO_TOKEN)

@@ -180,6 +180,11 @@ def _reader(name: str, hint: Any) -> tuple[str, Callable[[str], Any] | None]:
         return "true or false", lambda text: _bool(name, text)
     if typing.get_origin(hint) in (typing.Union, types.UnionType) and set(typing.get_args(hint)) == {bool, str}:
         return "true, false or text", lambda text: {"true": True, "false": False}.get(text.lower(), text)
+    members = [one for one in typing.get_args(hint) if one is not type(None)]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(members) == 1:
+        kind, read = _reader(name, members[0])
+        if read is not None:
+            return f"{kind}, or none", lambda text: None if text.lower() == "none" else read(text)
     if typing.get_origin(hint) is typing.get_origin(Callable[..., Any]):
         return "module:function", lambda text: import_named(name, text)
     return f"of type {hint}", None

@@ -25,7 +25,7 @@ from forktree.engine.counters import Counters
 from forktree.errors import InvalidInput, OutOfMemory
 from forktree.kv import Branch, append
 from forktree.ops.sampling import Sampling
-from forktree.ops.token_request import Draw, TokenRequest
+from forktree.ops.token_request import KeyedSampling, TokenRequest
 from forktree.search.payoff import Payoff
 from forktree.search.processors import Processor, sample_processed
 from forktree.search.progress import Progress
@@ -238,6 +238,7 @@ class _Run:
 
     async def _verify(self, rows: Int64Array, drafts: Sequence[DraftTree]) -> None:
         """A pass over drafts of `rows`; what is accepted becomes part of the branches, with one more token each."""
+        before = int(self.progress.num_tokens.sum())
         written = [_Written(self.request.branches[i], draft) for i, draft in zip(rows, drafts, strict=True)]
         try:
             walks = [_Walk(i, one) for i, one in zip(rows.tolist(), written, strict=True)]
@@ -253,6 +254,7 @@ class _Run:
                 one.drop()
         if more := {walk.written.branch: walk.token for walk in walks if walk.token is not None}:
             append(list(more), list(more.values()))
+        self.counters.sampled_tokens += int(self.progress.num_tokens.sum()) - before
         self.counters.drafts += sum(len(draft) > 0 for draft in drafts)
         self.counters.drafted_tokens += sum(map(len, drafts))
         self.counters.accepted_tokens += sum(len(walk.accepted) for walk in walks)
@@ -261,7 +263,7 @@ class _Run:
     async def _walk(self, walks: Sequence["_Walk"]) -> None:
         """Samples after every token at once."""
         forks, since = _places(walks)
-        request = TokenRequest(draw=self._draw(walks), top_k=self.drafter.top_k)
+        request = TokenRequest(sample=self._keyed(walks), top_k=self.drafter.top_k)
         scores = (await score_tokens(forks, request, since=since, checked=False)).scores
         self._observe(walks, scores.top_ids if self.drafter.top_k else None)
         tokens, log_probs = Download(torch.stack([scores.token, scores.log_prob.double()])).read().tolist()
@@ -279,22 +281,22 @@ class _Run:
         self._observe(walks, logits.topk(self.drafter.top_k).indices if self.drafter.top_k else None)
         while going := [walk for walk in walks if walk.goes_on]:
             branches = [walk.written.branch for walk in going]
-            draw = Draw(
+            sample = KeyedSampling(
                 [self.progress.sampling[walk.i] for walk in going],
                 seed=np.array([branch.key for branch in branches], np.uint64),
                 position=np.array([branch.length for branch in branches]),
             )
             at = torch.tensor([walk.row for walk in going], device=logits.device)
-            found = sample_processed(self.request.processors, branches, logits[at], draw, self.request.pad_token_id)
+            found = sample_processed(self.request.processors, branches, logits[at], sample, self.request.pad_token_id)
             tokens, log_probs = Download(torch.stack([found[0], found[1].double()])).read().tolist()
             for walk, token, log_prob in zip(going, tokens, log_probs, strict=True):
                 walk.take(self.progress, int(token) if np.isfinite(log_prob) else 0, log_prob)
                 walk.settle()
 
-    def _draw(self, walks: Sequence["_Walk"]) -> Draw:
+    def _keyed(self, walks: Sequence["_Walk"]) -> KeyedSampling:
         """How the token after every row is sampled: as plain decoding would, once it is there."""
         count = [len(walk.written.row) for walk in walks]
-        return Draw(
+        return KeyedSampling(
             [self.progress.sampling[walk.i] for walk, n in zip(walks, count, strict=True) for _ in range(n)],
             seed=np.repeat(np.array([walk.written.branch.key for walk in walks], np.uint64), count),
             position=np.concatenate([walk.written.position for walk in walks]),

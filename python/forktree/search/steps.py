@@ -17,10 +17,11 @@ from typing import Any, Self
 import numpy as np
 
 from forktree.checks import integer
-from forktree.errors import InvalidInput, RewardError
+from forktree.errors import BudgetSpent, InvalidInput, RewardError
 from forktree.kv import Branch, reassign
 from forktree.rewards.base import Reward, check_reward
 from forktree.search.base import ExtendingSearch, Hypothesis, SamplingSearch
+from forktree.search.budget import Budget
 from forktree.search.context import SearchContext
 from forktree.search.request import Extension, Stop, extend, reward_branches
 from forktree.search.speculate import speculative_extend
@@ -29,7 +30,7 @@ from forktree.types import BoolArray, Float64Array, Int64Array
 
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "last": lambda rewards: rewards[-1],
-    "min": min,
+    "min": lambda rewards: float(np.min(rewards)),
     "prod": lambda rewards: float(np.prod(rewards)),
     "mean": lambda rewards: float(np.mean(rewards)),
 }
@@ -73,10 +74,12 @@ class Walkers:
 
     Args:
         trace: where everything that is done to them is recorded.
+        budget: what the search may still cost.
         branches: their branches.
         node: the newest step of each in the trace. int64.
+        begin: position of the first token of that step. int64.
         alive: False once the text has ended. bool.
-        reason: why the newest step ended: "eos", "stop" or "length".
+        reason: why the newest step ended: "eos", "stop", "length", or "budget" where the search's budget was spent.
         steps: steps grown so far. int64.
         num_tokens: tokens generated so far, EOS included. int64.
         log_prob: sum of their log-probs under the model. fp64.
@@ -87,8 +90,10 @@ class Walkers:
     """
 
     trace: SearchTrace
+    budget: Budget
     branches: list[Branch]
     node: Int64Array
+    begin: Int64Array
     alive: BoolArray
     reason: list[str]
     steps: Int64Array
@@ -104,8 +109,10 @@ class Walkers:
         """`n` forks of the prompt."""
         return cls(
             trace=context.trace,
+            budget=context.budget,
             branches=context.root.fork(n),
             node=np.full(n, PROMPT, np.int64),
+            begin=np.full(n, context.root.length, np.int64),
             alive=np.ones(n, bool),
             reason=["length"] * n,
             steps=np.zeros(n, np.int64),
@@ -130,12 +137,43 @@ class Walkers:
         """
         branches = reassign(self.branches, ancestors)
         self.trace.select(self.node, ancestors, why=why, **facts)
-        moved = {f.name: _at(getattr(self, f.name), ancestors) for f in fields(self) if f.name != "branches"}
-        return replace(self, branches=branches, **moved)
+        return self._at(ancestors, branches)
 
     def split(self, counts: Int64Array, *, why: str, **facts: Any) -> Self:
         """Walkers that continue number i of these `counts[i]` times; 0 drops it. See `taken`."""
         return self.taken(np.repeat(np.arange(len(self)), counts), why=why, **facts)
+
+    def end(self, *, why: str) -> None:
+        """Ends the texts of all that are alive, where they stand, for a reason such as "budget"."""
+        alive = np.flatnonzero(self.alive)
+        self.trace.record("end", why=why, nodes=self.node[alive])
+        for i in alive:
+            self.alive[i], self.reason[i] = False, why
+
+    def forks(self, which: Int64Array) -> Self:
+        """Copies of some walkers that go on by themselves: a fork of each."""
+        return self._at(which, [self.branches[i].fork(1)[0] for i in which])
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Self]) -> Self:
+        """The walkers of several in one, in their order; the parts are not to be used any more."""
+
+        def joined(values: list[Any]) -> Any:
+            if isinstance(values[0], np.ndarray):
+                return np.concatenate(values)
+            return [v for some in values for v in some] if isinstance(values[0], list) else values[0]
+
+        return replace(parts[0], **{f.name: joined([getattr(p, f.name) for p in parts]) for f in fields(parts[0])})
+
+    def drop(self) -> None:
+        """Ends all of them."""
+        for branch in self.branches:
+            branch.drop()
+
+    def _at(self, which: Int64Array, branches: list[Branch]) -> Self:
+        """Walkers that stand where `which` of these do, on branches of their own."""
+        moved = {f.name: _at(getattr(self, f.name), which) for f in fields(self) if f.name != "branches"}
+        return replace(self, branches=branches, **moved)
 
     def hypotheses(
         self,
@@ -173,7 +211,8 @@ async def grow(walkers: Walkers, which: Int64Array, context: SearchContext, sear
     """Extends walkers by one step each, all in one request.
 
     A step ends with the search's delimiter, or as a text does: with EOS, one of the search's stop texts, or because no
-    more tokens or steps are allowed. Walkers whose text has ended are not alive afterwards.
+    more tokens or steps are allowed. Walkers whose text has ended are not alive afterwards. When the budget of tokens
+    is spent, no walker is.
 
     Args:
         walkers: changed in place.
@@ -187,11 +226,13 @@ async def grow(walkers: Walkers, which: Int64Array, context: SearchContext, sear
     await _extend(walkers, which, context, search, limit, context.stop_at(search.step_delimiter, *search.stop), last)
 
 
-async def complete(walkers: Walkers, context: SearchContext, search: ExtendingSearch) -> None:
-    """Extends all walkers to the end of their texts; that is not counted as a step."""
-    which = np.arange(len(walkers))
-    limit = context.max_new_tokens - walkers.num_tokens
-    await _extend(walkers, which, context, search, limit, context.stop_at(*search.stop), np.ones(len(walkers), bool))
+async def complete(
+    walkers: Walkers, context: SearchContext, search: ExtendingSearch, which: Int64Array | None = None
+) -> None:
+    """Extends walkers, by default all, to the end of their texts; that is not counted as a step."""
+    which = np.arange(len(walkers)) if which is None else which
+    limit = context.max_new_tokens - walkers.num_tokens[which]
+    await _extend(walkers, which, context, search, limit, context.stop_at(*search.stop), np.ones(len(which), bool))
 
 
 async def _extend(
@@ -203,7 +244,36 @@ async def _extend(
     stop: Stop | None,
     last: BoolArray,
 ) -> None:
-    """One `extend` of `which`, at `last` of them the text's last; all that is known of the walkers afterwards."""
+    """Extends `which`, at `last` of them to the end of their text, within the budget: see `grow`.
+
+    Where tokens are short, each has an equal share at first, and then of what others have left.
+    """
+    walkers.begin[which] = [walkers.branches[i].length for i in which]
+    while len(which):
+        share = context.budget.limit_tokens(max_tokens)
+        some = np.flatnonzero(share)
+        cut = share < max_tokens
+        if len(some):
+            done = await _extend_once(walkers, which[some], context, search, share[some], stop, last[some], cut[some])
+            max_tokens[some] -= done.num_tokens
+            cut[some] &= np.array(done.reason) == "length"
+        if context.budget.tokens_left == 0:
+            walkers.end(why="budget")
+            break
+        which, max_tokens, last = which[cut], max_tokens[cut], last[cut]
+
+
+async def _extend_once(
+    walkers: Walkers,
+    which: Int64Array,
+    context: SearchContext,
+    search: ExtendingSearch,
+    max_tokens: Int64Array,
+    stop: Stop | None,
+    last: BoolArray,
+    cut: BoolArray,
+) -> Extension:
+    """One `extend`, and all that is known of the walkers afterwards. cut: whose `max_tokens` do not end a text."""
     branches = [walkers.branches[i] for i in which]
     before = [branch.length for branch in branches]
     unfinished = walkers.unfinished[which]
@@ -228,7 +298,7 @@ async def _extend(
     full = last | (walkers.num_tokens[which] >= context.max_new_tokens)
     text_end = context.stop_at(*search.stop)
     steps, ends = [], []
-    for i, branch, begin, reason, ended in zip(which, branches, before, done.reason, full, strict=True):
+    for i, branch, begin, reason, ended, more in zip(which, branches, before, done.reason, full, cut, strict=True):
         tokens = branch.tokens
         steps.append(tokens[begin:])
         if reason == "stop":
@@ -238,34 +308,54 @@ async def _extend(
                 ended = True
             elif ended:
                 reason = "length"
+        elif reason == "length" and more:
+            ended = False
         over = bool(ended) or reason == "eos"
         walkers.alive[i], walkers.reason[i] = not over, reason
         ends.append(reason if over else None)
     walkers.node[which] = walkers.trace.grow(walkers.node[which], steps, log_probs=done.log_prob, ends=ends)
+    return done
 
 
 async def judged(
-    walkers: Walkers, which: Int64Array, reward: Reward, *, valid: Callable[[Float64Array], Float64Array] | None = None
+    walkers: Walkers,
+    which: Int64Array,
+    reward: Reward,
+    *,
+    valid: Callable[[Float64Array], Float64Array] | None = None,
+    at: Sequence[Branch] | None = None,
 ) -> None:
     """Asks for the rewards of walkers. A failure is a value of its walker: reward NaN, and an error.
+
+    Where the budget of rewards is short, the first of them are judged; the others keep the reward that they had, or
+    have none. Once it is spent, no walker is alive.
 
     Args:
         walkers: changed in place.
         which: indices of those to judge, int64 `[m]`.
         reward: what gives them.
         valid: rewards `[m]` -> those to keep, such as clipped ones; raises if the search cannot use one.
+        at: branches whose rewards stand for theirs, such as rollouts, `[m]`. Default: their own.
 
     Raises:
         RewardError: no walker has a reward left.
     """
-    found = await reward_branches([walkers.branches[i] for i in which], reward)
-    rewards = np.where([error is None for error in found.errors], found.values, np.nan)
-    rewards = rewards if valid is None else valid(rewards)
-    walkers.rewards[which] = rewards
-    for i, value, error in zip(which, rewards.tolist(), found.errors, strict=True):
-        walkers.history[i], walkers.errors[i] = [*walkers.history[i], value], error
-    walkers.trace.record("reward", nodes=walkers.node[which], rewards=rewards, errors=found.errors)
-    check_any(found.errors, walkers.rewards)
+    left = walkers.budget.calls_left
+    asked, rest = (which, which[:0]) if len(which) <= left else np.split(which, [int(left)])
+    for i in rest:
+        if np.isnan(walkers.rewards[i]):
+            walkers.errors[i] = BudgetSpent(f"the budget of {walkers.budget.max_reward_calls} rewards is spent")
+    if len(asked):
+        found = await reward_branches([walkers.branches[i] for i in asked], reward)
+        rewards = np.where([error is None for error in found.errors], found.values, np.nan)
+        rewards = rewards if valid is None else valid(rewards)
+        walkers.rewards[asked] = rewards
+        for i, value, error in zip(asked, rewards.tolist(), found.errors, strict=True):
+            walkers.history[i], walkers.errors[i] = [*walkers.history[i], value], error
+        walkers.trace.record("reward", nodes=walkers.node[asked], rewards=rewards, errors=found.errors)
+    if walkers.budget.calls_left == 0:
+        walkers.end(why="budget")
+    check_any(walkers.errors, walkers.rewards)
 
 
 def check_any(errors: Sequence[RewardError | None], rewards: Float64Array) -> None:

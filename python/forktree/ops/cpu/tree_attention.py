@@ -1,4 +1,4 @@
-"""`forktree.ops.tree_attention` by `csrc/cpu/tree_attention.cpp`."""
+"""`forktree.ops.tree_attention` by `csrc/cpu/tree_attention`."""
 
 import torch
 from torch import Tensor

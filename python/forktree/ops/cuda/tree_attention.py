@@ -1,4 +1,4 @@
-"""`forktree.ops.tree_attention` by `csrc/cuda/tree_attention.cu`: bf16 and fp16, Dk = Dv of 64, 96, 128 or 256."""
+"""`forktree.ops.tree_attention` by `csrc/cuda/tree_attention`: bf16 and fp16, Dk = Dv of 64, 96, 128 or 256."""
 
 from functools import cache
 

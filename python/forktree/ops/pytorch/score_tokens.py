@@ -1,9 +1,9 @@
 """`forktree.ops.score_tokens` by PyTorch operations on any device, fp64 too: the vocabulary goes by in chunks.
 
-`score_chunks` keeps of each chunk what may still matter and forgets the logits. What a row keeps of a truncated draw is
-its 64 most likely tokens: if those it may draw are among them, that is all. The other rows see the vocabulary again, to
-find their threshold digit by digit and to draw from what reaches it. Which rows these are is read from the device, once
-a call that truncates; edits are copied back from it once. Nothing else waits.
+`score_chunks` keeps of each chunk what may still matter and forgets the logits. Of a row whose sampling truncates it
+keeps the 64 most likely tokens: if all that it may sample are among them, that is enough. The other rows see the
+vocabulary again, to find their threshold digit by digit and to sample from what reaches it. Which rows these are is
+read from the device, once a call that truncates; edits are copied back from it once. Nothing else waits.
 """
 
 from __future__ import annotations
@@ -97,16 +97,17 @@ def _score(chunks: Chunks, part: slice, shaping: Shaping | None, truncates: bool
             lead.add(first, s, z)
             candidates.add(first, s, z)
         wrong = ~mass.lse.isfinite() | (shaped.lse == -torch.inf)
-        drawn = lead.drawn(shaped)
+        sampled = lead.sampled(shaped)
         if truncates:
-            few, enough = _drawn_among(candidates, shaping, shaped)
-            drawn = tuple(b.where(shaping.truncates, a) for a, b in zip(drawn, few, strict=True))
+            few, enough = _sampled_among(candidates, shaping, shaped)
+            sampled = tuple(b.where(shaping.truncates, a) for a, b in zip(sampled, few, strict=True))
             again = (shaping.truncates & ~enough & ~wrong).nonzero().squeeze(1)
             if len(again):
                 rows = torch.arange(part.start, part.stop, device=again.device)[again]
-                for a, b in zip(drawn, _drawn_again(chunks, rows, shaping.at(again), found.lse[again]), strict=True):
+                late = _sampled_again(chunks, rows, shaping.at(again), found.lse[again])
+                for a, b in zip(sampled, late, strict=True):
                     a[again] = b
-        token, logit, log_prob = drawn
+        token, logit, log_prob = sampled
         found.token.copy_(token.masked_fill(wrong, 0))
         found.token_logit.copy_(logit.masked_fill(wrong, torch.nan))
         found.shaped_log_prob.copy_(log_prob.masked_fill(wrong, torch.nan))
@@ -218,8 +219,8 @@ class Lead:
         self.inside = inside[row, at].where(ahead[:, None], self.inside)
         self.logits = logits[row, at].where(ahead[:, None], self.logits)
 
-    def drawn(self, shaped: Mass) -> tuple[Tensor, ...]:
-        """Token, logit and log-prob of each row; the last under the distribution drawn from, whose mass is `shaped`."""
+    def sampled(self, shaped: Mass) -> tuple[Tensor, ...]:
+        """Token, logit and log-prob of each row; the last under the shaped distribution, whose mass is `shaped`."""
         _, uniform = noise_of(self.shaping.keys, self.tile[:, None])
         mass = (self.inside - self.inside.amax(dim=1, keepdim=True)).exp().nan_to_num().cumsum(dim=1)
         within = _inverse(mass, uniform)
@@ -235,12 +236,12 @@ def _inverse(mass: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(at, (mass < mass[:, -1:]).sum(dim=1, keepdim=True))  # after it is none
 
 
-# ---------------------------------------------------------------------- the draw
+# ---------------------------------------------------------------------- sampling
 
 
 @dataclass(frozen=True)
 class Shaping:
-    """How the logits of T rows become those that are drawn from, before top-k, top-p and min-p, and these."""
+    """How the logits of T rows become those that are sampled from, before top-k, top-p and min-p, and these."""
 
     keys: Tensor  # [T] int64
     temperature: Tensor  # [T] fp64, 1 for a greedy row
@@ -253,7 +254,7 @@ class Shaping:
 
     @classmethod
     def of(cls, vocab: int, wanted: VocabPass) -> Shaping | None:
-        """None if nothing is drawn."""
+        """None if nothing is sampled."""
         if wanted.keys is None or wanted.settings is None:
             return None
         temperature, limit, top_p, min_p = wanted.settings
@@ -342,8 +343,8 @@ class Edited:
             s[at] = torch.where(op == REPETITION, torch.where(old > 0, old / value, old * value), old + value)
 
 
-def _drawn_among(candidates: Best, shaping: Shaping, shaped: Mass) -> tuple[tuple[Tensor, ...], Tensor]:
-    """As `Lead.drawn`, from the most likely tokens alone; and of which rows that is the draw, `[T]`."""
+def _sampled_among(candidates: Best, shaping: Shaping, shaped: Mass) -> tuple[tuple[Tensor, ...], Tensor]:
+    """As `Lead.sampled`, from the most likely tokens alone; and of which rows they are enough, `[T]`."""
     c, limit = candidates.values, shaping.limit
     highest, last = c[:, :1], c[:, -1]
     e = (c - highest).double().exp().nan_to_num()
@@ -376,8 +377,8 @@ def _drawn_among(candidates: Best, shaping: Shaping, shaped: Mass) -> tuple[tupl
     return (token, logit, log_prob.to(c.dtype)), enough
 
 
-def _drawn_again(chunks: Chunks, rows: Tensor, shaping: Shaping, like: Tensor) -> tuple[Tensor, ...]:
-    """As `Lead.drawn`, for rows whose threshold is somewhere in the vocabulary."""
+def _sampled_again(chunks: Chunks, rows: Tensor, shaping: Shaping, like: Tensor) -> tuple[Tensor, ...]:
+    """As `Lead.sampled`, for rows whose threshold is somewhere in the vocabulary."""
 
     def shaped() -> Iterator[tuple[int, Tensor, Tensor]]:
         for first, z in chunks(rows):
@@ -400,7 +401,7 @@ def _drawn_again(chunks: Chunks, rows: Tensor, shaping: Shaping, like: Tensor) -
         s.masked_fill_(s < floor[:, None], -torch.inf)
         mass.add(s)
         lead.add(first, s, z)
-    return lead.drawn(mass)
+    return lead.sampled(mass)
 
 
 def _threshold(

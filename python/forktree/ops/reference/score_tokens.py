@@ -23,7 +23,7 @@ def launch(hidden: Tensor, lm_head: LmHead, wanted: VocabPass) -> VocabPassResul
         return found
     s = shaped(z, wanted)
     wrong = (s == -torch.inf).all(dim=-1) | ~lse.isfinite()
-    token = drawn(s, wanted.keys).masked_fill(wrong, 0)
+    token = sampled(s, wanted.keys).masked_fill(wrong, 0)
     logit, log_prob = (x.gather(1, token[:, None]).squeeze(1) for x in (z, s.log_softmax(dim=-1)))
     return found._replace(
         token=token,
@@ -40,7 +40,7 @@ def dense_logits(hidden: Tensor, lm_head: LmHead) -> Tensor:
 
 
 def shaped(z: Tensor, wanted: VocabPass) -> Tensor:
-    """s of `Draw`, -inf where a token is not left. Of a greedy row only its most likely token is left."""
+    """s of `KeyedSampling`, -inf where a token is not left. Of a greedy row only its most likely token is left."""
     s = z.clone()
     if wanted.edit_indptr is not None:
         indptr, *columns = (x.tolist() for x in wanted.edits if x is not None)
@@ -76,7 +76,7 @@ def shaped(z: Tensor, wanted: VocabPass) -> Tensor:
     return s
 
 
-def drawn(s: Tensor, keys: Tensor) -> Tensor:
+def sampled(s: Tensor, keys: Tensor) -> Tensor:
     """The token of each row, `[T]`; any one where there is none."""
     rows, vocab = s.shape
     tiles = F.pad(s, (0, -vocab % TILE), value=-torch.inf).view(rows, -(-vocab // TILE), TILE)

@@ -7,6 +7,7 @@ processors written for `generate` can be called on them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ class BeamRules:
         max_new_tokens: used by the bound of `early_stopping="never"`.
         do_sample: sample the candidates without replacement, by torch's global generator, instead of taking the best.
         best_first: sort sampled candidates, as transformers does from 5.24 on; before, they stood as sampled.
+        num_beam_groups: G, the groups that the beams of a prompt are divided into.
+        diversity_penalty: what a token's log-prob loses for every beam of an earlier group that takes it at this step.
     """
 
     num_beams: int
@@ -57,6 +60,14 @@ class BeamRules:
     max_new_tokens: int
     do_sample: bool = False
     best_first: bool = True
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+
+    @property
+    def of_a_group(self) -> "BeamRules":
+        """The rules by which the beams of one group are kept."""
+        groups = self.num_beam_groups
+        return replace(self, num_beams=self.num_beams // groups, num_candidates=self.num_candidates // groups)
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,51 @@ def propose_among(log_probs: Tensor, tokens: Tensor, scores: Tensor, rules: Beam
     batch, _, each = log_probs.shape
     best, index = (log_probs + scores[:, :, None]).reshape(batch, -1).topk(rules.num_candidates)
     return Candidates(best, index // each, tokens.reshape(batch, -1).gather(1, index))
+
+
+def propose_diverse(
+    log_probs: Tensor, scores: Tensor, rules: BeamRules, stopped: Callable[[Candidates, slice], Tensor]
+) -> Candidates:
+    """Like `propose` for all groups, which are rows `g, g + G, …` of the batch, in their order.
+
+    A group sees the log-probs less `diversity_penalty` for each beam of an earlier group of its prompt that goes on
+    with the token (Vijayakumar et al. 2016, Hamming diversity); where all candidates stop, the best count as going on.
+    The penalty stays part of the sum.
+
+    Args:
+        log_probs: `[B * G, k, V]`, prompt by prompt.
+        scores: of the beams, `[B * G, k]`.
+        rules: those of a group.
+        stopped: candidates, and the rows they are of -> which of them stop.
+    """
+    groups, found = rules.num_beam_groups, []
+    taken = torch.zeros_like(log_probs[::groups, 0])
+    for group in range(groups):
+        own = slice(group, None, groups)
+        candidates = propose(log_probs[own] - rules.diversity_penalty * taken[:, None], scores[own], rules)
+        over = stopped(candidates, own)
+        chosen, _ = select_running(candidates, over & ~over.all(dim=1, keepdim=True), rules.num_beams)
+        taken.scatter_add_(1, candidates.token.gather(1, chosen), torch.ones_like(chosen, dtype=taken.dtype))
+        found.append((candidates.scores, candidates.beam, candidates.token))
+    return Candidates(*(torch.stack(parts, dim=1).flatten(0, 1) for parts in zip(*found, strict=True)))
+
+
+def merge_groups(finished: Finished, groups: int) -> Finished:
+    """The finished rows of all groups of each prompt, best first: `[B * G, k]` -> `[B, G * k]`."""
+    if groups == 1:
+        return finished
+    scores, order = finished.scores.reshape(-1, groups * finished.scores.shape[1]).sort(descending=True, stable=True)
+
+    def together(values: Tensor) -> Tensor:
+        return _along(values.reshape(len(order), -1, *values.shape[2:]), order)
+
+    return Finished(
+        rows=together(finished.rows),
+        scores=scores,
+        done=together(finished.done),
+        beam_indices=together(finished.beam_indices),
+        open=finished.open.reshape(-1, groups).any(dim=1),
+    )
 
 
 def select_running(candidates: Candidates, stopped: Tensor, num_beams: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +249,9 @@ async def beam_search(
         NonFinite: the model gives NaN or infinity.
         InvalidInput: processors give NaN or +inf, or leave no token to any beam of a prompt that has nothing finished.
     """
-    batch, prompt = rows.shape
+    groups, rules = rules.num_beam_groups, rules.of_a_group
+    roots, rows = [root for root in roots for _ in range(groups)], rows.repeat_interleave(groups, dim=0)
+    batch, prompt = rows.shape  # of groups, from here on
     k, device = rules.num_beams, rows.device
     nodes = np.full(batch * k, PROMPT, np.int64)
     beams = [branch for root in roots for branch in root.fork(k)]
@@ -210,7 +268,7 @@ async def beam_search(
     )
     offset = torch.arange(batch, device=device)[:, None] * k
     for step in range(rules.max_new_tokens):
-        if not (whole_rows or processors or on_step or rules.do_sample):
+        if not (whole_rows or processors or on_step or rules.do_sample or groups > 1):
             found = await score_tokens(beams, TokenRequest(top_k=rules.num_candidates), checked=False)
             wrong = (~found.lse.isfinite()).long() * _MODEL
             best, tokens = (x.reshape(batch, k, -1) for x in (found.top_log_probs, found.top_ids))
@@ -228,7 +286,11 @@ async def beam_search(
                     log_probs = log_probs.masked_fill(senseless[:, None], 0)
             if on_step is not None:
                 on_step(log_probs)
-            candidates = propose(log_probs.reshape(batch, k, -1), scores, rules)
+            by_beam = log_probs.reshape(batch, k, -1)
+            if groups == 1:
+                candidates = propose(by_beam, scores, rules)
+            else:
+                candidates = propose_diverse(by_beam, scores, rules, partial(_stopped, running, stops))
         candidate_rows = _wider(_along(running, candidates.beam), candidates.token)
         candidate_indices = _wider(_along(indices, candidates.beam), (candidates.beam + offset).int())
         stopped = stops(candidate_rows.flatten(0, 1)).reshape(batch, -1)
@@ -271,7 +333,7 @@ async def beam_search(
         if trace is not None:
             trace.select(nodes, origin, why="beam")
             nodes = trace.grow(nodes[origin], token[:, None], scores=on_host[4])
-    return finished
+    return merge_groups(finished, groups)
 
 
 @register("beam")
@@ -285,6 +347,10 @@ class BeamSearch(Search):
         early_stopping: True ends the search with `num_beams` finished texts; False, when no running text is expected to
             do better; "never", when none can.
         num_return_sequences: number of texts to return, at most `num_beams`.
+        num_beam_groups: groups of beams that are to differ (diverse beam search, Vijayakumar et al. 2016); it divides
+            `num_beams`.
+        diversity_penalty: what a token's log-prob loses for every beam of an earlier group that takes it at the same
+            step; more than 0 if there are several groups. It stays part of the score.
         logits_processor: functions that change the log-probs, see `forktree.search.processors`.
         trie: a catalogue of which every text is an entry, see `forktree.search.trie`; "never" is then False.
         trie_scores: the log-probs that texts of a trie are ranked by: "legal", given that each token is legal, or
@@ -295,6 +361,8 @@ class BeamSearch(Search):
     length_penalty: float = 1.0
     early_stopping: bool | str = False
     num_return_sequences: int = 1
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
     logits_processor: Sequence[Processor] = ()
     trie: TokenTrie | None = None
     trie_scores: str = "legal"
@@ -311,6 +379,13 @@ class BeamSearch(Search):
                 f"num_return_sequences must be at most num_beams = {self.num_beams}, got {self.num_return_sequences}"
             )
         number("length_penalty", self.length_penalty, "finite", lambda x: True)
+        integer("num_beam_groups", self.num_beam_groups, 1)
+        if self.num_beams % self.num_beam_groups:
+            raise InvalidInput(
+                f"num_beam_groups must divide num_beams = {self.num_beams}, got {self.num_beam_groups}"
+            )
+        some, what = self.num_beam_groups > 1, "more than 0 for several groups, 0 for one"
+        number("diversity_penalty", self.diversity_penalty, f"finite and {what}", lambda x: x > 0 if some else x == 0)
         if self.early_stopping not in (True, False, "never"):
             raise InvalidInput(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
 
@@ -325,17 +400,23 @@ class BeamSearch(Search):
             )
             found_entries = await trie_beam_search(context, self.trie, how, self.logits_processor)
             return found_entries[: self.num_return_sequences]
+        limit = int(min(context.max_new_tokens, context.budget.tokens_left // self.num_beams))
+        if limit == 0:
+            given = context.budget.max_model_tokens
+            raise InvalidInput(f"max_model_tokens must be at least num_beams = {self.num_beams}, got {given}")
         rules = BeamRules(
             num_beams=self.num_beams,
             num_candidates=max(2, 1 + len(context.eos_token_ids)) * self.num_beams,
             length_penalty=self.length_penalty,
             early_stopping=self.early_stopping,
-            max_new_tokens=context.max_new_tokens,
+            max_new_tokens=limit,
+            num_beam_groups=self.num_beam_groups,
+            diversity_penalty=self.diversity_penalty,
         )
         rules = replace(rules, num_candidates=min(rules.num_candidates, context.vocab_size * self.num_beams))
         prompt = torch.from_numpy(context.root.tokens).long()[None].to(context.device)
         ends = torch.tensor(sorted(context.eos_token_ids), dtype=torch.long, device=context.device)
-        last = prompt.shape[1] + context.max_new_tokens
+        last = prompt.shape[1] + limit
 
         def stops(rows: Tensor) -> Tensor:
             return torch.isin(rows[:, -1], ends) | (rows.shape[1] >= last)
@@ -350,6 +431,7 @@ class BeamSearch(Search):
             stops=stops,
             trace=context.trace,
         )
+        context.counters.sampled_tokens += (found.rows.shape[2] - prompt.shape[1]) * self.num_beams
         wanted = found.found[0, : self.num_return_sequences].nonzero().flatten().tolist()
         hypotheses = [self._hypothesis(found, i, prompt.shape[1], context) for i in wanted]
         self._record(hypotheses, found.beam_indices[0, wanted].cpu().numpy(), first, context)
@@ -383,6 +465,12 @@ class BeamSearch(Search):
         tokens = [h.token_ids[-1:] if h.finish_reason == "length" else h.token_ids[:0] for h in hypotheses]
         nodes = context.trace.grow(parents, tokens, scores=[h.log_prob for h in hypotheses], ends=ends)
         context.trace.record("return", nodes=nodes, scores=[h.score for h in hypotheses])
+
+
+def _stopped(running: Tensor, stops: Criterion, candidates: Candidates, own: slice) -> Tensor:
+    """Which candidates of the rows `own` of `running [B, k, L]` stop, `[b, M]`."""
+    rows = _wider(_along(running[own], candidates.beam), candidates.token)
+    return stops(rows.flatten(0, 1)).reshape(candidates.token.shape)
 
 
 def _wider(values: Tensor, column: Tensor) -> Tensor:

@@ -99,9 +99,10 @@ async def trie_beam_search(
         found, origin, token, child = await _step(beams, context, trie, rules, processors)
         over = trie.leaf[child]
         _finish(finished, beams, found[over], origin[over], token[over], length, rules, context)
-        chosen = np.flatnonzero(~over)[: rules.num_beams]
+        chosen = np.flatnonzero(~over)[: int(min(rules.num_beams, context.budget.tokens_left))]
         if not len(chosen) or not _may_improve(finished, float(found[chosen[0]]), length, trie.depth, rules):
             break
+        context.counters.sampled_tokens += len(chosen)
         origin = origin[chosen]
         branches = reassign(beams.branches, origin)
         append(branches, token[chosen])
@@ -110,6 +111,8 @@ async def trie_beam_search(
         tokens = np.concatenate([beams.tokens[origin], token[chosen][:, None]], axis=1)
         beams = _Beams(branches, child[chosen], tokens, found[chosen], node)
     if not len(finished.score):
+        if context.budget.tokens_left == 0:
+            raise InvalidInput(f"max_model_tokens must be enough for an entry, got {context.budget.max_model_tokens}")
         raise InvalidInput(f"logits processors leave no entry of {trie}")
     context.trace.record("return", nodes=finished.node, scores=finished.score)
     return [_hypothesis(finished, i, context) for i in range(len(finished.score))]

@@ -1,7 +1,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/tree_attention_gpu.hpp"
+#include "cuda/tree_attention/tree_attention.hpp"
 
 namespace forktree {
 namespace {

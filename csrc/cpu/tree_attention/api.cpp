@@ -1,5 +1,3 @@
-#include "cpu/tree_attention.hpp"
-
 #include <algorithm>
 #include <atomic>
 #include <new>
@@ -10,6 +8,7 @@
 
 #include "common/memory.hpp"
 #include "common/parallel.hpp"
+#include "cpu/tree_attention/tree_attention.hpp"
 #include "plan/validate.hpp"
 
 namespace forktree {

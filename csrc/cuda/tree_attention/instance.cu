@@ -1,5 +1,5 @@
 // The kernel of one element type and head dim: compiled once for each, see setup.py.
-#include "cuda/tree_attention_kernel.cuh"
+#include "cuda/tree_attention/kernel.cuh"
 
 namespace forktree {
 
