@@ -23,6 +23,8 @@ from forktree.errors import InvalidInput
 from forktree.imports import import_named
 from forktree.rewards.base import Reward
 from forktree.search.base import Search
+from forktree.search.drafters import DRAFTERS
+from forktree.search.speculate import Drafter
 
 S = TypeVar("S", bound=type[Search])
 _FUNCTION = typing.get_origin(Callable[..., Any])
@@ -169,6 +171,9 @@ def _reader(name: str, hint: Any) -> tuple[str, Callable[[str], Any] | None]:
     """What a text must be to give a value of this type, in words, and the function that reads it."""
     if hint is Reward:
         return "a reward", None
+    if hint == Drafter | None:
+        kind = f"{', '.join(DRAFTERS)} or module:drafter"
+        return kind, lambda text: DRAFTERS[text]() if text in DRAFTERS else import_named(name, text, expected=kind)
     if hint is str:
         return "text", str
     if hint is int or hint is float:
