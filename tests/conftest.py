@@ -24,6 +24,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    """At exit extensions see to it that nothing of theirs is left."""
+    gc.unfreeze()
+
+
 @pytest.fixture
 def threads():
     """Numbers of threads to compare, fewest first. The present one is restored."""
