@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from forktree.search.judges import Checklist, CritiqueVotes, GroupCritique, QueryLikelihood
     from forktree.sequences import sequence_logprobs
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 __all__ = [
     "DVTS",
