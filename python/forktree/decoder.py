@@ -1,7 +1,7 @@
 """`Decoder`: a model, its tokenizer and an engine; searches over prompts."""
 
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,10 @@ from forktree.kv import Branch
 from forktree.prompts import Prompt, encode, read_prompts, tokenise
 from forktree.search import Hypothesis, Search, SearchContext
 from forktree.search.budget import Budget
+from forktree.search.rerank.base import Ranking, Reranker, Reranking
 from forktree.search.stopping import TextStop
 from forktree.search.trace import PROMPT, SearchTrace, TraceNode
+from forktree.search.validation import check_texts
 
 LARGEST_SEED = 2**127 - 1
 
@@ -241,6 +243,32 @@ class Decoder:
         limits = _Limits(max_new_tokens, max_model_tokens, max_reward_calls)
         tokens = self._checked(texts, searches, limits, seed)
         return self._run(texts, tokens, searches, limits, int(seed), on_step)
+
+    def rerank(self, query: str, documents: Sequence[str], how: Reranker, *, seed: int = 0) -> Ranking:
+        """Puts the documents of a query in a better order.
+
+        Args:
+            query: What is asked.
+            documents: What is ranked, at least one.
+            how: A way of reranking, see `forktree.search.rerank`.
+            seed: Of what it samples.
+
+        Raises:
+            InvalidInput: Something given is bad, or a label is not one token of the tokenizer.
+        """
+        check_texts("documents", documents)
+        check_texts("query", (query,))
+        if not documents:
+            raise InvalidInput("documents must be at least one text, got none")
+        if not isinstance(how, Reranker):
+            raise InvalidInput(f"how must be a way of reranking such as Listwise(), got {shown(how)}")
+        if self.tokenizer is None:
+            raise InvalidInput("reranking reads texts: expected a Decoder with a tokenizer, got tokenizer=None")
+        reranking = Reranking(how, query, tuple(documents))
+        (result,) = self.search(query, reranking, max_new_tokens=1, seed=seed)
+        if result.error is not None:
+            raise result.error
+        return replace(reranking.found[0], counters=result.counters)
 
     def submit(self, prompt: Any, search: Search, *, max_new_tokens: int = 256, seed: int = 0) -> Task:
         """Starts one search and runs none of it: for those who call `engine.step` themselves.

@@ -9,7 +9,7 @@ import pytest
 
 import forktree
 from forktree import InvalidInput, Sample
-from forktree.search import Search, algorithms, registry
+from forktree.search import PromptLookup, Search, TokenTable, algorithms, registry
 
 NEW = '''
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def test_a_new_file_is_a_new_search(made_up: type[Search]) -> None:
     assert registry.reward_of(made_up) == "reward"
     settings = registry.settings_of(made_up)
     assert list(settings)[:9] == ["rate", "depth", "names", "rule", "exact", "table", "limit", "reward", "num_samples"]
-    assert list(settings)[-2:] == ["stop", "logits_processor"]
+    assert list(settings)[-3:] == ["stop", "logits_processor", "drafter"]
     assert settings["depth"].meaning == "how deep it goes, in steps." and settings["depth"].default == 3
     assert settings["rate"].default is MISSING and settings["num_samples"].meaning == "number of samples."
     assert settings["table"].read is None and settings["reward"].read is None
@@ -132,8 +132,19 @@ def test_a_setting_may_be_a_name_or_a_function_and_a_number_or_none() -> None:
     assert settings["answer"].kind == "text or module:function" and settings["alpha"].kind == "a number, or none"
     assert settings["alpha"].default is None
     assert settings["alpha"].read("0.25") == 0.25 and settings["alpha"].read("none") is None
+    tree = registry.settings_of(forktree.DVTS)["answer"]
+    assert tree.kind == "text or module:function, or none" and tree.default is None
+    assert tree.read("boxed") == "boxed" and tree.read("none") is None and tree.read("math:floor")(2.5) == 2
     read = settings["answer"].read
     assert [read(t) for t in ("boxed", "regex:=(.*)", "a: b")] == ["boxed", "regex:=(.*)", "a: b"]
     assert read("math:floor")(2.5) == 2
     with pytest.raises(InvalidInput, match="module 'math' has no 'flor'"):
         read("math:flor")
+
+
+def test_drafters_are_given_by_name() -> None:
+    read = registry.settings_of(Sample)["drafter"].read
+    assert read is not None and isinstance(read("prompt-lookup"), PromptLookup)
+    assert isinstance(read("token-table"), TokenTable)
+    with pytest.raises(InvalidInput, match="drafter must be prompt-lookup, suffix, token-table or module:drafter"):
+        read("lookup")

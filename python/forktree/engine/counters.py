@@ -31,6 +31,9 @@ class Counters:
         peak_slots: Maximum of KV slots of the policy that the tokens it wrote took at once.
         peak_tokens: Maximum number of distinct tokens that were in those slots at once.
         seconds: Wall time.
+        drafts: Drafts that were verified; each gave one token more than was accepted of it.
+        drafted_tokens: Tokens of these.
+        accepted_tokens: Those of them that the model sampled too.
         model_seconds: Wall time of passes of the policy and of further models, and of sampling.
         reward_seconds: Wall time of rewards.
         search_seconds: Wall time of the search's own decisions.
@@ -46,6 +49,9 @@ class Counters:
     peak_slots: int = 0
     peak_tokens: int = 0
     seconds: float = 0.0
+    drafts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     model_seconds: float = 0.0
     reward_seconds: float = 0.0
     search_seconds: float = 0.0

@@ -176,9 +176,8 @@ class TokensState(RowsState):
     """
 
     def __init__(self, request: ScoreTokens | ScoreSuffixes | NextLogits, worker: ModelWorker) -> None:
-        since = None
-        if isinstance(request, ScoreSuffixes):
-            since = request.since
+        since = None if isinstance(request, ScoreTokens) else request.since
+        if since is not None:
             ids = worker.tree.ids(request.branches)
             ends = zip(worker.tree.first_positions(ids).tolist(), worker.tree.branch_length[ids].tolist(), strict=True)
             for i, (first, length) in enumerate(ends):

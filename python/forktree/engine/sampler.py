@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from forktree.device.transfer import Download, upload
-from forktree.engine.extend_state import NO_TOKEN, ExtendState
+from forktree.engine.extend_state import ExtendState
 from forktree.engine.worker import ModelWorker
 from forktree.errors import InvalidInput
-from forktree.ops import score_logits
 from forktree.ops.token_request import KeyedSampling, TokenRequest
-from forktree.search.processors import left_padded, process
+from forktree.search.processors import sample_processed
 from forktree.types import BoolArray, Int32Array, Int64Array
 
 Rows = dict[ExtendState, Int64Array]  # of each `extend`, some of its branches
@@ -172,13 +171,10 @@ def _sample_processed(worker: ModelWorker, rows: Rows, ids: Int64Array) -> tuple
     ((state, at),) = rows.items()
     branches, request = [state.branches[i] for i in at], state.request
     hidden = state.hidden(at)
+    sample = _keyed(worker, rows, ids)
     logits = worker.runner.logits(hidden)
-    input_ids = left_padded(branches, request.pad_token_id, logits.device)
-    scores = process(request.processors, branches, input_ids, logits.clone())
-    sampled = score_logits(scores, TokenRequest(sample=_keyed(worker, rows, ids)), hidden)
-    log_prob = logits.gather(1, sampled.token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
-    none_left = sampled.shaped_log_prob.isnan() & log_prob.isfinite()
-    return hidden, sampled.token, log_prob.masked_fill(none_left, NO_TOKEN)
+    token, log_prob = sample_processed(request.processors, branches, logits, sample, request.pad_token_id)
+    return hidden, token, log_prob
 
 
 def _keyed(worker: ModelWorker, rows: Rows, ids: Int64Array) -> KeyedSampling:

@@ -151,13 +151,21 @@ class Tree(Nodes):
             return None
         return self._new_branches(np.array([node]), np.array([length]), np.array([key], np.uint64), owner)[0]
 
-    def fork(self, branch: Branch, n: int, *, owner: int | None = None) -> list[Branch]:
-        """See `Branch.fork`. The forks belong to the branch's owner unless another is named."""
+    def fork(self, branch: Branch, n: int, *, owner: int | None = None, counted: bool = True) -> list[Branch]:
+        """See `Branch.fork`.
+
+        Args:
+            branch: What is forked.
+            n: How often.
+            owner: Of the forks; default: the branch's.
+            counted: Whether later forks have other random numbers than they would have without these.
+        """
         id = self._id(branch)
         n = integer("n", n, 0, MAX_FORKS)
         owner = int(self.branch_owner[id]) if owner is None else _owner(owner)
         nth = self._branch_forks[id] + np.arange(1, n + 1, dtype=np.uint64)
-        self._branch_forks[id] += np.uint64(n)
+        if counted:
+            self._branch_forks[id] += np.uint64(n)
         keys = splitmix64(self.branch_key[id : id + 1] ^ splitmix64(nth))
         node, length = np.repeat(self.branch_node[id], n), np.repeat(self.branch_length[id], n)
         forks = self._new_branches(node, length, keys, owner)
@@ -175,11 +183,17 @@ class Tree(Nodes):
         if length < have:
             self.branch_key[id] = splitmix64(self.branch_key[id : id + 1])[0]
         self.tags.rewind(id, length)
-        old = self.branch_node[id]
-        self.readers[old] -= 1
-        self.readers[node] += 1
-        self.branch_node[id], self.branch_length[id] = node, length
-        self._collect_garbage(np.array([old, node]))
+        self._move(np.array([id]), np.array([node]), np.array([length]))
+
+    def follow(self, branch: Branch, other: Branch, length: int) -> None:
+        """Lets `branch` see the first `length` tokens of `other`, a fork of it that went on, and at least its own.
+
+        Unlike after `reassign`, its random numbers and those of its later forks stay as they are.
+        """
+        ids = self.ids((branch, other))
+        have, most = self.branch_length[ids].tolist()
+        end = np.array([integer("length to follow", length, have, most)])
+        self._move(ids[:1], self.nodes_at(ids[1:], end - 1), end)
 
     def drop(self, branches: Iterable[Branch]) -> None:
         """Ends many branches at once; those already dropped, or named before, are passed over."""
@@ -219,7 +233,9 @@ class Tree(Nodes):
         ids = self.ids(branches, distinct=True)
         count = len(ids)
         ancestors = integers("parents", parents, 0, count - 1)
-        extra = [self.fork(branches[a], 1)[0] for a in ancestors[count:]]
+        more = ancestors[count:]
+        forks = {a: iter(self.fork(branches[a], n)) for a, n in zip(*_counted(more), strict=True)}
+        extra = [next(forks[a]) for a in more.tolist()]
         kept, source = ids[: len(ancestors)], ids[ancestors[:count]]
         old, new = self.branch_node[kept], self.branch_node[source]
         come, gone = (np.bincount(nodes, minlength=self.num_nodes) for nodes in (new, old))
@@ -281,12 +297,8 @@ class Tree(Nodes):
         old = self.branch_node[ids]
         if ((self.parent[old] < 0) & (self.branch_length[ids] == self.start[old] + 1)).any():
             raise InvalidInput("undo_append needs branches of more than one token (the root keeps a token)")
-        self.branch_length[ids] -= 1
-        node = np.where(self.branch_length[ids] > self.start[old], old, self.parent[old])
-        np.subtract.at(self.readers, old, 1)
-        np.add.at(self.readers, node, 1)
-        self.branch_node[ids] = node
-        self._collect_garbage(np.concatenate([old, node]))
+        length = self.branch_length[ids] - 1
+        self._move(ids, np.where(length > self.start[old], old, self.parent[old]), length)
 
     def append_text(self, branch: Branch, tokens: ArrayLike) -> None:
         """See `Branch.append`."""
@@ -456,6 +468,14 @@ class Tree(Nodes):
             self._handles[handle.id] = handle
         return handles
 
+    def _move(self, ids: Int64Array, node: IntArray, length: IntArray) -> None:
+        """Lets each of the branches `ids` end in a node, at a length."""
+        old = self.branch_node[ids]
+        np.subtract.at(self.readers, old, 1)
+        np.add.at(self.readers, node, 1)
+        self.branch_node[ids], self.branch_length[ids] = node, length
+        self._collect_garbage(np.concatenate([old, node]))
+
     def _own_nodes(self, ids: Int64Array) -> Int64Array:
         """The node each branch appends to: its own if nobody else looks at it, else a new child."""
         node, end = self.branch_node[ids], self.branch_length[ids]
@@ -520,6 +540,12 @@ def _listed(branches: Any) -> list[Any]:
         return list(branches)
     except TypeError:
         raise InvalidInput(f"branches must be a sequence of branches, got {type(branches).__name__}") from None
+
+
+def _counted(values: Int64Array) -> tuple[list[int], list[int]]:
+    """The different values, and how often each occurs."""
+    different, count = np.unique(values, return_counts=True)
+    return different.tolist(), count.tolist()
 
 
 def _tree_of(branches: Sequence[Branch]) -> Tree:

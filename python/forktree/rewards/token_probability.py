@@ -1,4 +1,4 @@
-"""Rewards that are the model's own probability of a token: a judge's Yes against its No."""
+"""Rewards that are the model's own probabilities of tokens: a judge's Yes against its No, or a digit it would give."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from forktree.checks import integer
+from forktree.checks import integer, number
 from forktree.device.transfer import upload
 from forktree.errors import InvalidInput, RewardError
 from forktree.ops.token_request import TokenRequest
@@ -17,18 +17,26 @@ if TYPE_CHECKING:
 
 
 class TokenProbability(Reward):
-    """`softmax(logits[tokens])[0]` of the next token: a judge's Yes against No, a 1 against a 0.
+    """What the next token is worth, if it is one of some: a judge's Yes against No, a digit from 0 to 9.
 
     Args:
-        tokens: ids of at least two tokens; the reward is the probability of the first among them.
+        tokens: ids of at least two tokens.
+        values: what each of them is worth; the reward is the expectation of that under `softmax(logits[tokens])`.
+            Default: 1 for the first and 0 for the others, so that the reward is the first's probability among them.
         suffix: token ids of a question asked after each branch, on a fork that is dropped afterwards.
     """
 
-    def __init__(self, tokens: Sequence[int], *, suffix: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokens: Sequence[int], *, values: Sequence[float] | None = None, suffix: Sequence[int] = ()
+    ) -> None:
         self._tokens = [integer(f"token {i} of tokens", t, 0) for i, t in enumerate(tokens)]
         self._suffix = [integer(f"token {i} of suffix", t, 0) for i, t in enumerate(suffix)]
         if len(self._tokens) < 2 or len(set(self._tokens)) != len(self._tokens):
             raise InvalidInput(f"tokens must be at least two different ids, got {self._tokens}")
+        given = [1.0, *[0.0] * (len(self._tokens) - 1)] if values is None else list(values)
+        self._values = np.array([number("values", v, "finite numbers", lambda x: True) for v in given])
+        if len(self._values) != len(self._tokens):
+            raise InvalidInput(f"values must be one for each of {len(self._tokens)} tokens, got {len(self._values)}")
 
     def check(self, worker: "ModelWorker") -> None:
         """See `Reward`."""
@@ -37,13 +45,13 @@ class TokenProbability(Reward):
             raise InvalidInput(f"token ids must lie in [0, {worker.runner.vocab_size}), got {bad}")
 
     def rewards_on(self, worker: "ModelWorker") -> Callable[[Tensor], Tensor]:
-        """hidden `[n, H]` of the worker's model, after the suffix -> rewards fp32 `[n]`."""
+        """hidden `[n, H]` of the worker's model, after the suffix -> rewards fp64 `[n]`."""
 
         def rewards(hidden: Tensor) -> Tensor:
             select = upload(np.array(self._tokens), hidden.device)
             logits = worker.runner.score(hidden, TokenRequest(select=select)).selected_logits
             assert logits is not None
-            return logits.softmax(dim=-1)[:, 0]
+            return (logits.softmax(dim=-1).double() * upload(self._values, hidden.device)).sum(dim=-1)
 
         return rewards
 

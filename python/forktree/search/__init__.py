@@ -12,6 +12,9 @@ from forktree.search.algorithms.sample import BestOfN, Greedy, Sample
 from forktree.search.algorithms.steptree import DVTS, ETS, REBASE, PRMBeamSearch, StepBeamSearch
 from forktree.search.algorithms.vote import BestOfMajority, MajorityOfTheBests, MajorityVote, WeightedVote
 from forktree.search.base import Hypothesis, Search, SearchContext
+from forktree.search.drafters import PromptLookup, SuffixDraft, TokenTable
+from forktree.search.speculate import Drafter, DraftTree
+from forktree.search.trie import TokenTrie
 
 __all__ = [
     "DVTS",
@@ -21,6 +24,8 @@ __all__ = [
     "BeamSearch",
     "BestOfMajority",
     "BestOfN",
+    "DraftTree",
+    "Drafter",
     "EntropicParticleFilter",
     "Greedy",
     "Hypothesis",
@@ -32,11 +37,15 @@ __all__ = [
     "ParticleFilter",
     "ParticleGibbs",
     "PerplexityConsistency",
+    "PromptLookup",
     "SMCSteering",
     "Sample",
     "Search",
     "SearchContext",
     "StepBeamSearch",
+    "SuffixDraft",
+    "TokenTable",
+    "TokenTrie",
     "TwistedSMC",
     "WeightedVote",
 ]

@@ -9,6 +9,7 @@ from forktree.ops.sampling import Sampling
 from forktree.rewards.base import Reward
 from forktree.search.context import SearchContext
 from forktree.search.processors import Processor, check_processors
+from forktree.search.speculate import Drafter, check_drafter
 from forktree.search.validation import check_texts
 from forktree.types import Int32Array
 
@@ -57,14 +58,17 @@ class ExtendingSearch(Search):
         stop: texts that end a hypothesis; they stay part of it.
         logits_processor: functions that change the logits before a token is sampled, see
             `forktree.search.processors`.
+        drafter: guesses tokens that are then verified together, see `forktree.search.speculate`; texts stay the same.
     """
 
     stop: tuple[str, ...] = ()
     logits_processor: Sequence[Processor] = ()
+    drafter: Drafter | None = None
 
     def __post_init__(self) -> None:
         check_texts("stop", self.stop)
         check_processors("logits_processor", self.logits_processor)
+        check_drafter(self.drafter)
 
     @property
     @abstractmethod

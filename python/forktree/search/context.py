@@ -11,6 +11,7 @@ from forktree.engine.counters import Counters
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
 from forktree.search.budget import Budget
+from forktree.search.payoff import Payoff
 from forktree.search.request import Stop
 from forktree.search.trace import SearchTrace
 from forktree.types import Int32Array
@@ -36,6 +37,7 @@ class SearchContext:
         counters: what the search has cost so far.
         trace: what it has done so far; the search appends to it.
         budget: what it may still cost; `grow`, `complete` and `judged` keep to it.
+        payoff: what it knows of costs and gains of drafts, if it has a drafter.
     """
 
     root: Branch
@@ -53,6 +55,7 @@ class SearchContext:
     counters: Counters = field(default_factory=Counters)
     trace: SearchTrace = field(default_factory=SearchTrace)
     budget: Budget = field(default_factory=Budget)
+    payoff: Payoff = field(default_factory=Payoff)
 
     def open(self, prompt: Any, model: str = "main") -> Branch:
         """A further text of this search, on whatever prefix of it the model's tree has.

@@ -38,8 +38,12 @@ from torch import Tensor
 
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
+from forktree.ops import score_logits
+from forktree.ops.token_request import KeyedSampling, TokenRequest
 
 Processor = Callable[[Tensor, Tensor], Tensor]
+
+NO_TOKEN = np.inf  # the log-prob of a row that processors leave no token
 
 _STATES = "_forktree_states"  # attribute of a processor that has `fork`: the tag of each state's text, int64
 
@@ -78,6 +82,34 @@ def left_padded(branches: Sequence[Branch], pad_token_id: int, device: torch.dev
     for row, text in zip(rows, texts, strict=True):
         row[len(row) - len(text) :] = text
     return torch.from_numpy(rows).to(device)
+
+
+def sample_processed(
+    processors: Sequence[Processor],
+    branches: Sequence[Branch],
+    logits: Tensor,
+    sample: KeyedSampling,
+    pad_token_id: int,
+) -> tuple[Tensor, Tensor]:
+    """Samples the token after each branch from logits that processors change.
+
+    Args:
+        processors: in their order.
+        branches: whose rows these are, `[n]`.
+        logits: the model's own, fp32 `[n, V]`.
+        sample: how tokens are sampled, of n rows.
+        pad_token_id: fills rows that processors look at.
+
+    Returns:
+        Tokens, int64 `[n]`, and their log-probs under the model's own distribution, `[n]`: NaN where logits are not
+        finite, `NO_TOKEN` where processors leave no token.
+    """
+    input_ids = left_padded(branches, pad_token_id, logits.device)
+    scores = process(processors, branches, input_ids, logits.clone())
+    sampled = score_logits(scores, TokenRequest(sample=sample), logits)  # no reward is asked of hidden states
+    log_prob = logits.gather(1, sampled.token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+    none_left = sampled.shaped_log_prob.isnan() & log_prob.isfinite()
+    return sampled.token, log_prob.masked_fill(none_left, NO_TOKEN)
 
 
 def check_processors(name: str, value: object) -> None:

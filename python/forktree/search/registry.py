@@ -17,12 +17,16 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import reduce
+from operator import or_
 from typing import Any, TypeVar
 
 from forktree.errors import InvalidInput
 from forktree.imports import import_named
 from forktree.rewards.base import Reward
 from forktree.search.base import Search
+from forktree.search.drafters import DRAFTERS
+from forktree.search.speculate import Drafter
 
 S = TypeVar("S", bound=type[Search])
 _FUNCTION = typing.get_origin(Callable[..., Any])
@@ -169,6 +173,9 @@ def _reader(name: str, hint: Any) -> tuple[str, Callable[[str], Any] | None]:
     """What a text must be to give a value of this type, in words, and the function that reads it."""
     if hint is Reward:
         return "a reward", None
+    if hint == Drafter | None:
+        kind = f"{', '.join(DRAFTERS)} or module:drafter"
+        return kind, lambda text: DRAFTERS[text]() if text in DRAFTERS else import_named(name, text, expected=kind)
     if hint is str:
         return "text", str
     if hint is int or hint is float:
@@ -179,8 +186,8 @@ def _reader(name: str, hint: Any) -> tuple[str, Callable[[str], Any] | None]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType) and set(typing.get_args(hint)) == {bool, str}:
         return "true, false or text", lambda text: {"true": True, "false": False}.get(text.lower(), text)
     members = [one for one in typing.get_args(hint) if one is not type(None)]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(members) == 1:
-        kind, read = _reader(name, members[0])
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hint):
+        kind, read = _reader(name, reduce(or_, members))
         if read is not None:
             return f"{kind}, or none", lambda text: None if text.lower() == "none" else read(text)
     if typing.get_origin(hint) is _FUNCTION:

@@ -144,10 +144,11 @@ class ScoreSuffixes(Request[SuffixScores]):
 
 @dataclass(frozen=True, eq=False)
 class NextLogits(Request[Tensor]):
-    """See `next_logits`."""
+    """See `next_logits`; since int64 `[n]`, or None."""
 
     branches: Sequence[Branch]
     checked: bool
+    since: Int64Array | None = None
 
 
 def extend(
@@ -241,8 +242,12 @@ def score_tokens(
     some = tuple(branches)
     if since is None:
         return ScoreTokens(some, request, checked)
-    each = [since] * len(some) if np.ndim(since) == 0 else since
-    return ScoreSuffixes(some, request, integers("since", each, 0, MAX_TOKEN_ID, count=len(some)), checked)
+    return ScoreSuffixes(some, request, _each("since", since, len(some)), checked)
+
+
+def _each(name: str, values: int | Sequence[int] | Int64Array, n: int) -> Int64Array:
+    """Positions, one for all branches or one a branch: `[n]`."""
+    return integers(name, [values] * n if np.ndim(values) == 0 else values, 0, MAX_TOKEN_ID, count=n)
 
 
 def _check_token_request(request: object) -> None:
@@ -250,10 +255,15 @@ def _check_token_request(request: object) -> None:
         raise InvalidInput(f"request must be a TokenRequest, got {shown(request)}")
 
 
-def next_logits(branches: Sequence[Branch], *, checked: bool = True) -> NextLogits:
+def next_logits(
+    branches: Sequence[Branch], *, since: int | Sequence[int] | Int64Array | None = None, checked: bool = True
+) -> NextLogits:
     """Logits of the token after each branch, fp32 `[n, V]`; raises `NonFinite` if they hold NaN or infinity.
+
+    With `since`, the rows are those that `score_tokens` has, branch by branch, `[R, V]`.
 
     The slow way, for what needs them all, such as logits processors: `score_tokens` does the rest without them.
     checked=False: such rows are given as they are, and a GPU is not waited for; the caller looks at them.
     """
-    return NextLogits(tuple(branches), checked)
+    some = tuple(branches)
+    return NextLogits(some, checked, None if since is None else _each("since", since, len(some)))

@@ -9,8 +9,9 @@
 All of it is recorded in the search's trace.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -25,6 +26,7 @@ from forktree.search.budget import Budget
 from forktree.search.context import SearchContext
 from forktree.search.judges import Judge, decoded
 from forktree.search.request import Extension, Stop, extend, reward_branches
+from forktree.search.speculate import speculative_extend
 from forktree.search.trace import PROMPT, SearchTrace
 from forktree.types import BoolArray, Float64Array, Int64Array
 
@@ -296,7 +298,12 @@ async def _extend_once(
     branches = [walkers.branches[i] for i in which]
     before = [branch.length for branch in branches]
     unfinished = walkers.unfinished[which]
-    done = await extend(
+    extending: Callable[..., Awaitable[Extension]] = extend
+    if search.drafter is not None:
+        extending = partial(
+            speculative_extend, drafter=search.drafter, payoff=context.payoff, counters=context.counters
+        )
+    done = await extending(
         branches,
         search.sampling if sampling is None else sampling,
         max_tokens=max_tokens,

@@ -14,17 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from forktree.checks import integer, number
+from forktree.checks import integer, number, shown
 from forktree.device.transfer import Download
 from forktree.errors import InvalidInput, NonFinite
 from forktree.kv import Branch, append, reassign
 from forktree.ops.token_request import TokenRequest
+from forktree.search.algorithms.beam_trie import TrieRules, trie_beam_search
 from forktree.search.base import Hypothesis, Search
 from forktree.search.context import SearchContext
 from forktree.search.processors import Processor, check_processors, process
 from forktree.search.registry import register
 from forktree.search.request import next_logits, score_tokens
 from forktree.search.trace import PROMPT, SearchTrace
+from forktree.search.trie import TokenTrie
+from forktree.search.validation import check_choice
 from forktree.types import Int32Array
 
 NEVER = -1.0e9  # the score of what must not be chosen; finite, as in transformers, so that sums stay ordered
@@ -349,6 +352,9 @@ class BeamSearch(Search):
         diversity_penalty: what a token's log-prob loses for every beam of an earlier group that takes it at the same
             step; more than 0 if there are several groups. It stays part of the score.
         logits_processor: functions that change the log-probs, see `forktree.search.processors`.
+        trie: a catalogue of which every text is an entry, see `forktree.search.trie`; "never" is then False.
+        trie_scores: the log-probs that texts of a trie are ranked by: "legal", given that each token is legal, or
+            "model", the model's own, for which the whole vocabulary is read.
     """
 
     num_beams: int = 4
@@ -358,9 +364,14 @@ class BeamSearch(Search):
     num_beam_groups: int = 1
     diversity_penalty: float = 0.0
     logits_processor: Sequence[Processor] = ()
+    trie: TokenTrie | None = None
+    trie_scores: str = "legal"
 
     def __post_init__(self) -> None:
         check_processors("logits_processor", self.logits_processor)
+        check_choice("trie_scores", self.trie_scores, ("legal", "model"))
+        if self.trie is not None and not isinstance(self.trie, TokenTrie):
+            raise InvalidInput(f"trie must be a TokenTrie, got {shown(self.trie)}")
         integer("num_beams", self.num_beams, 1)
         integer("num_return_sequences", self.num_return_sequences, 1)
         if self.num_return_sequences > self.num_beams:
@@ -381,8 +392,14 @@ class BeamSearch(Search):
     async def run(self, context: SearchContext) -> list[Hypothesis]:
         """The best finished beams; the score is the sum of log-probs over `length ** length_penalty`.
 
-        There are fewer than `num_return_sequences` if logits processors leave no more.
+        There are fewer than `num_return_sequences` if logits processors, or the trie, leave no more.
         """
+        if self.trie is not None:
+            how = TrieRules(
+                self.num_beams, self.length_penalty, self.early_stopping is True, self.trie_scores == "legal"
+            )
+            found_entries = await trie_beam_search(context, self.trie, how, self.logits_processor)
+            return found_entries[: self.num_return_sequences]
         limit = int(min(context.max_new_tokens, context.budget.tokens_left // self.num_beams))
         if limit == 0:
             given = context.budget.max_model_tokens
