@@ -132,6 +132,9 @@ def test_a_setting_may_be_a_name_or_a_function_and_a_number_or_none() -> None:
     assert settings["answer"].kind == "text or module:function" and settings["alpha"].kind == "a number, or none"
     assert settings["alpha"].default is None
     assert settings["alpha"].read("0.25") == 0.25 and settings["alpha"].read("none") is None
+    tree = registry.settings_of(forktree.DVTS)["answer"]
+    assert tree.kind == "text or module:function, or none" and tree.default is None
+    assert tree.read("boxed") == "boxed" and tree.read("none") is None and tree.read("math:floor")(2.5) == 2
     read = settings["answer"].read
     assert [read(t) for t in ("boxed", "regex:=(.*)", "a: b")] == ["boxed", "regex:=(.*)", "a: b"]
     assert read("math:floor")(2.5) == 2

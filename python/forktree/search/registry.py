@@ -17,6 +17,8 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import reduce
+from operator import or_
 from typing import Any, TypeVar
 
 from forktree.errors import InvalidInput
@@ -184,8 +186,8 @@ def _reader(name: str, hint: Any) -> tuple[str, Callable[[str], Any] | None]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType) and set(typing.get_args(hint)) == {bool, str}:
         return "true, false or text", lambda text: {"true": True, "false": False}.get(text.lower(), text)
     members = [one for one in typing.get_args(hint) if one is not type(None)]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(members) == 1:
-        kind, read = _reader(name, members[0])
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hint):
+        kind, read = _reader(name, reduce(or_, members))
         if read is not None:
             return f"{kind}, or none", lambda text: None if text.lower() == "none" else read(text)
     if typing.get_origin(hint) is _FUNCTION:
