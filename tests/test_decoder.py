@@ -195,7 +195,7 @@ BAD: dict[str, tuple[Callable[[], list[SearchResult]], list[str]]] = {
         ["num_samples"],
     ),
     "no sequences": (lambda: tiny.decoder().search(["1"], Sample(num_return_sequences=0)), ["num_return_sequences"]),
-    "no answer": (lambda: tiny.decoder().search(["1"], MajorityVote(answer="x")), ["answer", "got str"]),
+    "no answer": (lambda: tiny.decoder().search(["1"], MajorityVote(answer="x")), ["answer", "got 'x'"]),
 }
 
 

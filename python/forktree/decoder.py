@@ -17,7 +17,7 @@ from forktree.engine.worker import ModelWorker
 from forktree.engine.workers import MAIN
 from forktree.errors import InvalidInput
 from forktree.kv import Branch
-from forktree.prompts import Prompt, read_prompts, tokenise
+from forktree.prompts import Prompt, encode, read_prompts, tokenise
 from forktree.search import Hypothesis, Search, SearchContext
 from forktree.search.budget import Budget
 from forktree.search.rerank.base import Ranking, Reranker, Reranking
@@ -367,6 +367,8 @@ class Decoder:
             decode=text_of,
             rng=np.random.default_rng(root.key),
             opens=partial(self._open, task),
+            prompt=task.roots[0].prompt,
+            encode=None if self.tokenizer is None else self._encode,
             counters=task.counters,
             trace=trace,
             budget=Budget(task.counters, limits.max_model_tokens, limits.max_reward_calls),
@@ -388,6 +390,10 @@ class Decoder:
         branch = self.engine.open(task, tokens, text=self._text(text), model=model)
         self._check("the prompt that is opened", tokens, 0, task.roots[-1].worker)
         return branch
+
+    def _encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens before or after it."""
+        return encode(self.tokenizer, [text], add_special_tokens=False)[0]
 
     def _one(self, prompt: Any) -> list[Prompt]:
         read = read_prompts(prompt)

@@ -103,6 +103,23 @@ SEARCHES: list[tuple[list[str], Callable[[Path], forktree.search.Search]]] = [
         lambda _: forktree.BeamSearch(num_beams=3, early_stopping="never"),
     ),
     (
+        [
+            *("--search", "adaptive-vote", "--set", "answer=regex:[0-9]"),
+            *("--set", "stopping=window", "--set", "round_size=3"),
+        ],
+        lambda _: forktree.AdaptiveVote(answer="regex:[0-9]", stopping="window", round_size=3),
+    ),
+    (
+        ["--search", "mbr", "--set", "similarity=token-f1", "--set", "hedged=false"],
+        lambda _: forktree.MinimumBayesRisk(similarity="token-f1", hedged=False),
+    ),
+    (
+        ["--search", "weighted-vote", "--set", "answer=last-number", "--reward", "own_rewards:length"],
+        lambda _: forktree.WeightedVote(
+            answer="last-number", reward=forktree.FunctionReward(lambda p, r: 1 / (1 + len(r)))
+        ),
+    ),
+    (
         ["--search", "best-of-n", "--set", "num_samples=4", "--reward", "own_rewards:length"],
         lambda _: forktree.BestOfN(num_samples=4, reward=forktree.FunctionReward(lambda p, r: 1 / (1 + len(r)))),
     ),
@@ -179,7 +196,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["--foo"], "No such option: --foo"),
     (["--seed", "x"], "--seed"),
     (["--search", "magic"], f"--search must be one of {', '.join(searches())}, or module:Class"),
-    (["--set", "num_particles=4"], "greedy has no setting 'num_particles', it belongs to particle"),
+    (["--set", "num_particles=4"], "greedy has no setting 'num_particles', it belongs to entropic-particle and"),
     (["--search", "beam", "--set", "num_beam=4"], "did you mean num_beams? Its settings are num_beams, "),
     (["--search", "beam", "--set", "num_beams=four"], "num_beams must be an integer, got 'four'"),
     (["--search", "beam", "--set", "num_beams=4", "--set", "num_beams=5"], "num_beams must be given once"),
@@ -188,10 +205,12 @@ WRONG: list[tuple[list[str], str]] = [
     (["--search", "beam", "--set", "early_stopping=maybe"], "early_stopping must be True, False or 'never', got"),
     (["--search", "majority-vote"], "needs --set answer=...; see --help-search majority-vote"),
     (["--search", "majority-vote", "--set", "answer=own_rewards:nothing"], "module 'own_rewards' has no 'nothing'"),
+    (["--search", "majority-vote", "--set", "answer=box"], "answer must be a function of the text, boxed, last"),
+    (["--search", "rpc", "--set", "answer=regex:("], "answer must be regex: and a regular expression, got '('"),
     (["--search", "particle", "--set", "reward=own_rewards:length"], "reward cannot be given as a text"),
     (["--search", "own_rewards:nothing"], "--search 'own_rewards:nothing': module 'own_rewards' has no 'nothing'"),
     (["--search", "own_rewards:length"], "must be a class derived from forktree.search.Search"),
-    (["--help-search", "beem"], "--help-search must be one of beam, best-of-n, dvts,"),
+    (["--help-search", "beem"], "--help-search must be one of adaptive-vote, beam, best-of"),
     (["--search", "particle"], "needs --reward"),
     (["--reward", "own_rewards:length"], "takes no --reward"),
     (["--search", "sample", "--set", "temperature=-1"], "temperature must be finite and at least 0, got -1"),

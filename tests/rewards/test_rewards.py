@@ -20,6 +20,7 @@ from forktree import (
     Decoder,
     FunctionReward,
     Greedy,
+    IdReward,
     InvalidInput,
     ParticleFilter,
     Reward,
@@ -613,3 +614,36 @@ def test_every_reading_is_closed_once_even_if_its_search_will_not_stop() -> None
 def test_an_engine_refuses_a_budget_of_nothing() -> None:
     with pytest.raises(ValueError, match="max_batch_tokens"):
         Engine(tiny.decoder().worker, max_batch_tokens=0)
+
+
+# ---------------------------------------------------------------- functions of token ids
+
+
+def test_an_id_reward_gets_the_ids_of_prompt_and_response_without_a_tokenizer() -> None:
+    calls: list[tuple[list[int], list[int]]] = []
+
+    def reward(prompt_ids: list[int], found: list[int]) -> float:
+        calls.append((prompt_ids, found))
+        return found.count(4) - found.count(7)
+
+    decoder = Decoder(tiny.model(), num_slots=512)
+    result = decoder.search([[3, 5, 2]], BestOfN(reward=IdReward(reward), num_samples=12), max_new_tokens=9)[0]
+    assert result.error is None and len(calls) == 12
+    assert sorted(calls) == sorted(([3, 5, 2], c.token_ids) for c in result.candidates)
+    assert all(type(t) is int for c in calls for ids in c for t in ids)
+    for c in result.candidates:
+        assert c.score == c.token_ids.count(4) - c.token_ids.count(7)
+    tiny.assert_all_returned(decoder.worker)
+
+
+def test_an_id_reward_that_fails_costs_its_branch_only() -> None:
+    def reward(prompt_ids: list[int], found: list[int]) -> float:
+        return 1 / (found[0] - 4) if found else 0.0
+
+    result = tiny.decoder().search(["1+2="], BestOfN(reward=IdReward(reward), num_samples=30), max_new_tokens=4)[0]
+    failed = [c for c in result.candidates if c.hypothesis.error is not None]
+    assert failed and result.candidates[-len(failed) :] == failed
+    assert all(c.token_ids[0] == 4 and "raised ZeroDivisionError" in str(c.hypothesis.error) for c in failed)
+    for bad in (dict(function=3), dict(function=reward, time_limit=0)):
+        with pytest.raises(InvalidInput, match=r"function must be callable|time_limit"):
+            IdReward(**bad)

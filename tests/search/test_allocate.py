@@ -16,6 +16,7 @@ LM = MarkovLM.random("ab", seed=5, spread=2.0, end=0.2)
 REWARD = by_text(lambda text: digits("", text))
 
 
+@pytest.mark.proves(40)
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("bins", [1, 2, 5])
 def test_the_table_names_the_best_search_of_each_bin(seed: int, bins: int) -> None:
@@ -41,6 +42,7 @@ def test_an_empty_bin_gets_the_best_of_all() -> None:
     assert edges.tolist() == [0.5, 0.5] and best.tolist() == [1, 1, 1]
 
 
+@pytest.mark.proves(40)
 @pytest.mark.parametrize("edge", [0.0, 1.0])
 def test_the_samples_choose_the_search_and_stay_candidates(edge: float) -> None:
     """Half the prompts' mean rewards are below any edge; here all are on one side of it."""

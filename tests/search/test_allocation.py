@@ -133,6 +133,7 @@ def case(seed: int, most: int, least: int = 1) -> tuple:
     return counts / 16, tree(rng, n, int(rng.integers(4))), cluster, float(b), float(d)
 
 
+@pytest.mark.proves(6)
 @pytest.mark.parametrize("seed", range(60))
 def test_thrifty_leaves_are_the_best_of_all_sets(seed: int) -> None:
     value, paths, cluster, b, d = case(seed, 9)

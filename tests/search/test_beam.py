@@ -13,6 +13,7 @@ from forktree.search.algorithms import beam
 from forktree.search.algorithms.beam import BeamRules, beam_search
 from forktree.search.request import NextLogits, ScoreTokens
 from forktree.search.trace import SearchTrace
+from forktree.search.trie import TokenTrie
 from searches import traced_tokens
 
 VOCAB = 7
@@ -231,6 +232,8 @@ def test_groups_must_divide_the_beams_and_have_a_penalty(setting: str, value: An
         BeamSearch(num_beams=4, **{setting: value})
     with pytest.raises(InvalidInput, match=r"diversity_penalty must be .* more than 0 for several groups"):
         BeamSearch(num_beams=4, num_beam_groups=2)
+    with pytest.raises(InvalidInput, match="num_beam_groups must be 1 with a trie"):
+        BeamSearch(num_beams=4, num_beam_groups=2, diversity_penalty=1.0, trie=TokenTrie([[1, 2]]))
 
 
 # ---------------------------------------------------------------- processors

@@ -6,17 +6,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from forktree import BeamSearch, BestOfN, FunctionReward, Greedy, InvalidInput, ParticleFilter, Sample, SearchResult
+from forktree import (
+    AdaptiveVote,
+    BeamSearch,
+    BestOfN,
+    FunctionReward,
+    Greedy,
+    InvalidInput,
+    MajorityVote,
+    MinimumBayesRisk,
+    ParticleFilter,
+    PerplexityConsistency,
+    Sample,
+    SearchResult,
+    WeightedVote,
+)
 from forktree.engine.counters import Counters
 from forktree.search import Search
 from forktree.search.budget import Budget
 from searches import digits, mixed, outcome, together
 
 PROMPT = "12+3="
+
+
+def last(text: str) -> str:
+    return text[-1:]
+
+
 SEARCHES: dict[str, Search] = {
     "greedy": Greedy(),
     "sample": Sample(num_return_sequences=5),
     "best-of-n": BestOfN(reward=FunctionReward(digits), num_samples=6),
+    "vote": MajorityVote(answer=last, num_samples=6),
+    "adaptive": AdaptiveVote(answer=last, num_samples=7, round_size=2),
+    "weighted": WeightedVote(answer=last, reward=FunctionReward(digits), num_samples=6),
+    "rpc": PerplexityConsistency(answer=last, num_samples=8),
+    "mbr": MinimumBayesRisk(num_samples=6),
     "beam": BeamSearch(num_beams=3),
     "particle": ParticleFilter(reward=FunctionReward(digits), num_particles=7, step_delimiter="5", max_step_tokens=4),
 }
@@ -78,7 +103,7 @@ def test_a_budget_that_is_just_enough_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("max_reward_calls", [1, 4, 7, 10, 23])
-@pytest.mark.parametrize("name", ["best-of-n", "particle"])
+@pytest.mark.parametrize("name", ["best-of-n", "weighted", "particle"])
 def test_no_more_texts_are_rewarded_than_allowed(name: str, max_reward_calls: int) -> None:
     result, free = run(SEARCHES[name], max_reward_calls=max_reward_calls), run(SEARCHES[name])
     assert result.counters.reward_calls == min(max_reward_calls, free.counters.reward_calls)

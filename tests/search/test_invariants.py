@@ -103,3 +103,27 @@ def test_beginnings_are_shared(name: str) -> None:
     (result,) = tiny.decoder().search([prompt], search, max_new_tokens=14)
     grown = sum(len(t) for e in result.trace.events if e["event"] == "grow" for t in e["tokens"])
     assert result.counters.model_tokens <= len(prompt) + grown
+
+
+LIMITS = [dict(max_model_tokens=9), dict(max_model_tokens=40), dict(max_reward_calls=1), dict(max_reward_calls=9)]
+
+
+@every
+@pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: " ".join(f"{n} {v}" for n, v in limit.items()))
+def test_a_spent_budget_ends_a_search_with_what_it_has(name: str, limit: dict[str, int]) -> None:
+    """It is never exceeded, some text has a reward, and a budget that is not spent changes nothing."""
+    search = SEARCHES[name](reward=FunctionReward(digits), **STEPS)
+    decoder = tiny.decoder()
+    (result,) = decoder.search(["12+3="], search, max_new_tokens=14, **limit)
+    tiny.assert_all_returned(decoder.worker)
+    assert result.error is None, result.error
+    used = dict(max_model_tokens=result.counters.sampled_tokens, max_reward_calls=result.counters.reward_calls)
+    assert all(used[name] <= most for name, most in limit.items())
+    assert result.candidates and result.best.score == result.best.score
+    (free,) = tiny.decoder().search(["12+3="], search, max_new_tokens=14)
+    needed = dict(max_model_tokens=free.counters.sampled_tokens, max_reward_calls=free.counters.reward_calls)
+    enough = {name: most + 1 for name, most in needed.items()}
+    (same,) = tiny.decoder().search(["12+3="], search, max_new_tokens=14, **enough)
+    assert outcome(same) == outcome(free)
+    if limit in (LIMITS[0], LIMITS[2]):
+        assert any(used[name] < needed[name] for name in limit), "the budget matters"

@@ -160,18 +160,28 @@ def assert_estimates(search: ParticleFilter, exact: dict, runs: int) -> None:
     assert np.abs(measure.mean(axis=0) - truth).sum() / 2 < 0.03  # total variation
 
 
+@pytest.mark.proves(11)
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("resampling", "weight_temperature", "steps"),
-    [("systematic", 1.0, 3), ("multinomial", 1.0, 3), ("systematic", 2.0, 2), ("multinomial", 0.7, 2)],
+    ("resampling", "weight_temperature", "steps", "ess_threshold"),
+    [
+        ("systematic", 1.0, 3, 1.0),
+        ("multinomial", 1.0, 3, 1.0),
+        ("systematic", 2.0, 2, 1.0),
+        ("multinomial", 0.7, 2, 1.0),
+        ("systematic", 1.0, 3, 0.75),
+    ],
 )
-def test_weights_estimate_the_exact_posterior(resampling: str, weight_temperature: float, steps: int) -> None:
+def test_weights_estimate_the_exact_posterior(
+    resampling: str, weight_temperature: float, steps: int, ess_threshold: float
+) -> None:
     search = one_token_steps(
         Table(toy_reward),
         num_particles=256,
         max_steps=steps,
         resampling=resampling,
         weight_temperature=weight_temperature,
+        ess_threshold=ess_threshold,
     )
     exact = posterior(steps, toy_reward, weight_temperature)
     prior = posterior(steps, lambda text: 0.5, 1.0)
@@ -228,6 +238,41 @@ def test_a_constant_reward_is_plain_sampling() -> None:
         for a, b in zip(filtered, sampled, strict=True):
             assert a.hypothesis.log_prob == pytest.approx(b.hypothesis.log_prob, abs=1e-5)
             assert a.hypothesis.weight == pytest.approx(1 / 33)
+
+
+def test_particles_are_resampled_only_while_their_weights_are_uneven() -> None:
+    """A weight is the product of the odds since the last time; at a threshold of 0 that is importance sampling."""
+    decisions = set()
+    for threshold in (0.0, 0.7, 1.0):
+        table = Table(toy_reward)
+        search = one_token_steps(table, num_particles=20, max_steps=5, ess_threshold=threshold)
+        (result,) = toy().search([list(PROMPT)], search, max_new_tokens=9, seed=3)
+        events = result.trace.events
+        reward: dict[int, float] = {}
+        gained = np.zeros(20)
+        nodes: list[int] = []
+        for event, after in zip(events, [*events[1:], {"event": None}], strict=True):
+            if event["event"] == "grow":
+                nodes = event["nodes"]
+            if event["event"] == "reward":
+                reward |= dict(zip(event["nodes"], event["rewards"], strict=True))
+                gained += [math.log(reward[n] / (1 - reward[n])) for n in nodes]
+                weights = np.exp(gained) / np.exp(gained).sum()
+                ess = 1 / (weights**2).sum()
+                resampled = after["event"] == "select"
+                if after["event"] != "return":
+                    assert resampled == (ess < threshold * 20 or threshold == 1)
+                    decisions.add((threshold, resampled))
+                if resampled:
+                    np.testing.assert_allclose(after["weights"], weights, rtol=1e-9)
+                    gained[:] = 0
+        odds = sorted((c.hypothesis.weight for c in result.candidates), reverse=True)
+        np.testing.assert_allclose(odds, sorted(weights, reverse=True), rtol=1e-9)
+        if threshold == 0:
+            plain = Sample(num_return_sequences=20, temperature=1.0)
+            sampled = toy().search([list(PROMPT)], plain, seed=3, max_new_tokens=5)[0].candidates
+            assert sorted(c.token_ids for c in result.candidates) == sorted(c.token_ids for c in sampled)
+    assert decisions == {(0.0, False), (0.7, False), (0.7, True), (1.0, True)}
 
 
 def run(search: ParticleFilter, *, seed: int = 0, max_new_tokens: int = 24) -> SearchResult:
@@ -435,6 +480,7 @@ def test_a_delimiter_cut_in_half_by_max_step_tokens_is_found_with_its_rest(token
         ("weight_temperature", math.inf),
         ("weight_temperature", "1"),
         ("weight_temperature", True),
+        ("ess_threshold", 1.1),
         ("resampling", "residual"),
         ("selection", "best"),
         ("reward", len),

@@ -26,6 +26,7 @@ def value(text: str) -> float:
 # ---------------------------------------------------------------- annealing
 
 
+@pytest.mark.proves(15)
 @pytest.mark.parametrize(
     ("rule", "evenness", "progress", "divisor"),
     [("ess", 0.2, 0.2, 4.0), ("ess", 0.5, 0.8, 1.0), ("entropy", 0.5, 0.3, 1 / 0.65), ("base", 2.0, 0.5, 1.5)],
@@ -93,6 +94,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.proves(15)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_without_annealing_it_is_the_plain_filter_text_for_text(name: str) -> None:
     common: Any = dict(reward=by_text(lambda t: digits("", t)), num_particles=9, step_delimiter="5", max_step_tokens=3)
@@ -118,13 +120,14 @@ def measure(search: ParticleFilter | EntropicParticleFilter, runs: int) -> np.nd
     return found
 
 
+@pytest.mark.proves(15)
 @pytest.mark.slow
 def test_a_look_ahead_of_no_weight_is_the_plain_filter_in_distribution() -> None:
     """The copy that keeps the step it proposed is one among those that sample theirs; no text gains by it."""
     common: Any = dict(reward=by_text(value), num_particles=6, max_steps=4, **ONE_TOKEN)
-    plain = measure(ParticleFilter(**common, resampling="multinomial"), 700)
+    plain = measure(ParticleFilter(**common, resampling="multinomial"), 250)
     ahead = measure(
-        EntropicParticleFilter(**common, resampling="multinomial", annealing="none", lookahead_weight=1e-12), 701
+        EntropicParticleFilter(**common, resampling="multinomial", annealing="none", lookahead_weight=1e-12), 251
     )
     error = np.sqrt(plain.var(axis=0) / len(plain) + ahead.var(axis=0) / len(ahead)) + 1e-4
     z = (plain.mean(axis=0) - ahead.mean(axis=0)) / error

@@ -91,37 +91,43 @@ SEARCHES: dict[str, Any] = {
 
 
 def unnormalised(name: str, potential: str, temperature: float, runs: int) -> tuple[np.ndarray, np.ndarray]:
-    """p(x) potential(x) of all texts, and the estimate of each run, `[runs, texts]`."""
+    """p(x) potential(x) of all texts, and the estimate of each run, `[runs, cells]`; the rare texts are one cell."""
     prior = LM.texts("a", STEPS)
     exact = {text: p * POTENTIALS[potential](text) ** (1 / temperature) for text, p in prior.items()}
-    cells = {text: i for i, text in enumerate(exact)}
+    common = [text for text in exact if exact[text] > 0.08 * sum(exact.values())]
+    assert len(common) >= 3
+    cells = {text: common.index(text) if text in common else len(common) for text in exact}
     search = SEARCHES[name](
         reward=by_text(value), potential=potential, weight_temperature=temperature, **ONE_TOKEN
     )
-    found = np.zeros((runs, len(cells)))
+    found = np.zeros((runs, len(common) + 1))
     for i, result in enumerate(LM.decoder.search(alike("a", "ab", runs), search, max_new_tokens=16)):
         (evidence,) = [e["log_evidence"] for e in result.trace.events if e["event"] == "evidence"]
         for candidate in result.candidates:
             found[i, cells[candidate.text]] += math.exp(evidence) * candidate.hypothesis.weight
-    return np.array(list(exact.values())), found
+    merged = np.zeros(len(common) + 1)
+    np.add.at(merged, list(cells.values()), list(exact.values()))
+    return merged, found
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_estimates_are_unbiased_text_by_text(name: str) -> None:
     """The mean over runs of evidence times weight is p(x) potential(x), within five standard errors; so is the sum."""
     exact, found = unnormalised(name, "odds", 1.0, runs=60)
-    error = found.std(axis=0, ddof=1) / math.sqrt(len(found)) + 1e-4
+    error = found.std(axis=0, ddof=1) / math.sqrt(len(found))
     assert (np.abs(found.mean(axis=0) - exact) < 5 * error).all()
     total = found.sum(axis=1)
     assert abs(total.mean() - exact.sum()) < 4 * total.std(ddof=1) / math.sqrt(len(total)) + 1e-6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["uneven", "steering"])
-@pytest.mark.parametrize(("potential", "temperature"), [("reward", 0.5), ("exp", 0.3), ("odds", 2.0)])
+@pytest.mark.parametrize(
+    ("name", "potential", "temperature"),
+    [("uneven", "reward", 0.5), ("uneven", "exp", 0.3), ("steering", "exp", 0.3), ("steering", "odds", 2.0)],
+)
 def test_every_potential_is_estimated_without_bias(name: str, potential: str, temperature: float) -> None:
-    exact, found = unnormalised(name, potential, temperature, runs=500)
-    error = found.std(axis=0, ddof=1) / math.sqrt(len(found)) + 1e-4
+    exact, found = unnormalised(name, potential, temperature, runs=150)
+    error = found.std(axis=0, ddof=1) / math.sqrt(len(found))
     assert (np.abs(found.mean(axis=0) - exact) < 5 * error).all()
 
 

@@ -1,10 +1,9 @@
 """The registry: a search that lies in the package is known by name, and its settings are its fields."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -53,9 +52,9 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Se
 
 def test_a_new_file_is_a_new_search(made_up: type[Search]) -> None:
     assert list(registry.searches()) == [
-        "beam", "best-of-n", "dvts", "entropic-particle", "ets", "greedy", "made-up", "majority-vote",
-        "parallel-tempering", "particle", "particle-gibbs", "prm-beam", "rebase", "sample", "smc-steering", "step-beam",
-        "twisted-smc",
+        "adaptive-vote", "beam", "best-of-majority", "best-of-n", "dvts", "entropic-particle", "ets", "greedy",
+        "made-up", "majority-of-the-bests", "majority-vote", "mbr", "parallel-tempering", "particle", "particle-gibbs",
+        "prm-beam", "rebase", "rpc", "sample", "smc-steering", "step-beam", "twisted-smc", "weighted-vote",
     ]  # fmt: skip
     assert registry.reward_of(made_up) == "reward"
     settings = registry.settings_of(made_up)
@@ -122,10 +121,25 @@ def test_a_search_may_be_named_from_anywhere() -> None:
 def test_types_that_only_python_can_give_say_so() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Odd(Sample):
-        when: Callable[..., Any] | str = "never"
+        when: bytes | frozenset[int] = b""
 
     with pytest.raises(InvalidInput, match="when cannot be given as a text: it is of type"):
         registry.read_settings(Odd, [("when", "x")])
+
+
+def test_a_setting_may_be_a_name_or_a_function_and_a_number_or_none() -> None:
+    settings = registry.settings_of(forktree.BestOfMajority)
+    assert settings["answer"].kind == "text or module:function" and settings["alpha"].kind == "a number, or none"
+    assert settings["alpha"].default is None
+    assert settings["alpha"].read("0.25") == 0.25 and settings["alpha"].read("none") is None
+    tree = registry.settings_of(forktree.DVTS)["answer"]
+    assert tree.kind == "text or module:function, or none" and tree.default is None
+    assert tree.read("boxed") == "boxed" and tree.read("none") is None and tree.read("math:floor")(2.5) == 2
+    read = settings["answer"].read
+    assert [read(t) for t in ("boxed", "regex:=(.*)", "a: b")] == ["boxed", "regex:=(.*)", "a: b"]
+    assert read("math:floor")(2.5) == 2
+    with pytest.raises(InvalidInput, match="module 'math' has no 'flor'"):
+        read("math:flor")
 
 
 def test_drafters_are_given_by_name() -> None:

@@ -11,10 +11,11 @@ import pytest
 
 import tiny
 from forktree import FunctionReward, Hypothesis, InvalidInput, RewardError
-from forktree.search.answers import NO_ANSWER, Answers, vote
+from forktree.search.answers import NO_ANSWER, Answers
 from forktree.search.context import SearchContext
 from forktree.search.selection import best_first, effective_sample_size, unit_interval
 from forktree.search.steps import AGGREGATES, StepSearch, Walkers, grow, judged
+from forktree.search.votes import vote
 
 
 @dataclass
@@ -159,7 +160,7 @@ def test_votes_are_those_of_a_counter(seed: int) -> None:
     said = [answered[i] for i in rng.integers(0, len(answered), 15)]
     answers = Answers.read([str(i) for i in range(15)], lambda text: said[int(text)])
     counts = Counter(a for a in said if a is not None)
-    assert vote(answers).tolist() == [counts[a] / 15 if a is not None else 0.0 for a in said]
+    assert vote(answers.group).tolist() == [counts[a] / 15 if a is not None else 0.0 for a in said]
     assert answers.values == list(dict.fromkeys(a for a in said if a is not None))
     assert [None if g == NO_ANSWER else answers.values[g] for g in answers.group] == said
 
@@ -176,6 +177,6 @@ def test_answers_that_cannot_be_read_have_an_error_and_no_vote() -> None:
     for i, part in enumerate(["KeyError: 'gone' (branch 0)", "unhashable", "unhashable"]):
         assert "answer" in errors[i] and part in errors[i]
     assert errors[3] is None and "not comparable (branch 4)" in errors[4] and errors[5:] == [None, None]
-    share = vote(answers)
+    share = np.where(answers.failed, np.nan, vote(answers.group))
     assert np.isnan(share).tolist() == [True, True, True, False, True, False, False]
-    assert share[5] == share[6] == 2 / 7 and vote(Answers.read([], answer)).shape == (0,)
+    assert share[5] == share[6] == 2 / 7 and vote(Answers.read([], answer).group).shape == (0,)

@@ -12,6 +12,8 @@ import pytest
 
 import tiny
 from forktree import BestOfN, FunctionReward, InvalidInput, RewardError, SearchResult
+from forktree.demo import run as demo
+from forktree.demo import task
 from forktree.search import DVTS, ETS, REBASE, PRMBeamSearch, Search, StepBeamSearch
 from forktree.search.algorithms.steptree import StepTree
 from markov import MarkovLM
@@ -84,6 +86,7 @@ def best(leaves: list[int], one: Round) -> list[int]:
 # ---------------------------------------------------------------- PRM beam search
 
 
+@pytest.mark.proves(40)
 @SEEDS
 def test_prm_beam_keeps_the_best_and_continues_them_in_turns(seed: int) -> None:
     result = run(PRMBeamSearch(reward=by_text(value), num_beams=12, beam_width=3, **STEPS), seed=seed)
@@ -126,6 +129,7 @@ def test_duplicates_are_dropped_if_wanted() -> None:
     assert any("b" in text for text in asked)
 
 
+@pytest.mark.proves(40)
 @pytest.mark.parametrize("kind", [PRMBeamSearch, DVTS])
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_a_leaf_is_rewarded_at_the_end_of_a_greedy_rollout_that_leaves_no_trace_in_it(kind: Any, ahead: int) -> None:
@@ -168,6 +172,7 @@ def test_a_leaf_is_rewarded_at_the_end_of_a_greedy_rollout_that_leaves_no_trace_
 # ---------------------------------------------------------------- partial rewards
 
 
+@pytest.mark.proves(14)
 def test_no_scored_step_is_best_of_n_and_all_are_the_beam() -> None:
     common: Any = dict(reward=by_text(value), **STEPS)
     plain = run(BestOfN(reward=by_text(value), num_samples=8), seed=3)
@@ -178,6 +183,7 @@ def test_no_scored_step_is_best_of_n_and_all_are_the_beam() -> None:
     assert [(c.token_ids, c.score) for c in every.candidates] == [(c.token_ids, c.score) for c in beam.candidates]
 
 
+@pytest.mark.proves(14)
 @pytest.mark.parametrize("scored", [1, 2])
 def test_after_the_scored_steps_texts_are_sampled_to_their_ends(scored: int) -> None:
     search = PRMBeamSearch(
@@ -193,6 +199,7 @@ def test_after_the_scored_steps_texts_are_sampled_to_their_ends(scored: int) -> 
 # ---------------------------------------------------------------- DVTS
 
 
+@pytest.mark.proves(40)
 @SEEDS
 def test_dvts_grows_subtrees_that_know_nothing_of_another(seed: int) -> None:
     result = run(DVTS(reward=by_text(value), num_beams=12, beam_width=3, **STEPS), seed=seed)
@@ -262,6 +269,7 @@ def test_rebase_has_the_papers_settings() -> None:
     assert (thrifty.lambda_b, thrifty.lambda_d, thrifty.cluster_distance) == (1.0, 1.5, 0.05)
 
 
+@pytest.mark.proves(6)
 @SEEDS
 def test_ets_without_prices_is_rebase_text_for_text(seed: int) -> None:
     plain = run(REBASE(reward=by_text(value), width=10, **STEPS), seed=seed)
@@ -282,6 +290,7 @@ def test_ets_at_a_high_price_of_memory_keeps_one_path(seed: int) -> None:
     assert result.counters.peak_slots < plain.counters.peak_slots
 
 
+@pytest.mark.proves(6)
 @SEEDS
 def test_ets_keeps_the_best_set_of_leaves_at_every_step(seed: int) -> None:
     """Equation 4 over all sets, the paths and clusters read out of the trace; then REBASE among those kept."""
@@ -333,6 +342,20 @@ def test_ets_keeps_the_best_set_of_leaves_at_every_step(seed: int) -> None:
     assert thinned
 
 
+@pytest.mark.proves(6)
+def test_ets_holds_less_than_rebase_on_the_shipped_model() -> None:
+    """The same problems at the same width: fewer slots at the peak, summed over the problems."""
+    decoder, reward = demo.load()
+    prompts = [next(task.problems("held_out", seed=seed)) for seed in range(3)]
+    how: Any = dict(reward=reward, width=16, step_delimiter="\n", balance_temperature=1.0)
+    peaks = []
+    for search in (REBASE(**how), ETS(**how)):
+        results = decoder.search(prompts, search, max_new_tokens=40, seed=1)
+        assert all(r.error is None for r in results)
+        peaks.append(sum(r.counters.peak_slots for r in results))
+    assert peaks[1] < peaks[0]
+
+
 @pytest.mark.parametrize("embed", [lambda steps: np.ones(3), lambda steps: np.full((len(steps), 2), np.nan)])
 def test_embeddings_that_are_none_end_the_search(embed: Any) -> None:
     (result,) = tiny.decoder().search([PROMPT], ETS(reward=by_text(value), embed=embed, **STEPS), max_new_tokens=9)
@@ -342,6 +365,7 @@ def test_embeddings_that_are_none_end_the_search(embed: Any) -> None:
 # ---------------------------------------------------------------- step beams
 
 
+@pytest.mark.proves(58)
 @SEEDS
 def test_a_step_beam_narrows_as_texts_end(seed: int) -> None:
     result = run(StepBeamSearch(reward=by_text(value), **{**STEPS, "step_delimiter": "5"}), seed=seed)
@@ -362,6 +386,7 @@ def test_a_step_beam_narrows_as_texts_end(seed: int) -> None:
         assert scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.proves(58)
 def test_a_step_whose_value_failed_is_the_last_to_be_kept() -> None:
     """AlphaMath counts a missing value as -100."""
     lm = MarkovLM({"a": {"a": 0.5, "b": 0.5}, "b": {"a": 0.5, "b": 0.5}})
@@ -372,6 +397,59 @@ def test_a_step_whose_value_failed_is_the_last_to_be_kept() -> None:
     (result,) = lm.decoder.search("a", search, max_new_tokens=9)
     for c in result.candidates:
         assert c.text == "aaaa" and c.score == -50.0
+
+
+# ---------------------------------------------------------------- votes
+
+
+VOTING: dict[str, Any] = {
+    "prm-beam": lambda **how: PRMBeamSearch(num_beams=12, beam_width=3, **how),
+    "dvts": lambda **how: DVTS(num_beams=12, beam_width=3, **how),
+    "rebase": lambda **how: REBASE(width=12, **how),
+    "ets": lambda **how: ETS(width=12, **how),
+}
+
+
+@pytest.mark.parametrize("name", VOTING)
+@pytest.mark.parametrize("seed", range(2))
+def test_texts_vote_with_their_scores_if_wanted(name: str, seed: int) -> None:
+    """The same texts as without a vote; of the answer with the largest sum of scores first, then by score."""
+
+    def answer(text: str) -> str | None:
+        if text.endswith("7"):
+            raise KeyError("a seven")
+        return text[-1:] if text[-1:].isdigit() else None
+
+    how: Any = dict(reward=by_text(value), **STEPS)
+    plain = run(VOTING[name](**how), seed=seed).candidates
+    voted = run(VOTING[name](**how, answer=answer), seed=seed).candidates
+    total: dict[str, float] = {}
+    for c in plain:
+        if c.text[-1:].isdigit() and not c.text.endswith("7"):
+            total[c.text[-1]] = total.get(c.text[-1], 0.0) + c.score
+    whole = sum(c.score for c in plain if not c.text.endswith("7"))  # those without an answer have votes, too
+
+    def share(text: str) -> float:
+        return math.nan if text.endswith("7") else total.get(text[-1:], 0.0) / whole
+
+    assert sorted(c.text for c in voted) == sorted(c.text for c in plain) and len(total) > 1
+    for c in voted:
+        assert c.score == pytest.approx(share(c.text), nan_ok=True)
+        assert (c.hypothesis.error is not None) == c.text.endswith("7")
+    shares = [-1.0 if math.isnan(c.score) else c.score for c in voted]
+    assert shares == sorted(shares, reverse=True)
+    for a, b in itertools.pairwise(voted):
+        if a.text[-1:] == b.text[-1:] and a.text[-1:] in total:
+            assert value(a.text) >= value(b.text)
+
+
+def test_what_cannot_vote_is_refused_at_once() -> None:
+    calls: list[str] = []
+    search = REBASE(reward=by_text(lambda t: calls.append(t) or 2.0), width=4, answer=len, **STEPS)
+    (result,) = tiny.decoder().search([PROMPT], search, max_new_tokens=9)
+    assert isinstance(result.error, InvalidInput) and "[0, 1], got 2" in str(result.error) and len(calls) == 4
+    with pytest.raises(InvalidInput, match="answer must be a function"):
+        DVTS(reward=by_text(len), answer="box")
 
 
 # ---------------------------------------------------------------- all of them

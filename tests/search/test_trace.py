@@ -10,18 +10,25 @@ import pytest
 
 import tiny
 from forktree import (
+    AdaptiveVote,
     BeamSearch,
+    BestOfMajority,
     BestOfN,
     Decoder,
     FunctionReward,
     Greedy,
     Hypothesis,
+    MajorityOfTheBests,
     MajorityVote,
+    MinimumBayesRisk,
     ParticleFilter,
+    PerplexityConsistency,
+    QueryLikelihood,
     Reward,
     Sample,
     Sampling,
     SearchResult,
+    WeightedVote,
 )
 from forktree.rewards.base import PendingReward, RewardInput
 from forktree.search import Search, SearchContext
@@ -92,11 +99,24 @@ class Steps:
         return tiny.tokenizer().decode([t for n in self.path(node) for t in self.tokens[n]])
 
 
+def last(text: str) -> str | None:
+    return text[-1:] or None
+
+
 SEARCHES: dict[str, Callable[[], Search]] = {
     "greedy": Greedy,
     "sample": lambda: Sample(num_return_sequences=5),
     "best-of-n": lambda: BestOfN(reward=FunctionReward(reward), num_samples=9),
-    "vote": lambda: MajorityVote(answer=lambda text: text[-1:] or None, num_samples=9),
+    "vote": lambda: MajorityVote(answer=last, num_samples=9),
+    "adaptive": lambda: AdaptiveVote(answer=last, num_samples=9, round_size=2),
+    "weighted": lambda: WeightedVote(answer=last, reward=FunctionReward(reward), num_samples=9),
+    "best of majority": lambda: BestOfMajority(
+        answer=last, reward=FunctionReward(reward), num_samples=9, num_return_sequences=3
+    ),
+    "bests": lambda: MajorityOfTheBests(answer=last, reward=FunctionReward(reward), num_samples=9),
+    "rpc": lambda: PerplexityConsistency(answer=last, num_samples=9),
+    "mbr": lambda: MinimumBayesRisk(num_samples=9),
+    "judge": lambda: BestOfN(reward=QueryLikelihood("{response}="), num_samples=9),
     "beam": lambda: BeamSearch(num_beams=4, num_return_sequences=3),
     "particle": lambda: ParticleFilter(
         reward=FunctionReward(reward), num_particles=9, step_delimiter="5", max_step_tokens=3, stop=("b",)
@@ -214,8 +234,8 @@ def test_what_json_does_not_have_becomes_null() -> None:
 
 def test_traces_of_searches_side_by_side_are_their_own() -> None:
     decoder: Decoder = tiny.decoder()
-    names = ["sample", "beam", "particle"]
-    results = list(decoder.search_iter([PROMPT] * 3, [SEARCHES[n]() for n in names], max_new_tokens=12))
+    names = list(SEARCHES)
+    results = list(decoder.search_iter([PROMPT] * len(names), [SEARCHES[n]() for n in names], max_new_tokens=12))
     for result in results:
         alone, _ = traced(SEARCHES[names[result.index]]())
         assert [e["event"] for e in result.trace.events] == [e["event"] for e in alone.trace.events]

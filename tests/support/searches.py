@@ -161,6 +161,18 @@ class Custom(Reward):
         return self._begin(given)
 
 
+def over_seeds(
+    decoder: Decoder, prompt: str, search: Search, count: int, *, max_new_tokens: int
+) -> list[SearchResult]:
+    """What a search finds at seeds 0, 1, …, all side by side; raises the error of one that failed."""
+    tasks = [decoder.submit(prompt, search, seed=seed, max_new_tokens=max_new_tokens) for seed in range(count)]
+    while not all(task.done for task in tasks):
+        decoder.engine.step()
+    found = [finished(task) for task in tasks]
+    assert all(result.best for result in found)
+    return found
+
+
 def by_text(value: Callable[[str], float]) -> Reward:
     """The reward of a response is what a function says of its text, at once, in the same thread; NaN is a failure."""
 

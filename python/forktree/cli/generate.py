@@ -114,7 +114,7 @@ def generate(
     chosen = choose(search, settings or (), reward, escape=escape)
     inputs = read_inputs("--prompts", prompts, [("prompt",)])
     described = {"search": search, **chosen.described, "max_new_tokens": max_new_tokens, "seed": seed, "dtype": dtype}
-    limits = dict(max_model_tokens=max_model_tokens, max_reward_calls=max_reward_calls)
+    limits = {"max_model_tokens": max_model_tokens, "max_reward_calls": max_reward_calls}
     described |= {name: value for name, value in limits.items() if value is not None}
     made_with = {"settings": described, "model": digests(model, code=trust_remote_code)}
     if trace:
@@ -149,7 +149,12 @@ def generate(
             )
         texts = [inputs[i]["prompt"] for i in todo]
         results = decoder.search_iter(
-            texts, chosen.kind(**given), max_new_tokens=max_new_tokens, seed=seed, **limits
+            texts,
+            chosen.kind(**given),
+            max_new_tokens=max_new_tokens,
+            max_model_tokens=max_model_tokens,
+            max_reward_calls=max_reward_calls,
+            seed=seed,
         )
         write_outcomes("prompt", (_outcome(todo[result.index], result, keys) for result in results), output)
 

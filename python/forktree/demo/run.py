@@ -24,7 +24,8 @@ from forktree.kv import Tree
 from forktree.model.checkpoints import load_model, load_tokenizer
 from forktree.rewards.value_head import ValueHead
 from forktree.search import BeamSearch, BestOfN, Greedy, ParticleFilter, Sample, Search
-from forktree.search.answers import Answers, vote
+from forktree.search.answers import Answers
+from forktree.search.votes import vote
 from forktree.terminal import Terminal
 
 MODEL = Path(__file__).parent / "model"
@@ -171,7 +172,7 @@ def _majority_accuracy(problems: Sequence[str], results: Sequence[SearchResult])
     right = []
     for problem, result in zip(problems, results, strict=True):
         texts = [candidate.text or "" for candidate in result.candidates]
-        share = vote(Answers.read(texts, task.answer))
+        share = vote(Answers.read(texts, task.answer).group)
         right.append(task.is_correct(problem, texts[int(np.argmax(share))]))
     return float(np.mean(right))
 

@@ -104,7 +104,7 @@ def check_reward(reward: object) -> None:
     """Raises InvalidInput unless `reward` is a `forktree.Reward`."""
     if not isinstance(reward, Reward):
         raise InvalidInput(
-            "reward must be a ValueHead, TokenProbability, RewardModel or FunctionReward "
+            "reward must be a ValueHead, TokenProbability, RewardModel, FunctionReward or IdReward "
             f"(wrap a function in FunctionReward), got {type(reward).__name__}"
         )
 

@@ -1,9 +1,10 @@
-"""Rewards that a Python function of the text gives."""
+"""Rewards that a Python function gives, of the text or of token ids."""
 
 import math
 import queue
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,34 @@ from forktree.errors import InvalidInput, RewardError
 from forktree.rewards.base import PendingReward, Reward, RewardInput, Rewards
 
 
-class FunctionReward(Reward):
+class CallingReward(Reward):
+    """Calls a Python function for every branch. It runs beside the decoding, in a thread.
+
+    A call that raises, returns something other than a finite number, or takes too long costs its branch only. A call
+    that never returns keeps its thread: Python cannot end it.
+
+    Args:
+        function: gives a finite number; a subclass says of what.
+        time_limit: maximum number of seconds for a call.
+    """
+
+    def __init__(self, function: Callable[..., float], *, time_limit: float = 60.0) -> None:
+        if not callable(function):
+            raise InvalidInput(f"function must be callable, got {type(function).__name__}")
+        if time_limit != math.inf:
+            number("time_limit", time_limit, "more than 0 seconds", lambda t: t > 0)
+        self.function, self.time_limit = function, time_limit
+
+    @abstractmethod
+    def arguments(self, given: RewardInput) -> list[tuple[Any, ...]]:
+        """Of each branch what the function is called with, `[n]`."""
+
+    def start(self, given: RewardInput) -> PendingReward:
+        """See `Reward`."""
+        return _PendingCalls(self, self.arguments(given))
+
+
+class FunctionReward(CallingReward):
     """Any Python function of the text. It runs beside the decoding, in a thread.
 
     A call that raises, returns something other than a finite number, or takes too long costs its branch only. A call
@@ -27,19 +55,15 @@ class FunctionReward(Reward):
     """
 
     def __init__(self, function: Callable[[str, str], float], *, time_limit: float = 60.0) -> None:
-        if not callable(function):
-            raise InvalidInput(f"function must be callable, got {type(function).__name__}")
-        if time_limit != math.inf:
-            number("time_limit", time_limit, "more than 0 seconds", lambda t: t > 0)
-        self.function, self.time_limit = function, time_limit
+        super().__init__(function, time_limit=time_limit)
 
-    def start(self, given: RewardInput) -> PendingReward:
-        """See `Reward`."""
-        return _PendingCalls(self, list(zip(given.prompts, given.responses(), strict=True)))
+    def arguments(self, given: RewardInput) -> list[tuple[Any, ...]]:
+        """Prompt and response."""
+        return list(zip(given.prompts, given.responses(), strict=True))
 
 
 class _PendingCalls(PendingReward):
-    def __init__(self, reward: FunctionReward, calls: list[tuple[str, str]]) -> None:
+    def __init__(self, reward: CallingReward, calls: list[tuple[Any, ...]]) -> None:
         self._reward, self._calls = reward, calls
         self._values = np.full(len(calls), np.nan)
         self._errors: list[RewardError | None] = [None] * len(calls)

@@ -35,6 +35,11 @@ class Budget:
         """Branches that may still be rewarded; infinity without a limit."""
         return np.inf if self.max_reward_calls is None else max(0, self.max_reward_calls - self.counters.reward_calls)
 
+    @property
+    def spent(self) -> bool:
+        """Whether one of the two is used up."""
+        return min(self.tokens_left, self.calls_left) == 0
+
     def limit_tokens(self, max_tokens: Int64Array) -> Int64Array:
         """Shares what is left among texts that are extended side by side.
 

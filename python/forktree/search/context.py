@@ -32,6 +32,8 @@ class SearchContext:
         decode: text of tokens after the prompt; None when the decoder has no tokenizer.
         rng: randomness of the search's own choices (resampling); tokens are sampled by keys of branch and position.
         opens: gives a branch for a prompt and a model's name, see `open`.
+        prompt: the prompt's text as rewards see it; empty when there is none.
+        encode: token ids of a text that goes on after others; None when the decoder has no tokenizer.
         counters: what the search has cost so far.
         trace: what it has done so far; the search appends to it.
         budget: what it may still cost; `grow`, `complete` and `judged` keep to it.
@@ -48,6 +50,8 @@ class SearchContext:
     decode: Callable[[Int32Array], str | None] | None
     rng: np.random.Generator
     opens: Callable[[Any, str], Branch]
+    prompt: str = ""
+    encode: Callable[[str], list[int]] | None = None
     counters: Counters = field(default_factory=Counters)
     trace: SearchTrace = field(default_factory=SearchTrace)
     budget: Budget = field(default_factory=Budget)

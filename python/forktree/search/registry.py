@@ -11,11 +11,14 @@ dataclass; what they mean is said in the `Args:` of its docstring, or of that of
 import importlib
 import inspect
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import reduce
+from operator import or_
 from typing import Any, TypeVar
 
 from forktree.errors import InvalidInput
@@ -26,6 +29,8 @@ from forktree.search.drafters import DRAFTERS
 from forktree.search.speculate import Drafter
 
 S = TypeVar("S", bound=type[Search])
+_FUNCTION = typing.get_origin(Callable[..., Any])
+_NAMED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function
 _SEARCHES: dict[str, type[Search]] = {}  # filled as modules are imported; see `searches`
 
 
@@ -181,12 +186,16 @@ def _reader(name: str, hint: Any) -> tuple[str, Callable[[str], Any] | None]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType) and set(typing.get_args(hint)) == {bool, str}:
         return "true, false or text", lambda text: {"true": True, "false": False}.get(text.lower(), text)
     members = [one for one in typing.get_args(hint) if one is not type(None)]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType) and len(members) == 1:
-        kind, read = _reader(name, members[0])
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hint):
+        kind, read = _reader(name, reduce(or_, members))
         if read is not None:
             return f"{kind}, or none", lambda text: None if text.lower() == "none" else read(text)
-    if typing.get_origin(hint) is typing.get_origin(Callable[..., Any]):
+    if typing.get_origin(hint) is _FUNCTION:
         return "module:function", lambda text: import_named(name, text)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and {
+        typing.get_origin(one) or one for one in typing.get_args(hint)
+    } == {str, _FUNCTION}:
+        return "text or module:function", lambda text: import_named(name, text) if _NAMED.fullmatch(text) else text
     return f"of type {hint}", None
 
 

@@ -19,10 +19,12 @@ import numpy as np
 from forktree.checks import integer
 from forktree.errors import BudgetSpent, InvalidInput, RewardError
 from forktree.kv import Branch, reassign
+from forktree.ops.sampling import Sampling
 from forktree.rewards.base import Reward, check_reward
 from forktree.search.base import ExtendingSearch, Hypothesis, SamplingSearch
 from forktree.search.budget import Budget
 from forktree.search.context import SearchContext
+from forktree.search.judges import Judge, decoded
 from forktree.search.request import Extension, Stop, extend, reward_branches
 from forktree.search.speculate import speculative_extend
 from forktree.search.trace import PROMPT, SearchTrace
@@ -166,7 +168,7 @@ class Walkers:
         return replace(parts[0], **{f.name: joined([getattr(p, f.name) for p in parts]) for f in fields(parts[0])})
 
     def drop(self) -> None:
-        """Ends all of them."""
+        """Drops all of their branches."""
         for branch in self.branches:
             branch.drop()
 
@@ -227,12 +229,25 @@ async def grow(walkers: Walkers, which: Int64Array, context: SearchContext, sear
 
 
 async def complete(
-    walkers: Walkers, context: SearchContext, search: ExtendingSearch, which: Int64Array | None = None
+    walkers: Walkers,
+    context: SearchContext,
+    search: ExtendingSearch,
+    which: Int64Array | None = None,
+    *,
+    sampling: Sequence[Sampling] | None = None,
 ) -> None:
-    """Extends walkers, by default all, to the end of their texts; that is not counted as a step."""
+    """Extends walkers to the end of their texts; that is not counted as a step.
+
+    Args:
+        walkers: changed in place.
+        context: that of the search.
+        search: says what ends a text, and how tokens are sampled.
+        which: indices of those to extend, int64 `[m]`. Default: all.
+        sampling: how tokens are sampled of each, `[m]`. Default: as the search says.
+    """
     which = np.arange(len(walkers)) if which is None else which
-    limit = context.max_new_tokens - walkers.num_tokens[which]
-    await _extend(walkers, which, context, search, limit, context.stop_at(*search.stop), np.ones(len(which), bool))
+    limit, last = context.max_new_tokens - walkers.num_tokens[which], np.ones(len(which), bool)
+    await _extend(walkers, which, context, search, limit, context.stop_at(*search.stop), last, sampling)
 
 
 async def _extend(
@@ -243,6 +258,7 @@ async def _extend(
     max_tokens: Int64Array,
     stop: Stop | None,
     last: BoolArray,
+    sampling: Sequence[Sampling] | None = None,
 ) -> None:
     """Extends `which`, at `last` of them to the end of their text, within the budget: see `grow`.
 
@@ -254,13 +270,17 @@ async def _extend(
         some = np.flatnonzero(share)
         cut = share < max_tokens
         if len(some):
-            done = await _extend_once(walkers, which[some], context, search, share[some], stop, last[some], cut[some])
+            how = None if sampling is None else [sampling[i] for i in some.tolist()]
+            done = await _extend_once(
+                walkers, which[some], context, search, share[some], stop, last[some], cut[some], how
+            )
             max_tokens[some] -= done.num_tokens
             cut[some] &= np.array(done.reason) == "length"
         if context.budget.tokens_left == 0:
             walkers.end(why="budget")
             break
         which, max_tokens, last = which[cut], max_tokens[cut], last[cut]
+        sampling = None if sampling is None else [one for one, more in zip(sampling, cut, strict=True) if more]
 
 
 async def _extend_once(
@@ -272,6 +292,7 @@ async def _extend_once(
     stop: Stop | None,
     last: BoolArray,
     cut: BoolArray,
+    sampling: Sequence[Sampling] | None,
 ) -> Extension:
     """One `extend`, and all that is known of the walkers afterwards. cut: whose `max_tokens` do not end a text."""
     branches = [walkers.branches[i] for i in which]
@@ -284,7 +305,7 @@ async def _extend_once(
         )
     done = await extending(
         branches,
-        search.sampling,
+        search.sampling if sampling is None else sampling,
         max_tokens=max_tokens,
         eos_token_ids=context.eos_token_ids,
         stop=stop,
@@ -321,6 +342,7 @@ async def judged(
     walkers: Walkers,
     which: Int64Array,
     reward: Reward,
+    context: SearchContext | None = None,
     *,
     valid: Callable[[Float64Array], Float64Array] | None = None,
     at: Sequence[Branch] | None = None,
@@ -334,19 +356,28 @@ async def judged(
         walkers: changed in place.
         which: indices of those to judge, int64 `[m]`.
         reward: what gives them.
+        context: that of the search, without which a `Judge` is refused.
         valid: rewards `[m]` -> those to keep, such as clipped ones; raises if the search cannot use one.
         at: branches whose rewards stand for theirs, such as rollouts, `[m]`. Default: their own.
 
     Raises:
         RewardError: no walker has a reward left.
     """
+    if not len(which):
+        return
     left = walkers.budget.calls_left
     asked, rest = (which, which[:0]) if len(which) <= left else np.split(which, [int(left)])
     for i in rest:
         if np.isnan(walkers.rewards[i]):
             walkers.errors[i] = BudgetSpent(f"the budget of {walkers.budget.max_reward_calls} rewards is spent")
     if len(asked):
-        found = await reward_branches([walkers.branches[i] for i in asked], reward)
+        branches = [walkers.branches[i] for i in asked] if at is None else at[: len(asked)]
+        if isinstance(reward, Judge) and context is not None:
+            texts = [decoded(branch.tokens[context.root.length :].tolist(), context) for branch in branches]
+            context.counters.reward_calls += len(texts)
+            found = await reward.judge(texts, context)
+        else:
+            found = await reward_branches(branches, reward)
         rewards = np.where([error is None for error in found.errors], found.values, np.nan)
         rewards = rewards if valid is None else valid(rewards)
         walkers.rewards[asked] = rewards

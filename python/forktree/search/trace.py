@@ -10,7 +10,12 @@ its kind under `"event"`; a list in it has one entry for each node of the event,
     select  why, nodes (of all texts before), ancestors (the place in `nodes` that each text after it continues),
             dropped (the nodes that no text continues); what the choice was made by, such as weights and their
             effective sample size `ess`
-    vote    nodes, answers, shares, errors
+    vote    nodes, answers, shares (of each text that of its answer), errors; what the shares were made from, such as
+            weights
+    similarity  nodes, similarities (of each text to all, on average), errors
+    judge   replies of a judge's model, of each prompt a list; the rewards that they gave, errors
+    difficulty  nodes of the samples that say how hard a prompt is, difficulty, bin
+    end     why, nodes of the texts that end where they stand, such as when a budget is spent
     reference  nodes of the texts that take part in the next sweep of particle Gibbs, chain by chain
     evidence   log_evidence, the log of the estimated sum of `p(x) potential(x)` over all texts
     return  nodes of the hypotheses, best first, and their scores

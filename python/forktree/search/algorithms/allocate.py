@@ -87,11 +87,11 @@ class ComputeOptimal(SamplingSearch):
         """What the chosen search finds, and the samples."""
         samples = Walkers.start(context, self.num_samples)
         await complete(samples, context, self)
-        await judged(samples, np.arange(self.num_samples), self.reward)
+        await judged(samples, np.arange(self.num_samples), self.reward, context)
         difficulty = float(np.nanmean(samples.rewards))
         chosen = difficulty_bin(difficulty, self.edges)
         context.trace.record("difficulty", nodes=samples.node, difficulty=difficulty, bin=chosen)
-        found = await self.searches[chosen].run(context)
+        found = [] if context.budget.spent else await self.searches[chosen].run(context)
         found = [*found, *samples.hypotheses(best_first(samples.rewards), context)]
         if self.reward in self.searches[chosen].rewards:
             order = best_first(np.array([h.score for h in found]))

@@ -386,6 +386,8 @@ class BeamSearch(Search):
             raise InvalidInput(
                 f"num_beam_groups must divide num_beams = {self.num_beams}, got {self.num_beam_groups}"
             )
+        if self.trie is not None and self.num_beam_groups > 1:
+            raise InvalidInput(f"num_beam_groups must be 1 with a trie, got {self.num_beam_groups}")
         some, what = self.num_beam_groups > 1, "more than 0 for several groups, 0 for one"
         number("diversity_penalty", self.diversity_penalty, f"finite and {what}", lambda x: x > 0 if some else x == 0)
         if self.early_stopping not in (True, False, "never"):

@@ -72,20 +72,20 @@ class EntropicParticleFilter(ParticleSearch):
                 return self.hypotheses(particles, softmax(logits), context)
             proposed = particles.forks(live if self.lookahead_weight else live[:0])
             await self._step(proposed, np.arange(len(proposed)), context)
+            if context.budget.spent:
+                particles.end(why="budget")
             weights = self._annealed(self._modulated(logits, live, proposed), step)
             ancestors = RESAMPLERS[self.resampling](weights, n, context.rng)
-            keeper, kept = _keepers(ancestors, live[: len(proposed)])
-            source = ancestors.copy()
-            source[keeper] = n + kept
+            keepers, kept = _keepers(ancestors, live[: len(proposed)])
+            ancestors[keepers] = n + kept
             particles = Walkers.concatenated([particles, proposed]).taken(
-                source, why="resampling", weights=weights, ess=effective_sample_size(weights)
+                ancestors, why="resampling", weights=weights, ess=effective_sample_size(weights)
             )
-            waiting = np.setdiff1d(np.flatnonzero(particles.alive), keeper)
+            waiting = np.setdiff1d(np.flatnonzero(particles.alive), keepers)  # those without their next step
 
     async def _step(self, particles: Walkers, which: Int64Array, context: SearchContext) -> None:
-        if len(which):
-            await grow(particles, which, context, self)
-            await judged(particles, which, self.reward, valid=unit_interval)
+        await grow(particles, which, context, self)
+        await judged(particles, which, self.reward, valid=unit_interval)
 
     def _modulated(self, logits: Float64Array, live: Int64Array, proposed: Walkers) -> Float64Array:
         """Logits `[N]` that have seen what is `proposed` for `live`; -inf where either reward failed."""
@@ -108,7 +108,7 @@ class EntropicParticleFilter(ParticleSearch):
 
 
 def _keepers(ancestors: Int64Array, live: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Of `ancestors [n]` the first that names each of `live`, and the place in `live` of what it names."""
+    """Copies that keep what was proposed for `live`: the first of each in `ancestors [n]`, and its place in `live`."""
     found, first = np.unique(ancestors, return_index=True)
     place = np.searchsorted(live, found)
     named = np.isin(found, live)

@@ -76,8 +76,10 @@ class ParticleGibbs(ParticleSearch):
                 references.drop()
             references = texts.forks(chosen.ravel())
             sweeps.append(texts.taken(chains[0], why="first chain"))
-            weights.append(of_chain[0] / self.num_iterations)
-        return self.hypotheses(Walkers.concatenated(sweeps), np.concatenate(weights), context)
+            weights.append(of_chain[0])
+            if context.budget.spent:
+                break
+        return self.hypotheses(Walkers.concatenated(sweeps), np.concatenate(weights) / len(sweeps), context)
 
     async def _sweep(
         self, references: Walkers | None, marks: dict[int, Mark], context: SearchContext
@@ -105,10 +107,13 @@ class ParticleGibbs(ParticleSearch):
             await grow(free, live, context, self)
             texts = free
             if references is not None:
-                texts = Walkers.concatenated([free, _cut(references, step, marks, context.trace)])
+                cut = _cut(references, step, marks, context.trace)
+                texts = Walkers.concatenated([free, cut])
             await judged(texts, live, self.reward, valid=unit_interval)
+            if references is not None:  # they have their rewards: no budget ends them
+                texts.alive[len(free) :], texts.reason[len(free) :] = cut.alive, cut.reason
             _mark(texts, live, marks)
-            weights = np.stack([softmax(row) for row in log_weights(texts.rewards, 1.0)[chains] / temperatures])
+            weights = np.stack([_weights(row) for row in log_weights(texts.rewards, 1.0)[chains] / temperatures])
             going = texts.alive[chains].any(axis=1)
             if not going.any():
                 return texts, chains, weights
@@ -159,6 +164,11 @@ class ParallelTempering(ParticleGibbs):
                     chosen[[a, a + 1], r] = chosen[[a + 1, a], r]
 
 
+def _weights(logits: Float64Array) -> Float64Array:
+    """Normalised weights of a chain; equal ones if all its rewards failed."""
+    return softmax(logits if np.isfinite(logits).any() else np.zeros(len(logits)))
+
+
 def _mark(texts: Walkers, which: Int64Array, marks: dict[int, Mark]) -> None:
     """Notes where `which` of the texts stand."""
     for i in which.tolist():
@@ -175,7 +185,7 @@ def _cut(texts: Walkers, steps: int, marks: dict[int, Mark], trace: SearchTrace)
     """Forks of whole texts that stand where those stood after so many steps, at the latest at their ends."""
     cut = texts.forks(np.arange(len(texts)))
     for i, node in enumerate(texts.node.tolist()):
-        path = trace.path(node)
+        path = [step for step in trace.path(node) if step in marks]  # a step that a budget has cut has several nodes
         if steps >= len(path):
             continue
         mark = marks[path[steps - 1]]

@@ -5,14 +5,16 @@ rule says otherwise, and is ranked with the others in the end.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from forktree.checks import integer, number, shown
 from forktree.errors import InvalidInput
+from forktree.search.algorithms.vote import texts_of
 from forktree.search.allocation import (
     balanced_counts,
     beam_counts,
@@ -22,13 +24,15 @@ from forktree.search.allocation import (
     subtree_counts,
     thrifty_leaves,
 )
+from forktree.search.answers import Answers, answer_function, equality
 from forktree.search.base import Hypothesis
 from forktree.search.context import SearchContext
 from forktree.search.registry import register
-from forktree.search.selection import best_first
+from forktree.search.selection import best_first, unit_interval
 from forktree.search.steps import AGGREGATES, StepSearch, Walkers, complete, grow, judged
 from forktree.search.trace import PROMPT
 from forktree.search.validation import check_choice
+from forktree.search.votes import ranked, vote
 from forktree.types import Float64Array, Int64Array
 
 
@@ -45,7 +49,7 @@ class StepTree(StepSearch):
             counts = np.ones(len(tree), np.int64)
             counts[grown] = self._counts(tree, grown, context)
             tree = tree.split(counts, why="allocation", scores=self._scores(tree))
-        return tree.hypotheses(self._order(tree), context, scores=self._scores(tree))
+        return self._returned(tree, context)
 
     def _start(self, context: SearchContext) -> Walkers:
         """The first leaves: forks of the prompt."""
@@ -54,7 +58,10 @@ class StepTree(StepSearch):
     async def _step(self, tree: Walkers, grown: Int64Array, context: SearchContext) -> None:
         """Grows leaves by a step, and rewards them."""
         await grow(tree, grown, context, self)
-        await judged(tree, grown, self.reward)
+        await judged(tree, grown, self.reward, valid=self._valid)
+
+    def _returned(self, tree: Walkers, context: SearchContext) -> list[Hypothesis]:
+        return tree.hypotheses(self._order(tree), context, scores=self._scores(tree))
 
     def _scores(self, tree: Walkers) -> Float64Array:
         """What leaves are ranked by, `[N]`."""
@@ -63,6 +70,11 @@ class StepTree(StepSearch):
     def _order(self, tree: Walkers) -> Int64Array:
         """The leaves that are returned, best first."""
         return best_first(self._scores(tree))
+
+    @property
+    def _valid(self) -> Callable[[Float64Array], Float64Array] | None:
+        """What checks rewards, see `judged`."""
+        return None
 
     @property
     @abstractmethod
@@ -75,7 +87,45 @@ class StepTree(StepSearch):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BeamTree(StepTree):
+class VotingTree(StepTree):
+    """A tree whose texts may vote in the end, each with its score, which must then lie in [0, 1].
+
+    Args:
+        answer: how an answer is read, see `WeightedVote`: the texts of the answer with the largest sum of scores come
+            first. None: texts are ranked by their own scores.
+        equal: when two answers are the same, see `WeightedVote`.
+    """
+
+    answer: str | Callable[[str], Hashable] | None = None
+    equal: str | Callable[[Any, Any], bool] = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answer is not None:
+            answer_function(self.answer)
+        equality(self.equal)
+
+    @property
+    def _valid(self) -> Callable[[Float64Array], Float64Array] | None:
+        return None if self.answer is None else unit_interval
+
+    def _returned(self, tree: Walkers, context: SearchContext) -> list[Hypothesis]:
+        if self.answer is None:
+            return super()._returned(tree, context)
+        tree = tree.taken(self._order(tree), why="vote")
+        answers = Answers.read(texts_of(tree, context), answer_function(self.answer), equality(self.equal))
+        scores = self._scores(tree)
+        weights = np.where(answers.failed, 0, np.nan_to_num(scores))
+        shares = np.where(answers.failed, np.nan, vote(answers.group, weights))
+        tree.errors = [unread or error for unread, error in zip(answers.errors, tree.errors, strict=True)]
+        shown = dict(answers=answers.said, shares=shares, errors=tree.errors, weights=weights)
+        context.trace.record("vote", nodes=tree.node, **shown)
+        order = ranked(answers.group, shares, weights=weights, worth=scores)
+        return tree.hypotheses(order, context, scores=shares)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamTree(VotingTree):
     """What PRM beam search and DVTS share.
 
     Args:
@@ -111,11 +161,13 @@ class BeamTree(StepTree):
         rollouts, greedy = tree.forks(grown), replace(self, temperature=0.0)
         for _ in range(self.lookahead):
             await grow(rollouts, np.flatnonzero(rollouts.alive), context, greedy)
-        await judged(tree, grown, self.reward, at=rollouts.branches)
+        await judged(tree, grown, self.reward, valid=self._valid, at=rollouts.branches)
         rollouts.drop()
+        if context.budget.spent:
+            tree.end(why="budget")
 
     def _scores(self, tree: Walkers) -> Float64Array:
-        return np.array([AGGREGATES[self.aggregate](history) for history in tree.history])
+        return np.array([AGGREGATES[self.aggregate](history) if history else np.nan for history in tree.history])
 
 
 @register("prm-beam")
@@ -148,7 +200,7 @@ class PRMBeamSearch(BeamTree):
             await super()._step(tree, grown, context)
         else:
             await complete(tree, context, self, grown)
-            await judged(tree, grown, self.reward)
+            await judged(tree, grown, self.reward, valid=self._valid)
 
     def _counts(self, tree: Walkers, grown: Int64Array, context: SearchContext) -> Int64Array:
         scores, live = self._scores(tree)[grown], tree.alive[grown]
@@ -195,11 +247,11 @@ class DVTS(BeamTree):
 
 @register("rebase")
 @dataclass(frozen=True, kw_only=True)
-class REBASE(StepTree):
+class REBASE(VotingTree):
     """Reward balanced search (Wu et al. 2024): a node is continued in proportion to `exp(r / balance_temperature)`.
 
     Every text that ends takes one from the continuations that are left, and so does one that reaches a limit. The
-    texts come best reward first; the paper's final answer is a vote weighted by it.
+    paper's final answer is a vote weighted by the rewards, which `answer` asks for.
 
     Args:
         width: continuations of all nodes of one depth.
