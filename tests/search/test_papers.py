@@ -25,9 +25,18 @@ from forktree import (
     Reward,
     Sample,
 )
-from forktree.search import ETS, EntropicParticleFilter, ParticleGibbs, PRMBeamSearch, Search, StepBeamSearch
+from forktree.search import (
+    ETS,
+    EntropicParticleFilter,
+    ParticleGibbs,
+    PRMBeamSearch,
+    PromptLookup,
+    Search,
+    StepBeamSearch,
+)
 from forktree.search.algorithms.allocate import ComputeOptimal
 from forktree.search.judges import CritiqueVotes, GroupCritique, QueryLikelihood
+from forktree.search.rerank import Criteria, Evidence, Listwise, Pointwise, Reranker, Rubric
 from markov import MarkovLM
 
 TESTS = Path(__file__).parents[1]
@@ -38,6 +47,9 @@ REWARD = FunctionReward(lambda prompt, response: response.count("a") / (1 + len(
 
 
 CODES = IdReward(lambda prompt_ids, ids: ids.count(2) / (1 + len(ids)))
+DIGITS = MarkovLM.random("abc0123456789", seed=1)
+PAIR = "{query}{document}"
+LISTWISE = Listwise(window=2, stride=1, labels=("a", "b"), template="{query}{documents}", line="{label}{document}")
 STEPS: dict[str, Any] = dict(step_delimiter="", max_step_tokens=2, max_steps=4)
 BEAM = PRMBeamSearch(reward=REWARD, num_beams=4, beam_width=2, lookahead=1, **STEPS)
 
@@ -45,6 +57,11 @@ BEAM = PRMBeamSearch(reward=REWARD, num_beams=4, beam_width=2, lookahead=1, **ST
 def last(text: str) -> str | None:
     """An answer: the last letter."""
     return text[-1:] or None
+
+
+def ranked(how: Reranker) -> list[int]:
+    """The order of three documents."""
+    return DIGITS.decoder.rerank("ab", ["ca", "12", "b"], how).order
 
 
 def best(reward: Reward) -> BestOfN:
@@ -94,10 +111,10 @@ PAPERS: dict[int, tuple[str, Callable[[], Any] | None]] = {
     86: ("Kinetics", MISSING),
     90: ("Metacognitive reuse", MISSING),
     91: ("Autonomous tree search", MISSING),
-    97: ("REBEL", MISSING),
+    97: ("REBEL", lambda: ranked(Criteria(criteria={"a": 0.2}, question="{criterion}"))),
     98: ("Solve–Detect–Verify", MISSING),
     100: ("Generalist reward (GRM)", lambda: best(GroupCritique("{responses}a", parse=four, max_new_tokens=3))),
-    102: ("Speculation, Scylla", MISSING),
+    102: ("Speculation, Scylla", lambda: Sample(num_return_sequences=2, drafter=PromptLookup())),
     104: ("CRITIC, ATLAS (PORAG)", MISSING),
     106: ("DeepSpeed-FastGen", MISSING),
     115: ("Saffron-1", MISSING),
@@ -115,12 +132,12 @@ PAPERS: dict[int, tuple[str, Callable[[], Any] | None]] = {
     153: ("Thinking with nothinking", MISSING),
     156: ("Flover", MISSING),
     159: ("Arbitrage", MISSING),
-    165: ("FIRST", MISSING),
-    167: ("Evidence answers", MISSING),
+    165: ("FIRST", lambda: ranked(LISTWISE)),
+    167: ("Evidence answers", lambda: ranked(Evidence(template=PAIR, channel="{document}{answer}", num_answers=8))),
     173: ("Time reversal", lambda: best(QueryLikelihood("{response}a"))),
-    178: ("ProRank", MISSING),
-    179: ("Retro*", MISSING),
-    182: ("FIRST reproduction", MISSING),
+    178: ("ProRank", lambda: ranked(Pointwise(template=PAIR))),
+    179: ("Retro*", lambda: ranked(Rubric(template=PAIR, before="", after="a", num_samples=8))),
+    182: ("FIRST reproduction", lambda: tiny.decoder("qwen3").rerank("a", ["b", "c", "d"], LISTWISE)),
     183: ("RAIN", MISSING),
 }
 COUNT = 65

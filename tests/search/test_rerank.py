@@ -29,10 +29,10 @@ def decoder() -> Decoder:
     return tiny.decoder()
 
 
-def next_logs(text: str, labels: Sequence[str]) -> np.ndarray:
+def next_logs(text: str, labels: Sequence[str], kind: str = "llama") -> np.ndarray:
     """Log-probs of single tokens after a text, by transformers alone."""
     ids = tiny.tokenizer()(text)["input_ids"]
-    return tiny.next_log_probs(tiny.model(), ids)[tiny.tokenizer().convert_tokens_to_ids(list(labels))].numpy()
+    return tiny.next_log_probs(tiny.model(kind), ids)[tiny.tokenizer().convert_tokens_to_ids(list(labels))].numpy()
 
 
 def is_permutation(ranking: Ranking) -> bool:
@@ -47,6 +47,7 @@ def listed(query: str, documents: Sequence[str]) -> str:
     return f"{query}\n{lines}{query}="
 
 
+@pytest.mark.proves(165)
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 7])
 def test_windows_are_sorted_by_the_letters_logits(decoder: Decoder, count: int) -> None:
     documents = DOCUMENTS[:count]
@@ -64,6 +65,15 @@ def test_windows_are_sorted_by_the_letters_logits(decoder: Decoder, count: int) 
     tiny.assert_all_returned(decoder.worker)
 
 
+@pytest.mark.proves(182)
+def test_another_architecture_ranks_by_its_letters() -> None:
+    documents = DOCUMENTS[:4]
+    logs = next_logs(listed("3", documents), "abcd", "qwen3")
+    ranking = tiny.decoder("qwen3").rerank("3", documents, LETTERS)
+    assert ranking.order == sorted(range(4), key=lambda i: -logs[i])
+
+
+@pytest.mark.proves(165)
 @pytest.mark.parametrize("window", [2, 4, 5])
 @pytest.mark.parametrize("count", [1, 4, 9, 23])
 def test_the_best_reach_the_front_from_anywhere(window: int, count: int) -> None:
@@ -78,6 +88,7 @@ def test_the_best_reach_the_front_from_anywhere(window: int, count: int) -> None
     assert windows(count, count + 1, 3) == [(0, count)]
 
 
+@pytest.mark.proves(182)
 def test_one_pass_ranks_a_window_and_instructions_are_computed_once(decoder: Decoder) -> None:
     decoder.worker.prefixes.clear()
     before = decoder.worker.forwards
@@ -110,6 +121,7 @@ JUDGE = MarkovLM(
 )
 
 
+@pytest.mark.proves(178)
 @pytest.mark.parametrize("score", ["margin", "probability"])
 def test_pointwise_scores_are_those_of_the_table(score: str) -> None:
     documents = ["zx", "xy", "yz", "xx"]
@@ -123,6 +135,7 @@ def test_pointwise_scores_are_those_of_the_table(score: str) -> None:
     np.testing.assert_allclose(turned.scores, ranking.scores[::-1], atol=1e-6)
 
 
+@pytest.mark.proves(178)
 def test_what_prompts_share_is_computed_once() -> None:
     documents = [a + b for a in "xyz" for b in "xyz"]
     ranking = JUDGE.new_decoder().rerank("xyzxyzxyz" * 5, documents, Pointwise(template="{query}{document}"))
@@ -149,6 +162,7 @@ def test_the_expectation_of_values() -> None:
             TokenProbability([1, 2, 3], values=values)
 
 
+@pytest.mark.proves(97)
 @pytest.mark.parametrize("criteria", [{}, {"a": 0.5, "c": 0.25}])
 @pytest.mark.parametrize("min_relevance", [0.0, 4.5, 9.5])
 def test_criteria_are_digits_behind_the_document(
@@ -188,6 +202,7 @@ WRITER = MarkovLM(
 )
 
 
+@pytest.mark.proves(179)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_integrated_scores_are_expectations(weighted: bool) -> None:
     """Texts without a score drop out, a document without any has an error and comes last."""
@@ -234,6 +249,7 @@ READER = MarkovLM(
 )
 
 
+@pytest.mark.proves(167)
 @pytest.mark.parametrize("score", EVIDENCE_SCORES)
 def test_evidence_scores_are_enumerated(score: str) -> None:
     retrieval = [0.0, 1.0, -0.5]

@@ -115,6 +115,7 @@ CASES += [(d, s, "grammar") for d in ("lookup", "right among wrong ones", "rando
 CASES += [(d, "sampled", "no bigram twice") for d in DRAFTERS]
 
 
+@pytest.mark.proves(102)
 @pytest.mark.parametrize(("drafter", "sampling", "processors"), CASES)
 def test_texts_are_those_of_plain_decoding(decoder: Decoder, drafter: str, sampling: str, processors: str) -> None:
     expected = plainly(decoder, sampling, processors)
@@ -138,6 +139,7 @@ ANYTHING = given(
 )
 
 
+@pytest.mark.proves(102)
 @settings(max_examples=8, deadline=None)
 @ANYTHING
 def test_random_trees(decoder: Decoder, **case: Any) -> None:

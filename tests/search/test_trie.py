@@ -91,6 +91,8 @@ def test_bad_settings_are_refused_before_running() -> None:
             _ = result.best
     with pytest.raises(InvalidInput, match="trie must be a TokenTrie"):
         BeamSearch(trie=[[1, 2]])
+    with pytest.raises(InvalidInput, match="num_beam_groups must be 1 with a trie, got 2"):
+        BeamSearch(trie=TokenTrie([[1]]), num_beam_groups=2, diversity_penalty=1.0)
     with pytest.raises(InvalidInput, match="trie_scores must be one of legal, model"):
         BeamSearch(trie_scores="after")
 

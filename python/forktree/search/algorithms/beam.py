@@ -372,6 +372,8 @@ class BeamSearch(Search):
         check_choice("trie_scores", self.trie_scores, ("legal", "model"))
         if self.trie is not None and not isinstance(self.trie, TokenTrie):
             raise InvalidInput(f"trie must be a TokenTrie, got {shown(self.trie)}")
+        if self.trie is not None and self.num_beam_groups != 1:
+            raise InvalidInput(f"num_beam_groups must be 1 with a trie, got {shown(self.num_beam_groups)}")
         integer("num_beams", self.num_beams, 1)
         integer("num_return_sequences", self.num_return_sequences, 1)
         if self.num_return_sequences > self.num_beams:
