@@ -23,7 +23,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
-QUICK := tests/kv tests/plan tests/search tests/rewards
+QUICK := tests/kv tests/plan tests/search/test_steps.py tests/search/test_trace.py
 
 quick: $(STAMP)
 	$(BIN)/pytest -q -m "not slow" $(QUICK)

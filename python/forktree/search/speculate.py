@@ -7,8 +7,9 @@ branch that it continues; one pass computes all of it, and a token is sampled af
 token, by the random numbers of that branch and position: those that plain decoding samples by. The walk from the text
 down the tree goes on while the token that was sampled is one of the draft's; the last token sampled is not, and comes
 for free. Texts are therefore those of plain decoding at the same seed, token by token (in fp32; otherwise up to
-rounding), for every drafter, at any temperature, and whatever processors do. As a draft is chosen and not sampled, no
-rule accepts more of it: of the tokens drafted after a prefix, one is accepted with the sum of their probabilities.
+rounding), for every drafter, at any temperature, and whatever processors do that do not look at padding. As a draft is
+chosen and not sampled, no rule accepts more of it: of the tokens drafted after a prefix, one is accepted with the sum
+of their probabilities.
 """
 
 from abc import ABC, abstractmethod
