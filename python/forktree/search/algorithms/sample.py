@@ -81,10 +81,9 @@ class SelectingSearch(SamplingSearch):
         """Ranks finished samples; the best comes first."""
 
 
-@register("best-of-n")
 @dataclass(frozen=True, kw_only=True)
-class BestOfN(SelectingSearch):
-    """Independent samples, ranked by the reward of the whole text.
+class RewardedSearch(SelectingSearch):
+    """A search that ranks finished samples by rewards.
 
     Args:
         reward: what a text is worth.
@@ -100,6 +99,12 @@ class BestOfN(SelectingSearch):
     def rewards(self) -> Sequence[Reward]:
         """The reward."""
         return (self.reward,)
+
+
+@register("best-of-n")
+@dataclass(frozen=True, kw_only=True)
+class BestOfN(RewardedSearch):
+    """Independent samples, ranked by the reward of the whole text."""
 
     async def select(self, samples: Walkers, context: SearchContext) -> list[Hypothesis]:
         """Best reward first; samples without one come last."""

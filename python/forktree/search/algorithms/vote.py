@@ -1,7 +1,7 @@
 """Votes among samples by the answers that they give: plain, weighted by rewards, and best-of-n among or over votes."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,7 @@ import numpy as np
 
 from forktree.checks import integer, number
 from forktree.errors import InvalidInput
-from forktree.rewards.base import Reward, check_reward
-from forktree.search.algorithms.sample import SelectingSearch
+from forktree.search.algorithms.sample import RewardedSearch, SelectingSearch
 from forktree.search.answers import Answers, answer_function, equality
 from forktree.search.base import Hypothesis
 from forktree.search.context import SearchContext
@@ -85,23 +84,8 @@ class MajorityVote(VotingSearch):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardedVote(VotingSearch):
-    """Samples that have answers and rewards: a subclass says which of them are rewarded, and what follows.
-
-    Args:
-        reward: what a text is worth.
-    """
-
-    reward: Reward
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_reward(self.reward)
-
-    @property
-    def rewards(self) -> Sequence[Reward]:
-        """The reward."""
-        return (self.reward,)
+class RewardedVote(VotingSearch, RewardedSearch):
+    """Samples that have answers and rewards: a subclass says which of them are rewarded, and what follows."""
 
     async def select(self, samples: Walkers, context: SearchContext) -> list[Hypothesis]:
         """Samples of the best answer first."""
